@@ -1,0 +1,206 @@
+"""The run file: every key, its type, its default and what it means. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.training.arguments import TrainingArguments
+
+FeatureSpec = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """A mapping of the run file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConstraintConfig(Section):
+    """One feature and the mean that it is to have."""
+
+    feature: Annotated[FeatureSpec, Field(description="what is measured, e.g. {wordlist: sports}")]
+    moment: Annotated[float, Field(allow_inf_nan=False, description="its mean; 1.0 of a binary feature is a filter")]
+    name: Annotated[str | None, Field(description="how reports call it")] = None
+
+
+class RewardConfig(Section):
+    """A reward r that multiplies the base by exp(r/beta)."""
+
+    feature: Annotated[FeatureSpec, Field(description="what is rewarded, e.g. {sentiment: compound}")]
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False, description="the smaller, the stronger")] = 1.0
+    name: Annotated[str | None, Field(description="how reports call it")] = None
+
+
+class TargetConfig(Section):
+    """The distribution that is wanted."""
+
+    constraints: Annotated[list[ConstraintConfig], Field(description="features and their moments")] = []
+    reward: Annotated[RewardConfig | None, Field(description="an optional reward beside them")] = None
+    python: Annotated[
+        str | None, Field(description="package.module:name of a target of your own, in place of the above")
+    ] = None
+    args: Annotated[dict[str, Any], Field(description="arguments of that target")] = {}
+    samples: Annotated[int, Field(ge=2, description="samples of the base that the target is fitted on")] = 4096
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TargetConfig:
+        stated = bool(self.constraints) or self.reward is not None
+        if stated == (self.python is not None):
+            raise ValueError("give constraints or a reward, or else python: package.module:name")
+        return self
+
+
+class MethodConfig(Section):
+    """The objective and its proposal rule."""
+
+    name: Annotated[str, Field(description="dpg, gdc, gdc++, or package.module:name of your own")] = "gdc++"
+    proposal: Annotated[
+        str | None, Field(description="on_policy, interval, kl, tv or published; null: the method's own")
+    ] = None
+    check_steps: Annotated[int, Field(ge=1, description="steps between two questions whether q becomes π")] = 10
+    args: Annotated[dict[str, Any], Field(description="arguments of an objective of your own")] = {}
+
+
+class EvaluationConfig(Section):
+    """The fresh samples that a run ends with."""
+
+    samples: Annotated[int, Field(ge=2, description="samples of the policy, with full sampling")] = 2048
+    top_p: Annotated[float | None, Field(gt=0, le=1, description="moments also under top-p sampling; null: not")] = 0.9
+    texts: Annotated[int, Field(ge=1, description="texts of base and policy that are kept for reading")] = 200
+
+
+class RunConfig(Section):
+    """A whole run; every key but ``model`` and ``target`` has a default."""
+
+    model: Annotated[str, Field(min_length=1, description="embedded, a local folder, or a hub name")]
+    target: TargetConfig
+    prompts: Annotated[str | list[str] | None, Field(description="one string, a list, or a text file of lines")] = None
+    method: MethodConfig = MethodConfig()
+    training: TrainingArguments = TrainingArguments()
+    peft: Annotated[dict[str, Any] | None, Field(description="settings of peft.LoraConfig; null: full tuning")] = None
+    max_completion_length: Annotated[int, Field(ge=1, description="longest completion, in tokens")] = 40
+    evaluation: EvaluationConfig = EvaluationConfig()
+    callbacks: Annotated[list[str], Field(description="package.module:name of callbacks of your own")] = []
+    seed: Annotated[int, Field(ge=0, description="the same seed gives the same run on the same machine")] = 0
+    report_to: Annotated[list[str], Field(description="trackers of accelerate, e.g. tensorboard, wandb")] = []
+    output_dir: Annotated[str | None, Field(description="null: runs/NAME, from the name of this file")] = None
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    dtype: Annotated[str, Field(description="dtype of the weights: float32, float64, bfloat16, float16, auto")] = (
+        "float32"
+    )
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with a hub model")] = False
+    revision: Annotated[str | None, Field(description="revision of a hub model")] = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("report_to", "callbacks", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [] if value in (None, "none") else [value] if isinstance(value, str) else value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML run file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config: {path} cannot be read ({error}); `tiltlm init` writes one to start from") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"config: {path} must hold keys and values, such as `model: embedded`; it holds {raw!r:.60}")
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(raw)
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted ``key=value`` in a raw config; the value is read as YAML. Raises UsageError."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"'{override}': an override reads key=value, e.g. training.max_steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"'{override}': the value is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    place: Any = raw
+    for part in parents:
+        if isinstance(place, list):
+            place = place[_index(place, part, override)]
+            continue
+        inner = place.get(part)
+        if isinstance(inner, str) and part == "method":
+            inner = {"name": inner}
+        if not isinstance(inner, dict | list):
+            inner = {}
+        place[part] = inner
+        place = inner
+    if isinstance(place, list):
+        place[_index(place, last, override)] = parsed
+    elif last == "name" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
+        place[last] = parsed
+    elif last == "method":
+        place[last] = {**place[last], "name": parsed}
+    else:
+        raise UsageError(f"'{override}': {key} holds keys of its own ({', '.join(place[last])}); name one of them")
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UsageError(f"'{override}': '{part}' is no place in a list of {len(items)}; count from 0")
+    return int(part)
+
+
+def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    """Validate a raw config. Raises UsageError that names each wrong key, its value and the nearest valid one."""
+    try:
+        return RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise UsageError("config: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _explain(problem: Any) -> str:
+    """One sentence for one problem that pydantic found."""
+    location = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
+    field = ".".join(location)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key '{field}'; {nearest(location[-1], _valid_keys(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"'{field}' is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    return f"{field or 'the file'}: {message}" + ("" if isinstance(value, dict | list) else f" (it is {value!r})")
+
+
+def _is_union_tag(part: str) -> bool:
+    return "[" in part or part in ("str",)
+
+
+def _valid_keys(location: Sequence[str]) -> list[str]:
+    """The keys that are valid at this place of the run file."""
+    section: Any = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        section = {
+            "target": TargetConfig,
+            "constraints": ConstraintConfig,
+            "reward": RewardConfig,
+            "method": MethodConfig,
+            "training": TrainingArguments,
+            "evaluation": EvaluationConfig,
+        }[part]
+    return list(getattr(section, "model_fields", None) or section.__pydantic_fields__)

@@ -1,0 +1,58 @@
+"""The errors that tiltlm raises: one root, and leaves that also are the matching standard error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TiltError(Exception):
+    """Something went wrong that the message explains and the user can change.
+
+    ``exit_code`` is what the command line returns: 2 when the command or the configuration is wrong as written, 1 when
+    the work failed on the way.
+    """
+
+    exit_code = 1
+
+
+class UsageError(TiltError, ValueError):
+    """A setting or an argument that cannot be right: an unknown key, a wrong type, a missing file."""
+
+    exit_code = 2
+
+
+class ModelError(TiltError, OSError):
+    """A model or tokenizer that cannot be found or loaded."""
+
+    exit_code = 2
+
+
+class RunExistsError(TiltError, FileExistsError):
+    """An output directory that already holds something that would be overwritten."""
+
+    exit_code = 2
+
+
+class FeatureError(TiltError, ValueError):
+    """A feature that raised, or returned something that is not one finite number per text."""
+
+
+class UnreachableTargetError(TiltError, ValueError):
+    """Moments that no distribution near the base model can have, as far as the samples show."""
+
+
+class CheckpointError(TiltError, OSError):
+    """A checkpoint or run directory that cannot be read."""
+
+
+class NumericalError(TiltError, ArithmeticError):
+    """A NaN or an infinity where training cannot go on."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence fragment that names the closest valid spelling, then all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"

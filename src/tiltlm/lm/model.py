@@ -1,0 +1,282 @@
+"""LanguageModel: a Hugging Face model with its tokenizer, and the only place that computes sequence log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import ModelError, UsageError
+from tiltlm.lm.embedded import EMBEDDED, embedded_path
+from tiltlm.lm.samples import Law, Prompts, Samples
+from tiltlm.lm.sampling import accepts, positions, sample_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tiltlm.targets import Target
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Bytes for one chunk of logits: on a CPU small chunks stay in its caches and are the fastest.
+CPU_LOGITS_BYTES = 64 * 2**20
+CPU_SAMPLING_BYTES = 2**30
+COPIES_OF_LOGITS = 4
+
+
+class LanguageModel:
+    """A causal language model that samples text and scores it under exactly the law that it samples from.
+
+    ``model`` and ``tokenizer`` are the Hugging Face objects. A completion starts after BOS (or EOS, for tokenizers
+    without BOS) or after a prompt, and ends with the first EOS or at the length limit.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "model") -> None:
+        self.model = model.eval()  # dropout would make two passes over one sequence disagree
+        self.tokenizer = tokenizer
+        self.name = name
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+        self.start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos_ids or [0])[0]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        peft: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> LanguageModel:
+        """Load ``"embedded"``, a local folder or a hub name; safetensors weights only.
+
+        ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings; ``dtype`` is the dtype of the weights.
+        Raises ModelError when the model or its tokenizer cannot be loaded, UsageError for a bad device or dtype.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype: '{dtype}' is not known; valid: {', '.join(DTYPES)}")
+        source = str(embedded_path() if str(name) == EMBEDDED else name)
+        kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+        with _explained(str(name), "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        with _explained(str(name), "model"):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **kwargs)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ModelError(f"model: the tokenizer of '{name}' has neither a BOS nor an EOS token to start from")
+        loaded = cls(model.to(resolve_device(device)), tokenizer, name=str(name))
+        return loaded.with_lora(**peft) if peft is not None else loaded
+
+    def with_lora(self, **settings: Any) -> LanguageModel:
+        """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``)."""
+        from peft import LoraConfig, get_peft_model
+
+        try:
+            config = LoraConfig(task_type="CAUSAL_LM", **settings)
+            model = get_peft_model(self.model, config)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"peft: {error}") from error
+        return LanguageModel(model, self.tokenizer, name=self.name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter sits on the weights."""
+        return hasattr(self.model, "peft_config")
+
+    def encode_prompts(self, prompts: str | Sequence[str] | None) -> Prompts:
+        """Tokenize prompts, left-padded; None is the one empty prompt, which is just BOS."""
+        texts: list[str | None] = [None] if prompts is None else [prompts] if isinstance(prompts, str) else [*prompts]
+        if not texts:
+            raise UsageError("prompts: the list is empty; leave prompts out to sample from BOS")
+        rows = [self.tokenizer(text)["input_ids"] if text else [] for text in texts]
+        rows = [[int(i) for i in row] or [int(self.start_id)] for row in rows]
+        width = max(map(len, rows))
+        tokens = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device).bool()
+        return Prompts(tokens, mask, tuple(texts))
+
+    def sample(
+        self,
+        n: int,
+        prompts: str | Sequence[str] | Prompts | None = None,
+        seed: int | None = None,
+        *,
+        max_completion_length: int = 40,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+    ) -> Samples:
+        """Draw ``n`` completions in all, the prompts taken in turn, with their log-probabilities.
+
+        ``seed`` or ``generator`` fixes the draw (neither: a fresh seed); ``batch_size`` limits the rows decoded at
+        once (default: what fits a fixed memory bound). Raises UsageError for settings out of range.
+        """
+        self._check_sampling(n, max_completion_length, temperature, top_k, top_p)
+        if not isinstance(prompts, Prompts):
+            prompts = self.encode_prompts(prompts)
+        if generator is None:
+            generator = torch.Generator(self.device)
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        law = Law(temperature, top_k, top_p)
+        index = torch.arange(n, device=self.device) % len(prompts.texts)
+        limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
+        parts = []
+        for rows in index.split(-(-n // -(-n // limit))):
+            tokens, mask, logprob = sample_batch(
+                self.model,
+                prompts,
+                rows,
+                max_new_tokens=max_completion_length,
+                eos_ids=torch.tensor(self.eos_ids, device=self.device, dtype=torch.long),
+                pad_id=self.pad_id,
+                law=law,
+                generator=generator,
+            )
+            parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer))
+        return Samples.concatenate(parts)
+
+    def chunks(self, samples: Samples, size: int | None = None) -> list[Tensor]:
+        """Row indices of ``samples``, like lengths together, in pieces whose logits fit the memory bound.
+
+        ``size`` sets the number of rows of a piece instead.
+        """
+        order = samples.lengths.argsort(stable=True)
+        if size is not None:
+            return list(order.split(size))
+        lengths = samples.lengths[order].tolist()
+        per_token = self.vocab_size * 4 * COPIES_OF_LOGITS
+        budget = max(1, self._logits_bytes() // per_token)
+        pieces, start = [], 0
+        for stop in range(1, len(order) + 1):
+            if stop == len(order) or (stop + 1 - start) * lengths[stop] > budget:
+                pieces.append(order[start:stop])
+                start = stop
+        return pieces
+
+    def log_probabilities(self, samples: Samples, law: Law | None = None) -> Tensor:
+        """Log-probabilities [N, T, V] over the vocabulary at every completed position, with gradient if enabled.
+
+        For one chunk at a time: the caller bounds N.
+        """
+        tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
+        width = samples.tokens.shape[1]
+        inputs = torch.cat([tokens, samples.tokens[:, :-1]], dim=1)
+        arguments: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+        if not bool(mask.all()):
+            # The right padding is never attended to by a sampled token, so only the left one is masked.
+            full = torch.cat([mask, torch.ones_like(samples.mask[:, :-1])], dim=1)
+            arguments["attention_mask"] = full.long()
+            if accepts(self.model, "position_ids"):
+                arguments["position_ids"] = positions(full)
+        if accepts(self.model, "logits_to_keep"):
+            arguments["logits_to_keep"] = width
+        logits = self.model(**arguments).logits[:, -width:]
+        return (samples.law if law is None else law).log_probabilities(logits)
+
+    def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
+        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law of ``samples``.
+
+        Another ``law`` may be given. Sum over the last axis for sequences. Runs in chunks of bounded memory; under
+        ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
+        """
+        pieces, order = [], self.chunks(samples, batch_size)
+        width = samples.tokens.shape[1]
+        for rows in order:
+            chunk = samples.select(rows).trimmed()
+            scores = token_logprob(self.log_probabilities(chunk, law), chunk)
+            pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
+        return torch.cat(pieces)[torch.cat(order).argsort()]
+
+    def constrain(self, constraints: Any, **settings: Any) -> Target:
+        """The target with these moments that is closest to this model; see ``tiltlm.targets.constrain``."""
+        from tiltlm.targets import constrain
+
+        return constrain(self, constraints, **settings)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a plain Hugging Face checkpoint, or a PEFT adapter, with the tokenizer, as safetensors."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _logits_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0] // 8)
+        return CPU_LOGITS_BYTES
+
+    def _rows_at_once(self, length: int) -> int:
+        """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""
+        config = self.model.config.get_text_config()
+        element = next(self.model.parameters()).element_size()
+        cache = 2 * 2 * config.num_hidden_layers * config.hidden_size * element * length
+        bound = self._logits_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
+        return max(1, bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache))
+
+    def _check_sampling(self, n: int, length: int, temperature: float, top_k: int, top_p: float) -> None:
+        checks = {
+            f"n: {n} samples cannot be drawn; ask for at least 1": n >= 1,
+            f"max_completion_length: {length} is no length; it must be at least 1": length >= 1,
+            f"temperature: {temperature} must be above 0 (sampling, not greedy decoding)": temperature > 0,
+            f"top_k: {top_k} must be 0 (all tokens) or more": top_k >= 0,
+            f"top_p: {top_p} must lie in (0, 1]": 0 < top_p <= 1,
+        }
+        for message, fine in checks.items():
+            if not fine:
+                raise UsageError(message)
+
+
+def token_logprob(log_probabilities: Tensor, samples: Samples) -> Tensor:
+    """The entries [N, T] of ``log_probabilities`` [N, T, V] at the sampled tokens, 0 where masked."""
+    chosen = log_probabilities.gather(-1, samples.tokens[..., None]).squeeze(-1)
+    return torch.where(samples.mask, chosen, torch.zeros_like(chosen))
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device: '{device}' cannot be used here ({reason}); try auto, cpu or cuda") from error
+    return resolved
+
+
+@contextlib.contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Turn what transformers says of a missing or broken model into one clear ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model: no {part} could be loaded from '{name}' ({where}): {reason} "
+            f"Use 'embedded', a folder saved by save_pretrained, or a hub name."
+        ) from error

@@ -1,0 +1,104 @@
+"""One set of weights in three roles: base, policy and proposal, as LoRA adapters or as frozen copies."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tiltlm.lm.model import LanguageModel
+
+Role = Literal["base", "policy", "proposal"]
+POLICY_ADAPTER, PROPOSAL_ADAPTER = "default", "proposal"
+
+
+class Roles:
+    """The base, the policy that is tuned from it, and the proposal that samples are drawn from.
+
+    With a LoRA adapter the weights are in memory once and roles are adapters: none for the base, one each for policy
+    and proposal. Otherwise base and proposal are frozen copies. The proposal's copy is made by the first
+    ``keep_proposal``; a run that never calls it holds none.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.policy = policy
+        self.shared = policy.has_adapter
+        self._base = policy if self.shared else _frozen_copy(policy)
+        self._proposal: LanguageModel | None = None
+
+    @property
+    def has_proposal(self) -> bool:
+        """Whether an earlier policy is kept as a proposal of its own."""
+        return self._proposal is not None
+
+    @contextlib.contextmanager
+    def use(self, role: Role) -> Iterator[LanguageModel]:
+        """The language model in this role, for the length of the block."""
+        if role == "policy" or not self.shared:
+            chosen = {"base": self._base, "policy": self.policy, "proposal": self._proposal}[role]
+            assert chosen is not None, "keep_proposal() comes before the proposal is used"
+            yield chosen
+        elif role == "base":
+            with self.policy.model.disable_adapter():
+                yield self.policy
+        else:
+            assert self._proposal is not None, "keep_proposal() comes before the proposal is used"
+            self.policy.model.set_adapter(PROPOSAL_ADAPTER)
+            try:
+                yield self.policy
+            finally:
+                self.policy.model.set_adapter(POLICY_ADAPTER)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The policy's parameters that training changes, by name."""
+        return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def keep_proposal(self) -> None:
+        """Make the proposal a copy of the policy as it is now."""
+        if self._proposal is None:
+            self._add_proposal()
+        if not self.shared:
+            assert self._proposal is not None
+            self._proposal.model.load_state_dict(self.policy.model.state_dict())
+            return
+        weights = dict(self.policy.model.named_parameters())
+        for name, parameter in weights.items():
+            if f".{POLICY_ADAPTER}." in name:
+                weights[name.replace(f".{POLICY_ADAPTER}.", f".{PROPOSAL_ADAPTER}.")].copy_(parameter)
+
+    def proposal_state(self) -> dict[str, Tensor] | None:
+        """The proposal's own tensors by name, for a checkpoint; None where there is no proposal."""
+        if self._proposal is None:
+            return None
+        marker = f".{PROPOSAL_ADAPTER}." if self.shared else ""
+        return {name: p.detach() for name, p in self._proposal.model.named_parameters() if marker in name}
+
+    @torch.no_grad()
+    def load_proposal_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what ``proposal_state`` gave."""
+        if self._proposal is None:
+            self._add_proposal()
+        assert self._proposal is not None
+        parameters = dict(self._proposal.model.named_parameters())
+        for name, tensor in state.items():
+            parameters[name].copy_(tensor)
+
+    def _add_proposal(self) -> None:
+        if self.shared:
+            model = self.policy.model
+            model.add_adapter(PROPOSAL_ADAPTER, copy.deepcopy(model.peft_config[POLICY_ADAPTER]))
+            model.set_adapter(POLICY_ADAPTER)
+            self._proposal = self.policy
+        else:
+            self._proposal = _frozen_copy(self.policy)
+
+
+def _frozen_copy(source: LanguageModel) -> LanguageModel:
+    model = copy.deepcopy(source.model)
+    model.requires_grad_(False)
+    return LanguageModel(model, source.tokenizer, name=source.name)

@@ -1,0 +1,130 @@
+"""Samples: token sequences drawn from a language model, with the log-probability of the law that drew them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
+
+
+@dataclass(frozen=True)
+class Law:
+    """How next-token logits become the law that is sampled from: temperature, then top-k, then top-p.
+
+    ``temperature`` divides the logits; ``top_k`` keeps the k likeliest tokens (0: all); ``top_p`` keeps the smallest
+    set of likeliest tokens whose mass reaches p (1: all). The default is the model's own law.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(self.top_k).indices, True)
+            logits = logits.masked_fill(~kept, float("-inf"))
+        if self.top_p < 1.0:
+            likeliest, order = logits.log_softmax(-1).sort(dim=-1, descending=True)
+            mass = likeliest.exp()
+            dropped = mass.cumsum(-1) - mass >= self.top_p
+            logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
+        return logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """M tokenized prompts, left-padded: ``tokens`` [M, L], ``mask`` [M, L] and the texts (None: just BOS)."""
+
+    tokens: Tensor
+    mask: Tensor
+    texts: tuple[str | None, ...]
+
+    @property
+    def ragged(self) -> bool:
+        return not bool(self.mask.all())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N completions of up to T tokens.
+
+    ``tokens`` [N, T] are right-padded; ``mask`` [N, T] marks the sampled ones, EOS included; ``proposal_logprob``
+    [N, T] is the log-probability (nats) of each sampled token under the law that it was drawn from, 0 where masked;
+    ``prompt_index`` [N] points into ``prompts``.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    proposal_logprob: Tensor
+    prompt_index: Tensor
+    prompts: Prompts
+    law: Law
+    tokenizer: PreTrainedTokenizerBase | None = field(repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of sampled tokens per row [N]."""
+        return self.mask.sum(-1)
+
+    @cached_property
+    def sequence_logprob(self) -> Tensor:
+        """Log-probability of each whole completion under its own law [N], in nats, float64."""
+        return self.proposal_logprob.double().sum(-1)
+
+    @cached_property
+    def completion_ids(self) -> list[list[int]]:
+        """The sampled token ids of each row, without padding."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The completions as text, special tokens removed."""
+        if self.tokenizer is None:
+            raise ValueError("these samples carry no tokenizer, so they have no text")
+        return list(self.tokenizer.batch_decode(self.completion_ids, skip_special_tokens=True))
+
+    @cached_property
+    def prompt_texts(self) -> list[str | None]:
+        """The prompt of each row, None where there was none."""
+        return [self.prompts.texts[i] for i in self.prompt_index.tolist()]
+
+    def select(self, index: Tensor) -> Samples:
+        """The rows that ``index`` names (integers or a boolean mask)."""
+        return replace(self, **{name: getattr(self, name)[index] for name in TENSORS})
+
+    def trimmed(self) -> Samples:
+        """The same rows without columns that are padding in every row."""
+        width = max(1, int(self.lengths.max())) if len(self) else 1
+        return replace(self, **{name: getattr(self, name)[:, :width] for name in ("tokens", "mask", "proposal_logprob")})
+
+    @staticmethod
+    def concatenate(parts: Sequence[Samples]) -> Samples:
+        """The rows of all parts, which must come from the same prompts, law and tokenizer."""
+        width = max(part.tokens.shape[1] for part in parts)
+
+        def join(name: str) -> Tensor:
+            tensors = [getattr(part, name) for part in parts]
+            if name != "prompt_index":
+                tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
+            return torch.cat(tensors)
+
+        return replace(parts[0], **{name: join(name) for name in TENSORS})
+
+
+__all__ = ["Law", "Prompts", "Samples"]

@@ -1,0 +1,8 @@
+"""Objectives: how hard each sample pulls."""
+
+from tiltlm.objectives.dpg import DPG, GDC, GDCPlusPlus
+from tiltlm.objectives.objective import Objective, Record
+
+BUILT_IN: dict[str, type[Objective]] = {"dpg": DPG, "gdc": GDC, "gdc++": GDCPlusPlus}
+
+__all__ = ["BUILT_IN", "DPG", "GDC", "GDCPlusPlus", "Objective", "Record"]

@@ -1,0 +1,154 @@
+"""How a run's files reach the disk: JSON without NaN, files and lines whole or not at all, and clear errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from tiltlm.errors import CheckpointError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content such that a reader sees all of the old or all of the new; raises CheckpointError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                _write_fully(file, data)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
+
+def write_object(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace a file by one JSON object; what is not finite becomes null, estimates become value and se."""
+    write_atomically(path, _encode(record, indent=2))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises CheckpointError if it cannot be read."""
+    with reading(path):
+        data = path.read_bytes()
+    return _parse(data, str(path))
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by one line per record."""
+    write_atomically(path, b"".join(_encode(record) for record in records))
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record; a line that cannot be written whole leaves the whole lines before it, and nothing else."""
+    line = _encode(record)
+    with writing(path), open(path, "ab+", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        try:
+            _write_fully(file, line)
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every record in order, without a last line that a killed process left unfinished; [] where there is no file."""
+    if not path.exists():
+        return []
+    with reading(path):
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system says into a CheckpointError that names the file and what is safe."""
+    try:
+        yield
+    except OSError as error:
+        safe = "Nothing that was written before is lost"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left on the disk for '{path}'. {safe}: free some space and go on with --resume."
+        else:
+            message = f"cannot write '{path}': {error.strerror or error}. {safe}."
+        raise CheckpointError(message) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the file system says into a CheckpointError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from error
+
+
+def _jsonable(value: Any) -> Any:
+    """The value as JSON can hold it: estimates and paths unfolded, numbers of numpy and torch as Python's, no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "to_json"):
+        return _jsonable(value.to_json())
+    if hasattr(value, "item"):
+        return _jsonable(value.item())
+    raise TypeError(f"run directories hold no {type(value).__name__}: {value!r}")
+
+
+def _encode(record: Mapping[str, Any], indent: int | None = None) -> bytes:
+    text = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+    # A lone surrogate is no UTF-8, but as a backslash escape it is JSON for the same string.
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"'{where}' is broken: it cannot be read as JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"'{where}' is broken: it holds no JSON object.")
+    return record
+
+
+def _end_of_whole_lines(file: IO[bytes]) -> int:
+    """The position after the last newline: what follows it was cut short when a process was killed."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
+
+
+def _write_fully(file: IO[bytes], data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file.fileno(), rest) :]
+
+
+def _sync_directory(path: Path) -> None:
+    with suppress(OSError):  # Some file systems cannot sync a directory; the data itself is already down.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

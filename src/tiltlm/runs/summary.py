@@ -1,0 +1,191 @@
+"""What a run's record says, in a reader's terms: each moment's way to its goal, and whether the target was met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MET_WITHIN = 0.03
+MET_WITHIN_STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An estimate as a run directory stores it: value and standard error in the same unit, NaN where there is none."""
+
+    value: float = math.nan
+    se: float = math.nan
+
+    @classmethod
+    def read(cls, record: Any) -> Measured:
+        """From ``{"value": v, "se": s}``, a bare number, or nothing at all."""
+        if isinstance(record, Mapping):
+            return cls(_number(record.get("value")), _number(record.get("se")))
+        return cls(_number(record), math.nan)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a value."""
+        return math.isfinite(self.value)
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "–"
+        if not (math.isfinite(self.se) and self.se > 0):
+            return _minus(f"{self.value:.4g}")
+        decimals = min(max(_decimals(self.se), 0), 6)
+        return _minus(f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}")
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """One feature of the target, and its mean under the base, as a goal, under the fitted p and under the policy."""
+
+    name: str
+    kind: str
+    index: int
+    goal: float | None
+    base: Measured
+    achieved: Measured
+    coefficient: Measured
+    tuned: Measured
+    top_p: Measured
+    met: bool | None
+
+    @property
+    def in_unit_interval(self) -> bool:
+        """Whether all its means can be read as shares."""
+        means = [self.base.value, self.achieved.value, self.tuned.value, self.goal if self.goal is not None else 0.0]
+        return self.kind != "reward" and all(0 <= mean <= 1 for mean in means if math.isfinite(mean))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The whole run: ``source`` says what the tuned model's numbers were estimated from, or is empty without any."""
+
+    features: Sequence[FeatureSummary]
+    source: str
+    evaluated: bool
+    verdict: str
+    wanted: str
+    start: Measured
+    kl_p_pi: Measured
+    kl_pi_a: Measured
+    tv_p_pi: Measured
+    ess: Measured
+    samples: int
+
+
+def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Summary:
+    """The summary of a ``run.json`` record, by its evaluation, or by the last training step where there is none yet."""
+    target = run.get("target") or {}
+    evaluation = (run.get("evaluation") or {}).get("policy")
+    last = metrics[-1] if metrics else {}
+    latest: Mapping[str, Any] = evaluation or last
+    samples = int((evaluation or {}).get("samples") or 0)
+    source = f"{samples:,} fresh samples" if evaluation else f"training step {last.get('step', '?')}" if last else ""
+    features = [_feature(record, index, latest) for index, record in enumerate(target.get("features") or [])]
+    return Summary(
+        features=features,
+        source=source,
+        evaluated=bool(evaluation),
+        verdict=_verdict(features, evaluated=bool(evaluation), failed=run.get("status") == "failed"),
+        wanted=_wanted(features),
+        start=Measured.read(target.get("kl_p_a")),
+        kl_p_pi=Measured.read(latest.get("kl_p_pi")),
+        kl_pi_a=Measured.read(latest.get("kl_pi_a")),
+        tv_p_pi=Measured.read(latest.get("tv_p_pi")),
+        ess=Measured.read(latest.get("ess")),
+        samples=samples,
+    )
+
+
+def is_met(measured: Measured, goal: float | None) -> bool | None:
+    """Whether a moment is within 0.03 of its goal or within two standard errors; None where that cannot be said."""
+    if goal is None or not measured.known:
+        return None
+    allowed = MET_WITHIN
+    if math.isfinite(measured.se):
+        allowed = max(allowed, MET_WITHIN_STANDARD_ERRORS * measured.se)
+    # A moment that lies on the bound is met, whatever binary fractions make of it.
+    return abs(measured.value - goal) <= allowed + 1e-12
+
+
+def plain_number(number: float) -> str:
+    """A number with four significant digits, as text."""
+    return _minus(f"{number:.4g}")
+
+
+def _feature(record: Mapping[str, Any], index: int, latest: Mapping[str, Any]) -> FeatureSummary:
+    name, kind = str(record.get("name")), str(record.get("kind"))
+    goal = record.get("goal")
+    if kind == "filter":
+        goal = 1.0  # Inside the support of p every text passes the filter.
+    tuned = Measured.read((latest.get("moments") or {}).get(name))
+    return FeatureSummary(
+        name=name,
+        kind=kind,
+        index=index,
+        goal=None if kind == "reward" else goal,
+        base=Measured.read(record.get("base")),
+        achieved=Measured.read(record.get("achieved")),
+        coefficient=Measured.read(record.get("coefficient")),
+        tuned=tuned,
+        top_p=Measured.read((latest.get("moments_top_p") or {}).get(name)),
+        met=None if kind == "reward" else is_met(tuned, goal),
+    )
+
+
+def _verdict(features: Sequence[FeatureSummary], *, evaluated: bool, failed: bool) -> str:
+    if not evaluated:
+        return "The run failed before it was evaluated." if failed else "Not evaluated yet."
+    judged = [feature.met for feature in features if feature.met is not None]
+    if not judged:
+        return "The model was tilted; no goal was set."
+    if all(judged):
+        return "The target is met."
+    if not any(judged):
+        return "The target is not met."
+    return f"{sum(judged)} of {len(judged)} goals are met."
+
+
+def _wanted(features: Sequence[FeatureSummary]) -> str:
+    """The target in one sentence."""
+    filters = [f"“{feature.name}”" for feature in features if feature.kind == "filter"]
+    moments = [
+        f"{feature.goal:.4g} for “{feature.name}”"
+        for feature in features
+        if feature.kind == "moment" and feature.goal is not None
+    ]
+    rewards = [f"“{feature.name}”" for feature in features if feature.kind == "reward"]
+    parts = []
+    if filters:
+        parts.append(f"only texts with {_listed(filters)}")
+    if moments:
+        parts.append(f"a mean of {_listed(moments)}")
+    if rewards:
+        parts.append(f"a tilt by the reward {_listed(rewards)}")
+    if not parts:
+        return "The target was not fitted, so there is nothing to compare with yet."
+    return f"Wanted: {_listed(parts)}; everything else as the base model writes it."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _decimals(se: float) -> int:
+    """Decimals that show a standard error with one significant digit, or two where the first is a 1."""
+    exponent = math.floor(math.log10(se))
+    leading = se / 10**exponent
+    return -exponent + (1 if leading < 2 else 0)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

@@ -1,0 +1,221 @@
+"""From desired moments to a fitted target: draw from the base, measure, fit, and say how well it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UnreachableTargetError, UsageError
+from tiltlm.estimation import Estimate, effective_sample_size
+from tiltlm.features import Feature, build_feature, measure
+from tiltlm.lm import LanguageModel, Prompts, Samples
+from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
+from tiltlm.targets.target import Target, Term, TiltedTarget
+
+# Below this many effective samples the fitted coefficients mean little.
+ENOUGH_SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class BaseSample:
+    """N samples of the base with the values [N, K] of the target's features: what λ was fitted on."""
+
+    samples: Samples
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """One feature of a target: its mean under the base and under the fitted p, and its coefficient λ."""
+
+    name: str
+    kind: str
+    goal: float | None
+    base: Estimate
+    achieved: Estimate
+    coefficient: Estimate | None
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a target stands on N samples of the base: log Z, ESS of its weights, KL(p‖a) in nats, and each feature."""
+
+    terms: tuple[TermReport, ...]
+    log_z: Estimate
+    ess: Estimate
+    kl_p_a: Estimate
+    samples: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``target`` section of ``run.json``."""
+        return {
+            "features": [
+                {
+                    "name": term.name,
+                    "kind": term.kind,
+                    "goal": term.goal,
+                    "base": term.base.to_json(),
+                    "achieved": term.achieved.to_json(),
+                    "coefficient": term.coefficient.to_json() if term.coefficient else None,
+                }
+                for term in self.terms
+            ],
+            "log_z": self.log_z.to_json(),
+            "ess": self.ess.to_json(),
+            "kl_p_a": self.kl_p_a.to_json(),
+            "samples": self.samples,
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class FittedTarget(TiltedTarget):
+    """A tilted target with the base's samples that it was fitted on and the report of that fit."""
+
+    base_sample: BaseSample
+    report: FitReport
+
+
+def constrain(
+    base: LanguageModel,
+    constraints: Mapping[Feature | str, float] | Sequence[tuple[Feature | str, float]],
+    *,
+    reward: Feature | str | None = None,
+    beta: float = 1.0,
+    samples: int = 4096,
+    prompts: str | Sequence[str] | Prompts | None = None,
+    max_completion_length: int = 40,
+    seed: int = 0,
+) -> FittedTarget:
+    """The distribution with these moments that is closest to ``base`` in KL(p‖a).
+
+    ``constraints`` gives each feature (an object, or a short form such as ``"pronouns:female"``) its moment: 1.0 for a
+    binary feature is a filter, anything else an expectation. ``reward`` multiplies by exp(r/β). Draws ``samples``
+    completions of the base. Raises UsageError for moments that cannot be right, UnreachableTargetError for those that
+    the samples show to be out of reach.
+    """
+    pairs = list(constraints.items() if isinstance(constraints, Mapping) else constraints)
+    terms = [_term(feature, moment) for feature, moment in pairs]
+    if reward is not None:
+        if not (beta > 0 and math.isfinite(beta)):
+            raise UsageError(f"beta: {beta} must be a finite number above 0; the target is a(x)·exp(r(x)/beta)")
+        terms.append(Term(_feature(reward), "reward", coefficient=1 / beta))
+    if not terms:
+        raise UsageError("target: give at least one constraint or a reward")
+    names = [term.feature.name for term in terms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"target: two features are called '{name}'; give one of them another name")
+    with torch.no_grad():
+        drawn = base.sample(samples, prompts, seed, max_completion_length=max_completion_length)
+    values = measure_samples([term.feature for term in terms], drawn)
+    return fit_target(terms, BaseSample(drawn, values))
+
+
+def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:
+    """Feature values [N, K] of completions, float64 on the CPU; raises FeatureError."""
+    prompts = [prompt or "" for prompt in samples.prompt_texts]
+    return measure(features, samples.texts, prompts=prompts, completion_ids=samples.completion_ids)
+
+
+def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
+    """Fit the coefficients of the moment terms on samples of the base, under the filters and rewards beside them."""
+    values = base_sample.features
+    n = values.shape[0]
+    for term, column in zip(terms, values.unbind(-1), strict=True):
+        if term.kind == "filter":
+            _check_filter(term.feature.name, column)
+    fixed = TiltedTarget(tuple(term if term.kind != "moment" else replace(term, coefficient=0.0) for term in terms))
+    log_weights = fixed.log_tilt(values)
+    if not bool(torch.isfinite(log_weights).any()):
+        names = " and ".join(f"'{term.feature.name}'" for term in terms if term.kind == "filter")
+        raise UnreachableTargetError(f"features {names}: never held together in {n} samples. {rarity_advice(n)}")
+    moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
+    coefficients: list[Estimate | None] = [
+        Estimate(term.coefficient, 0.0) if term.kind == "reward" else None for term in terms
+    ]
+    fitted = list(terms)
+    if moments:
+        goals = [float(terms[k].goal or 0.0) for k in moments]
+        fit = fit_moments(values[:, moments], log_weights, goals, [terms[k].feature.name for k in moments])
+        errors = fit.covariance.diagonal().clamp_min(0).sqrt()
+        for k, value, se in zip(moments, fit.coefficients.tolist(), errors.tolist(), strict=True):
+            fitted[k] = replace(terms[k], coefficient=value)
+            coefficients[k] = Estimate(value, se)
+    target = TiltedTarget(tuple(fitted))
+    report = report_fit(target, base_sample, coefficients)
+    return FittedTarget(target.terms, base_sample, report)
+
+
+def report_fit(
+    target: Target, base_sample: BaseSample, coefficients: Sequence[Estimate | None] | None = None
+) -> FitReport:
+    """How any target, fitted here or written by a user, stands on samples of the base."""
+    values = base_sample.features
+    n = values.shape[0]
+    base_logprob = base_sample.samples.sequence_logprob.cpu()
+    log_weights = target.log_score(base_logprob, values).double() - base_logprob
+    if not bool(torch.isfinite(log_weights).any()) or bool(torch.isnan(log_weights).any()):
+        raise UnreachableTargetError(f"target: none of {n} samples of the base lies in its support. {rarity_advice(n)}")
+    weights = log_weights.softmax(0)
+    ess = effective_sample_size(log_weights)
+    log_z = Estimate(log_mean_exp(log_weights), math.sqrt(max(1 / ess.value - 1 / n, 0.0)))
+    # d KL = Σ_i w_i (log w_i − log Z − KL) by the delta method; rows outside of the support weigh nothing.
+    log_ratio = torch.where(weights > 0, log_weights - log_z.value, 0.0)
+    kl = float((weights * log_ratio).sum())
+    kl_se = float((weights * (log_ratio - kl - 1) + 1 / n).square().sum().sqrt())
+    terms = []
+    specs = target.terms if isinstance(target, TiltedTarget) else [Term(f, "reward") for f in target.features]
+    for k, term in enumerate(specs):
+        column = values[:, k]
+        achieved = float((weights * column).sum())
+        terms.append(
+            TermReport(
+                term.feature.name,
+                term.kind,
+                1.0 if term.kind == "filter" else term.goal,
+                Estimate(float(column.mean()), float(column.std() / math.sqrt(n)) if n > 1 else math.nan),
+                Estimate(achieved, float((weights * (column - achieved)).square().sum().sqrt())),
+                coefficients[k] if coefficients else None,
+            )
+        )
+    warnings = []
+    if ess.value < ENOUGH_SAMPLES:
+        warnings.append(
+            f"only {ess.value:.0f} of {n} samples carry the target's weight (ESS): λ and log Z are uncertain; "
+            f"about {math.ceil(n * ENOUGH_SAMPLES / ess.value):,} samples would give {ENOUGH_SAMPLES}"
+        )
+    return FitReport(tuple(terms), log_z, ess, Estimate(kl, kl_se), n, tuple(warnings))
+
+
+def _feature(feature: Feature | str) -> Feature:
+    return build_feature(feature) if isinstance(feature, str) else feature
+
+
+def _term(feature: Feature | str, moment: float) -> Term:
+    feature = _feature(feature)
+    if isinstance(moment, bool) or not isinstance(moment, int | float) or not math.isfinite(moment):
+        raise UsageError(f"feature '{feature.name}': moment {moment!r} is not a finite number")
+    if feature.binary and not 0 <= moment <= 1:
+        raise UsageError(f"feature '{feature.name}': moment {moment:g} is outside of [0, 1], its share of the texts")
+    if feature.binary and moment == 0:
+        raise UsageError(
+            f"feature '{feature.name}': for moment 0 ask for its opposite with moment 1.0 (not: {feature.name})"
+        )
+    return Term(feature, "filter" if feature.binary and moment == 1 else "moment", float(moment))
+
+
+def _check_filter(name: str, values: Tensor) -> None:
+    n, hits = len(values), int((values > 0).sum())
+    if hits == 0:
+        raise UnreachableTargetError(f"feature '{name}': it never held in {n} samples of the base. {rarity_advice(n)}")
+    if hits == n:
+        raise UnreachableTargetError(
+            f"feature '{name}': it held in all {n} samples of the base, so as a filter it changes nothing. Remove it."
+        )

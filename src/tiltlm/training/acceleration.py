@@ -1,0 +1,79 @@
+"""Accelerate's part: mixed precision, backward and trackers, on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tiltlm.errors import UsageError
+from tiltlm.training.callbacks import Callback, Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tiltlm.training.arguments import TrainingArguments
+    from tiltlm.training.metrics import StepMetrics
+
+
+def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelerator:
+    """An accelerator for the device that the model is on. Raises UsageError for precision that it cannot do."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    if args.bf16 and args.fp16:
+        raise UsageError("training.bf16, training.fp16: choose one of them")
+    # Accelerate keeps its settings per process; a second run in this process has its own.
+    AcceleratorState._reset_state()
+    if PartialState._shared_state and PartialState().device.type != device.type:
+        PartialState._reset_state()
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    except ValueError as error:
+        raise UsageError(f"training.{precision}: not possible on {device}: {error}") from error
+    if accelerator.num_processes > 1:
+        raise UsageError("this version of tiltlm trains in one process; start it without a multi-process launcher")
+    return accelerator
+
+
+class Trackers(Callback):
+    """Sends every logged step to the trackers of ``report_to``, through accelerate's own ``log_with``."""
+
+    def __init__(self, report_to: Sequence[str], config: dict[str, Any], folder: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        from tiltlm.errors import nearest
+
+        available = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+        for name in report_to:
+            if name not in available:
+                raise UsageError(f"report_to: '{name}' is no tracker of accelerate; {nearest(name, available)}")
+        try:
+            self.accelerator = Accelerator(log_with=list(report_to), project_dir=str(folder))
+            self.accelerator.init_trackers("tiltlm", config=flatten(config))
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"report_to: {', '.join(report_to)} cannot be used here: {error}") from error
+
+    def on_log(self, progress: Progress, metrics: StepMetrics) -> None:
+        numbers = {key: value for key, value in flatten(metrics.to_json()).items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=progress.step)
+
+    def close(self) -> None:
+        """Tell the trackers that the run is over."""
+        self.accelerator.end_training()
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a/b": 1}``; what no tracker stores becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{name}/"))
+        else:
+            flat[name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

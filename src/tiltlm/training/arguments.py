@@ -1,0 +1,40 @@
+"""Settings of the training loop, by TRL's names wherever they mean the same; knows no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrainingArguments:
+    """How to train. Every field has a default; the description of each is its documentation."""
+
+    max_steps: Annotated[int, Field(ge=0, description="optimizer steps")] = 200
+    batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] = 512
+    per_device_train_batch_size: Annotated[
+        int | None,
+        Field(ge=1, description="sequences per forward pass; null: what is fast and fits. Does not change the result"),
+    ] = None
+    learning_rate: Annotated[float, Field(gt=0, description="peak step size of the optimizer")] = 1e-4
+    optim: Annotated[str, Field(description="any class of torch.optim, e.g. adam, adamw, sgd, muon")] = "adam"
+    optim_args: Annotated[dict[str, Any], Field(description="further arguments of that class")] = Field(
+        default_factory=dict
+    )
+    lr_scheduler_type: Annotated[
+        str, Field(description="any scheduler of transformers, e.g. constant, linear, cosine")
+    ] = "constant_with_warmup"
+    lr_scheduler_kwargs: Annotated[dict[str, Any], Field(description="further arguments of the scheduler")] = Field(
+        default_factory=dict
+    )
+    warmup_steps: Annotated[int, Field(ge=0, description="steps over which the learning rate rises")] = 0
+    max_grad_norm: Annotated[float, Field(ge=0, description="gradients are clipped to this norm; 0: never")] = 1.0
+    reuse_fit_samples: Annotated[
+        bool, Field(description="first train on the base samples that the target was fitted on, each once")
+    ] = True
+    bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
+    fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
+    save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only when stopped")] = 50
+    logging_steps: Annotated[int, Field(ge=1, description="report every so many steps to display and trackers")] = 1

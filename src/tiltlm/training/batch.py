@@ -1,0 +1,43 @@
+"""A batch: samples with what is measured on them, and where they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltlm.lm import Samples
+from tiltlm.targets.constrain import BaseSample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N samples of the proposal; ``features`` [N, K] on the CPU; ``source`` names the proposal that they came from."""
+
+    samples: Samples
+    features: Tensor
+    source: str
+
+    @property
+    def from_base(self) -> bool:
+        """Whether the sampler's log-probabilities are the base's own."""
+        return self.source == "base"
+
+
+@dataclass
+class FitSampleQueue:
+    """The base samples that the target was fitted on, handed out once in full batches, in order."""
+
+    base_sample: BaseSample | None
+    position: int = 0
+
+    def next(self, size: int) -> Batch | None:
+        """The next ``size`` rows as a batch from the base, or None when fewer are left."""
+        if self.base_sample is None or self.position + size > len(self.base_sample.samples):
+            return None
+        rows = torch.arange(self.position, self.position + size)
+        self.position += size
+        samples = self.base_sample.samples
+        return Batch(samples.select(rows.to(samples.tokens.device)).trimmed(), self.base_sample.features[rows], "base")
+

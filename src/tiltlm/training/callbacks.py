@@ -1,0 +1,38 @@
+"""Callbacks: what a user may hang on to the loop, with the names that Hugging Face users expect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiltlm.training.metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done of all, sequences drawn and sequence-forward passes so far, seconds spent."""
+
+    step: int
+    max_steps: int
+    sequences: int
+    forward_passes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``progress`` section of ``run.json``."""
+        return {name: getattr(self, name) for name in ("step", "max_steps", "sequences", "forward_passes")}
+
+
+class Callback:
+    """Base of callbacks; override what you need. An exception raised here stops the run like any other."""
+
+    def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
+        """After every optimizer step, with its measurements."""
+
+    def on_log(self, progress: Progress, metrics: StepMetrics) -> None:
+        """Every ``logging_steps`` steps."""
+
+    def on_save(self, progress: Progress, checkpoint: Path) -> None:
+        """After a checkpoint is safely on disk."""

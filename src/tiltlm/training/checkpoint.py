@@ -1,0 +1,75 @@
+"""Checkpoints: all the state there is, so that a resumed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltlm.errors import CheckpointError
+
+TENSORS, NUMBERS = "tensors.pt", "state.json"
+KEPT = 2
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any]) -> Path:
+    """Write ``step-NNNNNN`` under ``folder``, whole or not at all, and drop all but the last two.
+
+    ``tensors`` may hold tensors, numbers, strings, lists and dicts of these; ``numbers`` goes into JSON beside them.
+    Raises CheckpointError when the disk is full; earlier checkpoints stay.
+    """
+    final = folder / f"step-{step:06d}"
+    partial = folder / f"partial-{step:06d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with (partial / TENSORS).open("wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (partial / NUMBERS).write_text(json.dumps({**numbers, "step": step, "sha256": _digest(partial / TENSORS)}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its own.
+        shutil.rmtree(partial, ignore_errors=True)
+        full = " The disk is full." if getattr(error, "errno", None) == errno.ENOSPC else ""
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written under {folder}:{full} {error}. "
+            f"Free some space and go on with --resume; earlier checkpoints are untouched."
+        ) from error
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and numbers of a checkpoint, on the CPU. Raises CheckpointError for a damaged one."""
+    try:
+        numbers = json.loads((checkpoint / NUMBERS).read_text())
+        if _digest(checkpoint / TENSORS) != numbers["sha256"]:
+            raise ValueError("its contents do not match its checksum")
+        tensors = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is damaged: {error}. Delete that folder to resume from the one before it, "
+            f"or start anew in another output directory."
+        ) from error
+    return tensors, numbers
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

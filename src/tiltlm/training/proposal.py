@@ -1,0 +1,101 @@
+"""Proposal rules: when the proposal q becomes the policy π."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.estimation import Estimate
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far policy and proposal are from the target, on samples of the proposal that the policy has not trained on.
+
+    ``kl_gain`` is KL(p‖q) − KL(p‖π) and ``tv_gain`` TV(p, q) − TV(p, π), paired on the same samples.
+    """
+
+    kl_gain: Estimate
+    tv_gain: Estimate
+
+
+class ProposalRule(Protocol):
+    """Decides, before each step's update, whether q ← π."""
+
+    on_policy: bool
+    extra_batches: int
+
+    def due(self, step: int) -> bool:
+        """Whether this step (counted from 1) is one at which the proposal may change."""
+
+    def replaces(self, distances: Distances) -> bool:
+        """Whether the policy is to become the proposal, given the distances at a step that is due."""
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Samples are always drawn from the policy; no proposal is kept."""
+
+    on_policy: bool = True
+    extra_batches: int = 0
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def replaces(self, distances: Distances) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """q ← π every ``check_steps`` steps, unconditionally."""
+
+    check_steps: int = 10
+    on_policy: bool = False
+    extra_batches: int = 0
+
+    def due(self, step: int) -> bool:
+        return step % self.check_steps == 0
+
+    def replaces(self, distances: Distances) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Closer:
+    """q ← π when π is closer to p by ``metric`` (``kl`` or ``tv``), asked every ``check_steps`` steps (2012.11635, alg. 1).
+
+    ``extra_batches`` are drawn from q at each check for that purpose alone, as the published algorithm does; with 0
+    the batch of the step itself is used, before the policy trains on it.
+    """
+
+    metric: str = "kl"
+    check_steps: int = 10
+    extra_batches: int = 0
+    on_policy: bool = False
+
+    def due(self, step: int) -> bool:
+        return step % self.check_steps == 0
+
+    def replaces(self, distances: Distances) -> bool:
+        gain = distances.kl_gain if self.metric == "kl" else distances.tv_gain
+        return gain.value > 0
+
+
+# The published algorithm estimates both distances on this many further batches of q.
+PUBLISHED_EXTRA_BATCHES = 10
+RULES = ("on_policy", "interval", "kl", "tv", "published")
+
+
+def proposal_rule(name: str, check_steps: int = 10) -> ProposalRule:
+    """The rule of this name. Raises UsageError for an unknown one."""
+    if name == "on_policy":
+        return OnPolicy()
+    if name == "interval":
+        return Interval(check_steps)
+    if name in ("kl", "tv"):
+        return Closer(name, check_steps)
+    if name == "published":
+        return Closer("kl", check_steps, PUBLISHED_EXTRA_BATCHES)
+    raise UsageError(f"method.proposal: '{name}' is not known; {nearest(name, RULES)}")

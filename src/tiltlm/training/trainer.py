@@ -1,0 +1,270 @@
+"""The one loop: sample, score, pull, step, learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import NumericalError
+from tiltlm.estimation import Partition
+from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, token_logprob
+from tiltlm.objectives import Objective, Record
+from tiltlm.targets import Target
+from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.training.acceleration import build_accelerator
+from tiltlm.training.arguments import TrainingArguments
+from tiltlm.training.batch import Batch, FitSampleQueue
+from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tiltlm.training.interrupt import stop_requests
+from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
+from tiltlm.training.optimizers import build_optimizer, build_scheduler
+from tiltlm.training.proposal import ProposalRule
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: ``done``, or ``interrupted`` by a signal after its checkpoint was written."""
+
+    status: Literal["done", "interrupted"]
+    progress: Progress
+
+
+class Trainer:
+    """Tunes ``policy`` toward ``target``; the policy's weights as given are the base.
+
+    ``base_sample`` holds the samples that the target was fitted on: they start the estimate of log Z and, with
+    ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        target: Target,
+        objective: Objective,
+        rule: ProposalRule,
+        args: TrainingArguments,
+        *,
+        base_sample: BaseSample,
+        prompts: str | Sequence[str] | None = None,
+        max_completion_length: int = 40,
+        seed: int = 0,
+        checkpoint_dir: Path | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.target, self.objective, self.rule, self.args = target, objective, rule, args
+        self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
+        self.max_completion_length = max_completion_length
+        self.accelerator = build_accelerator(args, policy.device)
+        self.roles = Roles(policy)
+        self.parameters = self.roles.trainable()
+        optimizer = build_optimizer(self.parameters.values(), args)
+        self.scheduler = build_scheduler(optimizer, args)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.generator = torch.Generator(policy.device).manual_seed(seed)
+        self.prompts: Prompts = policy.encode_prompts(prompts)
+        logprob = base_sample.samples.sequence_logprob.cpu()
+        self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
+        self.queue = FitSampleQueue(base_sample if args.reuse_fit_samples else None)
+        self.source = "policy" if rule.on_policy else "base"
+        self.step = 0
+        self.sequences = self.forward_passes = len(base_sample.samples)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.spent = 0.0
+
+    def train(self) -> Outcome:
+        """Run to ``max_steps``, from the latest checkpoint if ``resume`` loaded one; stop early on a signal."""
+        began, before = time.monotonic(), self.spent
+        with stop_requests() as requested:
+            while self.step < self.args.max_steps:
+                metrics = self.train_step()
+                self.spent = before + time.monotonic() - began
+                self._report(metrics)
+                stop = requested() is not None and self.step < self.args.max_steps
+                if stop or (self.args.save_steps and self.step % self.args.save_steps == 0):
+                    self.save()
+                if stop:
+                    return Outcome("interrupted", self.progress)
+        return Outcome("done", self.progress)
+
+    def train_step(self) -> StepMetrics:
+        """One optimizer step on one batch, and what the batch says of policy and target before that step."""
+        self.seconds.clear()
+        self.step += 1
+        batch = self.draw()
+        # A batch must not normalize itself: that would correlate Z with the weights that it divides.
+        scores = self.pull(batch, self.partition.log_z.value)
+        self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
+        metrics = step_metrics(scores, batch.features, self.target, self.partition, on_policy=batch.source == "policy")
+        replaced = self._follow(scores)
+        with self._phase("step"):
+            norm = self.update()
+        return metrics.completed(
+            self.progress, norm, self.scheduler.get_last_lr()[0], batch.source, replaced, dict(self.seconds)
+        )
+
+    def draw(self) -> Batch:
+        """The next batch: fit samples while they last, then fresh samples of the proposal, with their features."""
+        reused = self.queue.next(self.args.batch_size)
+        return reused if reused is not None else self._fresh_batch()
+
+    def _fresh_batch(self) -> Batch:
+        role: Any = self.source if self.source in ("base", "policy") else "proposal"
+        with self._phase("sample"), self.roles.use(role) as model, self.accelerator.autocast():
+            samples = model.sample(
+                self.args.batch_size,
+                self.prompts,
+                generator=self.generator,
+                max_completion_length=self.max_completion_length,
+            ).trimmed()
+        self.sequences += len(samples)
+        self.forward_passes += len(samples)
+        with self._phase("features"):
+            return Batch(samples, measure_samples(self.target.features, samples), self.source)
+
+    def pull(self, batch: Batch, log_z: float, *, backward: bool = True) -> Scores:
+        """Score the batch and accumulate the gradient of −mean(c · log π), in chunks that do not change the result."""
+        n = len(batch.samples)
+        parts = []
+        order = self.roles.policy.chunks(batch.samples, self.args.per_device_train_batch_size)
+        for rows in order:
+            chunk, features = batch.samples.select(rows).trimmed(), batch.features[rows.cpu()]
+            base_tokens, base_law = self._base_scores(chunk, batch)
+            with self._phase("policy"), torch.set_grad_enabled(backward):
+                with self.accelerator.autocast():
+                    law = self.roles.policy.log_probabilities(chunk, Law())
+                tokens = token_logprob(law, chunk)
+                scores = Scores.of(chunk, tokens, law, base_tokens, base_law)
+                scores = scores.with_target(self.target.log_score(scores.base_logprob.cpu(), features))
+                if backward:
+                    coefficients = self._coefficients(scores, log_z).to(tokens)
+                    pulled = tokens.sum(-1) if coefficients.ndim == 1 else tokens
+                    self.accelerator.backward(-(coefficients * pulled).sum() / n)
+            parts.append(scores)
+        self.forward_passes += n if batch.from_base else 2 * n
+        return Scores.concatenate(parts, torch.cat(order).argsort())
+
+    def _base_scores(self, chunk: Samples, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if batch.from_base:
+            return chunk.proposal_logprob, None
+        with self._phase("base"), torch.no_grad(), self.roles.use("base") as model:
+            with self.accelerator.autocast():
+                law = model.log_probabilities(chunk, Law())
+            return token_logprob(law, chunk), law
+
+    def _coefficients(self, scores: Scores, log_z: float) -> Tensor:
+        record = Record(
+            policy_logprob=scores.policy_logprob,
+            base_logprob=scores.base_logprob,
+            proposal_logprob=scores.proposal_logprob,
+            target_logscore=scores.target_logscore,
+            log_z=log_z,
+        )
+        coefficients = self.objective.coefficients(record)
+        if not bool(torch.isfinite(coefficients).all()):
+            raise NumericalError(
+                f"step {self.step}: {self.objective.name} gave a coefficient that is not finite; the policy's "
+                f"log-probabilities run from {float(scores.policy_logprob.min()):.3g} to "
+                f"{float(scores.policy_logprob.max()):.3g}. Lower training.learning_rate or set training.max_grad_norm."
+            )
+        return coefficients
+
+    def update(self) -> float:
+        """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
+        limit = self.args.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise NumericalError(f"step {self.step}: the gradient is not finite; lower training.learning_rate")
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _follow(self, scores: Scores) -> bool:
+        """Ask the rule whether q becomes π as it is before this step's update."""
+        if not self.rule.due(self.step):
+            return False
+        pieces = [scores]
+        if self.rule.extra_batches:
+            pieces = [self.pull(self._fresh_batch(), 0.0, backward=False) for _ in range(self.rule.extra_batches)]
+            for piece in pieces:
+                self.partition = self.partition.updated(piece.target_logscore - piece.proposal_logprob)
+        if not self.rule.replaces(distances(Scores.concatenate(pieces), self.partition)):
+            return False
+        self.roles.keep_proposal()
+        self.source = f"step {self.step}"
+        return True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.step, self.args.max_steps, self.sequences, self.forward_passes, self.spent)
+
+    def _report(self, metrics: StepMetrics) -> None:
+        for callback in self.callbacks:
+            callback.on_step_end(self.progress, metrics)
+            if self.step % self.args.logging_steps == 0 or self.step == self.args.max_steps:
+                callback.on_log(self.progress, metrics)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        if self.checkpoint_dir is None:
+            return
+        tensors: dict[str, Any] = {
+            "policy": {name: p.detach() for name, p in self.parameters.items()},
+            "proposal": self.roles.proposal_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "generator": self.generator.get_state(),
+        }
+        numbers = {
+            "partition": self.partition.to_json(),
+            "queue": self.queue.position,
+            "source": self.source,
+            "sequences": self.sequences,
+            "forward_passes": self.forward_passes,
+            "seconds": self.spent,
+        }
+        path = save_checkpoint(self.checkpoint_dir, self.step, tensors, numbers)
+        for callback in self.callbacks:
+            callback.on_save(self.progress, path)
+
+    def resume(self) -> bool:
+        """Load the latest checkpoint, if there is one, and say whether there was."""
+        path = latest_checkpoint(self.checkpoint_dir) if self.checkpoint_dir is not None else None
+        if path is None:
+            return False
+        tensors, numbers = load_checkpoint(path)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors["policy"][name])
+        if tensors["proposal"] is not None:
+            self.roles.load_proposal_state(tensors["proposal"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.scheduler.load_state_dict(tensors["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        self.generator.set_state(tensors["generator"])
+        self.partition = Partition.from_json(numbers["partition"])
+        self.queue.position, self.source = numbers["queue"], numbers["source"]
+        self.step, self.sequences = numbers["step"], numbers["sequences"]
+        self.forward_passes, self.spent = numbers["forward_passes"], numbers["seconds"]
+        return True
