@@ -1,3 +1,61 @@
 """tiltlm: tune a language model toward a distribution that you state, and see how close it got."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tiltlm.errors import TiltError
+    from tiltlm.estimation import Estimate
+    from tiltlm.features import Feature, feature
+    from tiltlm.lm import LanguageModel, Samples
+    from tiltlm.objectives import Objective, Record
+    from tiltlm.targets import FittedTarget, Target, TiltedTarget, constrain
+    from tiltlm.training.callbacks import Callback
+    from tiltlm.job import Run, tune
+
+# Imported on first use, so that `tiltlm --help` need not wait for torch.
+_HOMES = {
+    "Callback": "tiltlm.training.callbacks",
+    "Estimate": "tiltlm.estimation",
+    "Feature": "tiltlm.features",
+    "FittedTarget": "tiltlm.targets",
+    "LanguageModel": "tiltlm.lm",
+    "Objective": "tiltlm.objectives",
+    "Record": "tiltlm.objectives",
+    "Run": "tiltlm.job",
+    "Samples": "tiltlm.lm",
+    "Target": "tiltlm.targets",
+    "TiltError": "tiltlm.errors",
+    "TiltedTarget": "tiltlm.targets",
+    "constrain": "tiltlm.targets",
+    "feature": "tiltlm.features",
+    "tune": "tiltlm.job",
+}
+
+__all__ = [
+    "Callback",
+    "Estimate",
+    "Feature",
+    "FittedTarget",
+    "LanguageModel",
+    "Objective",
+    "Record",
+    "Run",
+    "Samples",
+    "Target",
+    "TiltError",
+    "TiltedTarget",
+    "constrain",
+    "feature",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tiltlm' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

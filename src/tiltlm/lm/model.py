@@ -1,18 +1,19 @@
-"""LanguageModel: a Hugging Face model with its tokenizer, and the only place that computes sequence log-probabilities."""
+"""LanguageModel: a Hugging Face model and tokenizer, and the only place that computes sequence log-probabilities."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tiltlm.errors import ModelError, UsageError
-from tiltlm.lm.embedded import EMBEDDED, embedded_path
+from tiltlm.errors import UsageError
+from tiltlm.lm.loading import load_tokenizer, load_weights, resolve_device
 from tiltlm.lm.samples import Law, Prompts, Samples
 from tiltlm.lm.sampling import accepts, positions, sample_batch
 
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
 
     from tiltlm.targets import Target
 
-DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 # Bytes for one chunk of logits: on a CPU small chunks stay in its caches and are the fastest.
 CPU_LOGITS_BYTES = 64 * 2**20
 CPU_SAMPLING_BYTES = 2**30
@@ -49,7 +43,9 @@ class LanguageModel:
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
         self.start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos_ids or [0])[0]
+        pad = tokenizer.pad_token_id
+        # A pad token that was added to the tokenizer alone has no embedding; any other id pads as well.
+        self.pad_id = pad if pad is not None and pad < self.vocab_size else (self.eos_ids or [0])[0]
 
     @classmethod
     def from_pretrained(
@@ -67,35 +63,41 @@ class LanguageModel:
         ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings; ``dtype`` is the dtype of the weights.
         Raises ModelError when the model or its tokenizer cannot be loaded, UsageError for a bad device or dtype.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype: '{dtype}' is not known; valid: {', '.join(DTYPES)}")
-        source = str(embedded_path() if str(name) == EMBEDDED else name)
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-        with _explained(str(name), "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        with _explained(str(name), "model"):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **kwargs)
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise ModelError(f"model: the tokenizer of '{name}' has neither a BOS nor an EOS token to start from")
-        loaded = cls(model.to(resolve_device(device)), tokenizer, name=str(name))
+        target = resolve_device(device)
+        tokenizer = load_tokenizer(str(name), **kwargs)
+        model = load_weights(str(name), dtype, **kwargs)
+        loaded = cls(model.to(target), tokenizer, name=str(name))
         return loaded.with_lora(**peft) if peft is not None else loaded
 
-    def with_lora(self, **settings: Any) -> LanguageModel:
-        """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``)."""
+    def copy(self) -> LanguageModel:
+        """The same model in memory of its own."""
+        return LanguageModel(copy.deepcopy(self.model), self.tokenizer, name=self.name)
+
+    def with_lora(self, *, seed: int = 0, **settings: Any) -> LanguageModel:
+        """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``).
+
+        ``seed`` fixes the adapter's random start. Raises UsageError for settings that peft refuses, and for trained
+        biases, which the base would share.
+        """
         from peft import LoraConfig, get_peft_model
 
+        if settings.get("bias", "none") != "none":
+            raise UsageError(f"peft.bias: '{settings['bias']}' would change the base model too; leave it at 'none'")
         try:
-            config = LoraConfig(task_type="CAUSAL_LM", **settings)
-            model = get_peft_model(self.model, config)
+            with warnings.catch_warnings(), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                # What peft does for Conv1D by itself, and what it has yet to rename.
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set|`is_gradient_checkpointing`")
+                config = LoraConfig(task_type="CAUSAL_LM", **settings)
+                model = get_peft_model(self.model, config)
         except (TypeError, ValueError) as error:
             raise UsageError(f"peft: {error}") from error
         return LanguageModel(model, self.tokenizer, name=self.name)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return torch.device(next(self.model.parameters()).device)
 
     @property
     def has_adapter(self) -> bool:
@@ -104,7 +106,11 @@ class LanguageModel:
 
     def encode_prompts(self, prompts: str | Sequence[str] | None) -> Prompts:
         """Tokenize prompts, left-padded; None is the one empty prompt, which is just BOS."""
-        texts: list[str | None] = [None] if prompts is None else [prompts] if isinstance(prompts, str) else [*prompts]
+        alone = prompts is None or isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        texts: list[Any] = [prompts] if alone else [*prompts]  # type: ignore[misc]
+        for text in texts:
+            if not (text is None or isinstance(text, str)):
+                raise UsageError(f"prompts: {text!r} is no text; give a string or a list of strings")
         if not texts:
             raise UsageError("prompts: the list is empty; leave prompts out to sample from BOS")
         rows = [self.tokenizer(text)["input_ids"] if text else [] for text in texts]
@@ -126,23 +132,30 @@ class LanguageModel:
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Draw ``n`` completions in all, the prompts taken in turn, with their log-probabilities.
 
         ``seed`` or ``generator`` fixes the draw (neither: a fresh seed); ``batch_size`` limits the rows decoded at
-        once (default: what fits a fixed memory bound). Raises UsageError for settings out of range.
+        once (default: what fits a fixed memory bound); ``progress`` is told the number drawn so far and ``n``.
+        Raises UsageError for settings out of range.
         """
-        self._check_sampling(n, max_completion_length, temperature, top_k, top_p)
+        law = Law(temperature, top_k, top_p)
+        for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
+            _check_whole(name, value, least)
+        _check_whole("batch_size", batch_size, 1)
         if not isinstance(prompts, Prompts):
             prompts = self.encode_prompts(prompts)
+        self._check_length(prompts.tokens.shape[1], max_completion_length)
         if generator is None:
             generator = torch.Generator(self.device)
             generator.seed() if seed is None else generator.manual_seed(seed)
-        law = Law(temperature, top_k, top_p)
+        elif seed is not None:
+            raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
         index = torch.arange(n, device=self.device) % len(prompts.texts)
         limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
         parts = []
-        for rows in index.split(-(-n // -(-n // limit))):
+        for rows in torch.split(index, -(-n // -(-n // limit))):
             tokens, mask, logprob = sample_batch(
                 self.model,
                 prompts,
@@ -154,6 +167,8 @@ class LanguageModel:
                 generator=generator,
             )
             parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer))
+            if progress is not None:
+                progress(sum(map(len, parts)), n)
         return Samples.concatenate(parts)
 
     def chunks(self, samples: Samples, size: int | None = None) -> list[Tensor]:
@@ -161,9 +176,10 @@ class LanguageModel:
 
         ``size`` sets the number of rows of a piece instead.
         """
+        _check_whole("batch_size", size, 1)
         order = samples.lengths.argsort(stable=True)
         if size is not None:
-            return list(order.split(size))
+            return list(torch.split(order, size))
         lengths = samples.lengths[order].tolist()
         per_token = self.vocab_size * 4 * COPIES_OF_LOGITS
         budget = max(1, self._logits_bytes() // per_token)
@@ -200,6 +216,8 @@ class LanguageModel:
         Another ``law`` may be given. Sum over the last axis for sequences. Runs in chunks of bounded memory; under
         ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
         """
+        if not len(samples):
+            return torch.zeros_like(samples.proposal_logprob)
         pieces, order = [], self.chunks(samples, batch_size)
         width = samples.tokens.shape[1]
         for rows in order:
@@ -216,7 +234,9 @@ class LanguageModel:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain Hugging Face checkpoint, or a PEFT adapter, with the tokenizer, as safetensors."""
-        self.model.save_pretrained(folder)
+        # A proposal's adapter is part of a run, not of its result.
+        adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
+        self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -236,47 +256,22 @@ class LanguageModel:
         bound = self._logits_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
         return max(1, bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache))
 
-    def _check_sampling(self, n: int, length: int, temperature: float, top_k: int, top_p: float) -> None:
-        checks = {
-            f"n: {n} samples cannot be drawn; ask for at least 1": n >= 1,
-            f"max_completion_length: {length} is no length; it must be at least 1": length >= 1,
-            f"temperature: {temperature} must be above 0 (sampling, not greedy decoding)": temperature > 0,
-            f"top_k: {top_k} must be 0 (all tokens) or more": top_k >= 0,
-            f"top_p: {top_p} must lie in (0, 1]": 0 < top_p <= 1,
-        }
-        for message, fine in checks.items():
-            if not fine:
-                raise UsageError(message)
+    def _check_length(self, prompt: int, completion: int) -> None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        # The last token is never read.
+        if positions is not None and prompt + completion - 1 > positions:
+            raise UsageError(
+                f"max_completion_length: {completion} tokens after a prompt of {prompt} are more than the {positions} "
+                f"positions of '{self.name}'; ask for at most {positions + 1 - prompt}, or shorten the prompts"
+            )
+
+
+def _check_whole(name: str, value: int | None, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
+        raise UsageError(f"{name}: {value!r} must be a whole number, at least {least}")
 
 
 def token_logprob(log_probabilities: Tensor, samples: Samples) -> Tensor:
     """The entries [N, T] of ``log_probabilities`` [N, T, V] at the sampled tokens, 0 where masked."""
     chosen = log_probabilities.gather(-1, samples.tokens[..., None]).squeeze(-1)
     return torch.where(samples.mask, chosen, torch.zeros_like(chosen))
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device: '{device}' cannot be used here ({reason}); try auto, cpu or cuda") from error
-    return resolved
-
-
-@contextlib.contextmanager
-def _explained(name: str, part: str) -> Iterator[None]:
-    """Turn what transformers says of a missing or broken model into one clear ModelError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model: no {part} could be loaded from '{name}' ({where}): {reason} "
-            f"Use 'embedded', a folder saved by save_pretrained, or a hub name."
-        ) from error

@@ -21,13 +21,13 @@ class Roles:
 
     With a LoRA adapter the weights are in memory once and roles are adapters: none for the base, one each for policy
     and proposal. Otherwise base and proposal are frozen copies. The proposal's copy is made by the first
-    ``keep_proposal``; a run that never calls it holds none.
+    ``keep_proposal``; a run that never calls it holds none. ``base`` spares a copy where one is loaded already.
     """
 
-    def __init__(self, policy: LanguageModel) -> None:
+    def __init__(self, policy: LanguageModel, base: LanguageModel | None = None) -> None:
         self.policy = policy
-        self.shared = policy.has_adapter
-        self._base = policy if self.shared else _frozen_copy(policy)
+        self.shared = policy.has_adapter and base is None
+        self._base = base or (policy if self.shared else _frozen_copy(policy))
         self._proposal: LanguageModel | None = None
 
     @property
@@ -68,15 +68,17 @@ class Roles:
             return
         weights = dict(self.policy.model.named_parameters())
         for name, parameter in weights.items():
-            if f".{POLICY_ADAPTER}." in name:
-                weights[name.replace(f".{POLICY_ADAPTER}.", f".{PROPOSAL_ADAPTER}.")].copy_(parameter)
+            parts = name.split(".")
+            if POLICY_ADAPTER in parts:
+                parts[parts.index(POLICY_ADAPTER)] = PROPOSAL_ADAPTER
+                weights[".".join(parts)].copy_(parameter)
 
     def proposal_state(self) -> dict[str, Tensor] | None:
         """The proposal's own tensors by name, for a checkpoint; None where there is no proposal."""
         if self._proposal is None:
             return None
-        marker = f".{PROPOSAL_ADAPTER}." if self.shared else ""
-        return {name: p.detach() for name, p in self._proposal.model.named_parameters() if marker in name}
+        named = self._proposal.model.named_parameters()
+        return {name: p.detach() for name, p in named if not self.shared or PROPOSAL_ADAPTER in name.split(".")}
 
     @torch.no_grad()
     def load_proposal_state(self, state: dict[str, Tensor]) -> None:
@@ -99,6 +101,6 @@ class Roles:
 
 
 def _frozen_copy(source: LanguageModel) -> LanguageModel:
-    model = copy.deepcopy(source.model)
-    model.requires_grad_(False)
-    return LanguageModel(model, source.tokenizer, name=source.name)
+    frozen = source.copy()
+    frozen.model.requires_grad_(False)
+    return frozen

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from tiltlm.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +25,27 @@ class Law:
     """How next-token logits become the law that is sampled from: temperature, then top-k, then top-p.
 
     ``temperature`` divides the logits; ``top_k`` keeps the k likeliest tokens (0: all); ``top_p`` keeps the smallest
-    set of likeliest tokens whose mass reaches p (1: all). The default is the model's own law.
+    set of likeliest tokens whose mass reaches p (1: all). The default is the model's own law. Raises UsageError for
+    settings out of range.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"temperature: {self.temperature!r} must be a number above 0 (sampling, not greedy decoding)": (
+                isinstance(self.temperature, Real) and 0 < self.temperature < math.inf
+            ),
+            f"top_k: {self.top_k!r} must be a whole number, at least 0 (all tokens)": (
+                isinstance(self.top_k, Integral) and self.top_k >= 0
+            ),
+            f"top_p: {self.top_p!r} must be a number in (0, 1]": isinstance(self.top_p, Real) and 0 < self.top_p <= 1,
+        }
+        for message, fine in checks.items():
+            if not fine:
+                raise UsageError(message)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Log-probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
@@ -111,7 +130,9 @@ class Samples:
     def trimmed(self) -> Samples:
         """The same rows without columns that are padding in every row."""
         width = max(1, int(self.lengths.max())) if len(self) else 1
-        return replace(self, **{name: getattr(self, name)[:, :width] for name in ("tokens", "mask", "proposal_logprob")})
+        return replace(
+            self, **{name: getattr(self, name)[:, :width] for name in ("tokens", "mask", "proposal_logprob")}
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
@@ -124,7 +145,8 @@ class Samples:
                 tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
             return torch.cat(tensors)
 
-        return replace(parts[0], **{name: join(name) for name in TENSORS})
+        joined: dict[str, Any] = {name: join(name) for name in TENSORS}
+        return replace(parts[0], **joined)
 
 
 __all__ = ["Law", "Prompts", "Samples"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiltlm.errors import NumericalError
 from tiltlm.lm.samples import Law, Prompts
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
     total = cdf[:, -1:]
     uniform = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device, generator=generator) * total
     below = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, below, right=True).squeeze(-1)
+    # NaN probabilities would give an index out of range, which a GPU answers by ending the process.
+    return torch.searchsorted(cdf, below, right=True).squeeze(-1).clamp_max(cdf.shape[-1] - 1)
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -77,9 +79,10 @@ class Decoder:
     def keep(self, rows: Tensor) -> bool:
         """Drop all rows but these [n]; False where the model's cache cannot do so."""
         if self.cache is not None:
-            if not hasattr(self.cache, "batch_select_indices"):
+            # Not batch_select_indices: it forgets the states of linear-attention layers.
+            if not hasattr(self.cache, "reorder_cache"):
                 return False
-            self.cache.batch_select_indices(rows)
+            self.cache.reorder_cache(rows)
         self.tokens, self.mask, self.fresh = self.tokens[rows], self.mask[rows], self.fresh[rows]
         return True
 
@@ -99,7 +102,8 @@ def sample_batch(
     """Draw one completion for each entry of ``prompt_index`` [N].
 
     Returns tokens [N, T], mask [N, T] and token log-probabilities [N, T] (nats) under ``law``; a row ends with the
-    first EOS, which belongs to it, or after ``max_new_tokens``. Rows that have ended leave the batch.
+    first EOS, which belongs to it, or after ``max_new_tokens``. Rows that have ended leave the batch. Raises
+    NumericalError when the model's probabilities are not numbers.
     """
     n, device = len(prompt_index), prompt_index.device
     tokens = torch.full((n, max_new_tokens), pad_id, dtype=torch.long, device=device)
@@ -127,4 +131,9 @@ def sample_batch(
             if decoder.keep(kept):
                 alive, open_rows = alive[kept], open_rows[kept]
     assert logprob is not None
+    if not bool(logprob.isfinite().all()):
+        raise NumericalError(
+            "the model gave a next token a probability that is not a number: its weights have diverged (lower "
+            "training.learning_rate) or its dtype is too narrow (try bfloat16 or float32)"
+        )
     return tokens[:, : t + 1], mask[:, : t + 1], logprob[:, : t + 1]

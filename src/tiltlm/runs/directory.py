@@ -76,6 +76,11 @@ class RunDirectory:
         storage.write_object(run.run_path, record)
         return run
 
+    def check_free(self) -> None:
+        """Raise RunExistsError, before any work is done, where ``create`` would; makes nothing."""
+        if self.path.exists():
+            self._make_room(overwrite=False)
+
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
         """The run in an existing directory.

@@ -165,7 +165,7 @@ def _draw(name: str, series: Sequence[Series], low: float, high: float) -> str:
         for edge in ("top", "right", "left"):
             axes.spines[edge].set_visible(False)
         axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(length=0, labelcolor=_INK, pad=5)
+        axes.tick_params(length=0, labelcolor=_INK, pad=8)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         ends = [one.end.sequences for one in series if one.end]
@@ -173,7 +173,7 @@ def _draw(name: str, series: Sequence[Series], low: float, high: float) -> str:
         for index, one in enumerate(series):
             _draw_series(axes, one, low, high, last, _turn(series, index))
         axes.set_ylim(low, high)
-        axes.set_xlim(0, last * 1.03)
+        axes.set_xlim(-0.025 * last, 1.025 * last)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: compact_count(x)))
@@ -204,6 +204,8 @@ def _draw_series(axes: Any, one: Series, low: float, high: float, last: float, t
     few = len(one.points) <= 2
     axes.plot(x, y, color=color, linewidth=1.8, solid_joinstyle="round", marker="o" if few else None, markersize=4)
     if one.start is not None:
+        # What is drawn before the first step, to fit the target, leaves the policy where it began.
+        axes.plot([0, *x[:1]], [one.start, *y[:1]], color=color, linewidth=1, alpha=0.5)
         axes.plot([0], [one.start], "o", markersize=6, color=color, markerfacecolor="none", clip_on=False, zorder=5)
     if one.end is not None:
         bar = 2 * _se(one.end)

@@ -30,13 +30,26 @@ class Measured:
         """Whether there is a value."""
         return math.isfinite(self.value)
 
-    def __str__(self) -> str:
+    @property
+    def value_text(self) -> str:
+        """The value with as many decimals as its standard error has."""
         if not self.known:
             return "–"
-        if not (math.isfinite(self.se) and self.se > 0):
-            return _minus(f"{self.value:.4g}")
-        decimals = min(max(_decimals(self.se), 0), 6)
-        return _minus(f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}")
+        if not self._has_error:
+            return plain_number(self.value)
+        return _minus(_rounded(self.value, self.se))
+
+    @property
+    def error_text(self) -> str:
+        """The error with its sign, or nothing where the error is not known."""
+        return _minus(f"± {_rounded(self.se, self.se)}") if self.known and self._has_error else ""
+
+    @property
+    def _has_error(self) -> bool:
+        return math.isfinite(self.se) and self.se > 0
+
+    def __str__(self) -> str:
+        return f"{self.value_text} {self.error_text}".strip()
 
 
 @dataclass(frozen=True)
@@ -55,9 +68,21 @@ class FeatureSummary:
     met: bool | None
 
     @property
+    def aim(self) -> float:
+        """The mean to reach: the goal, or for a reward, which has none, the mean under the fitted p."""
+        return self.achieved.value if self.goal is None else self.goal
+
+    @property
+    def aim_text(self) -> str:
+        """What the aim is, in words and a number; empty where there is none."""
+        if self.goal is not None:
+            return f"goal {plain_number(self.goal)}"
+        return f"under p {self.achieved}" if self.achieved.known else ""
+
+    @property
     def in_unit_interval(self) -> bool:
         """Whether all its means can be read as shares."""
-        means = [self.base.value, self.achieved.value, self.tuned.value, self.goal if self.goal is not None else 0.0]
+        means = [self.base.value, self.achieved.value, self.tuned.value, self.aim]
         return self.kind != "reward" and all(0 <= mean <= 1 for mean in means if math.isfinite(mean))
 
 
@@ -86,7 +111,10 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
     latest: Mapping[str, Any] = evaluation or last
     samples = int((evaluation or {}).get("samples") or 0)
     source = f"{samples:,} fresh samples" if evaluation else f"training step {last.get('step', '?')}" if last else ""
-    features = [_feature(record, index, latest) for index, record in enumerate(target.get("features") or [])]
+    features = [
+        _feature(record, index, latest, judged=bool(evaluation))
+        for index, record in enumerate(target.get("features") or [])
+    ]
     return Summary(
         features=features,
         source=source,
@@ -118,23 +146,22 @@ def plain_number(number: float) -> str:
     return _minus(f"{number:.4g}")
 
 
-def _feature(record: Mapping[str, Any], index: int, latest: Mapping[str, Any]) -> FeatureSummary:
+def _feature(record: Mapping[str, Any], index: int, latest: Mapping[str, Any], *, judged: bool) -> FeatureSummary:
     name, kind = str(record.get("name")), str(record.get("kind"))
-    goal = record.get("goal")
-    if kind == "filter":
-        goal = 1.0  # Inside the support of p every text passes the filter.
+    # Inside the support of p every text passes a filter, and a reward is tilted by, not aimed at.
+    goal = {"filter": 1.0, "reward": None}.get(kind, record.get("goal"))
     tuned = Measured.read((latest.get("moments") or {}).get(name))
     return FeatureSummary(
         name=name,
         kind=kind,
         index=index,
-        goal=None if kind == "reward" else goal,
+        goal=goal,
         base=Measured.read(record.get("base")),
         achieved=Measured.read(record.get("achieved")),
         coefficient=Measured.read(record.get("coefficient")),
         tuned=tuned,
         top_p=Measured.read((latest.get("moments_top_p") or {}).get(name)),
-        met=None if kind == "reward" else is_met(tuned, goal),
+        met=is_met(tuned, goal) if judged else None,
     )
 
 
@@ -169,7 +196,7 @@ def _wanted(features: Sequence[FeatureSummary]) -> str:
         parts.append(f"a tilt by the reward {_listed(rewards)}")
     if not parts:
         return "The target was not fitted, so there is nothing to compare with yet."
-    return f"Wanted: {_listed(parts)}; everything else as the base model writes it."
+    return f"Wanted: {'; '.join(parts)}; everything else as the base model writes it."
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -180,11 +207,11 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _decimals(se: float) -> int:
-    """Decimals that show a standard error with one significant digit, or two where the first is a 1."""
+def _rounded(number: float, se: float) -> str:
+    """The number to where its standard error has one significant digit, or two where the first is a 1."""
     exponent = math.floor(math.log10(se))
-    leading = se / 10**exponent
-    return -exponent + (1 if leading < 2 else 0)
+    decimals = max(-exponent + (1 if se / 10**exponent < 2 else 0), 0)
+    return f"{number:,.{decimals}f}" if decimals <= 6 else f"{number:.2e}"
 
 
 def _minus(text: str) -> str:

@@ -1,6 +1,16 @@
 """Targets: what distribution we want."""
 
-from tiltlm.targets.constrain import BaseSample, FitReport, FittedTarget, constrain, fit_target, report_fit
+from tiltlm.targets.constrain import (
+    BaseSample,
+    FitReport,
+    FittedTarget,
+    constrain,
+    draw_base_sample,
+    fit_target,
+    measure_samples,
+    report_fit,
+    state_terms,
+)
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget
 
@@ -13,7 +23,10 @@ __all__ = [
     "Term",
     "TiltedTarget",
     "constrain",
+    "draw_base_sample",
     "fit_moments",
     "fit_target",
+    "measure_samples",
     "report_fit",
+    "state_terms",
 ]

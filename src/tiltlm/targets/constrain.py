@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tiltlm.estimation import Estimate, effective_sample_size
 from tiltlm.features import Feature, build_feature, measure
 from tiltlm.lm import LanguageModel, Prompts, Samples
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
-from tiltlm.targets.target import Target, Term, TiltedTarget
+from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
 
 # Below this many effective samples the fitted coefficients mean little.
 ENOUGH_SAMPLES = 100
@@ -23,10 +23,14 @@ ENOUGH_SAMPLES = 100
 
 @dataclass(frozen=True)
 class BaseSample:
-    """N samples of the base with the values [N, K] of the target's features: what λ was fitted on."""
+    """N samples of the base with the values [N, K] of the target's features: what λ was fitted on.
+
+    ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from.
+    """
 
     samples: Samples
     features: Tensor
+    max_completion_length: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def constrain(
     prompts: str | Sequence[str] | Prompts | None = None,
     max_completion_length: int = 40,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> FittedTarget:
     """The distribution with these moments that is closest to ``base`` in KL(p‖a).
 
@@ -101,21 +106,43 @@ def constrain(
     the samples show to be out of reach.
     """
     pairs = list(constraints.items() if isinstance(constraints, Mapping) else constraints)
-    terms = [_term(feature, moment) for feature, moment in pairs]
+    terms = state_terms(pairs, reward=reward, beta=beta)
+    features = [term.feature for term in terms]
+    return fit_target(
+        terms, draw_base_sample(base, features, samples, prompts, max_completion_length, seed, progress)
+    )
+
+
+def state_terms(
+    constraints: Sequence[tuple[Feature | str, float]], *, reward: Feature | str | None = None, beta: float = 1.0
+) -> list[Term]:
+    """The terms of a target, not yet fitted. Raises UsageError for what is wrong as stated."""
+    terms = [_term(feature, moment) for feature, moment in constraints]
     if reward is not None:
         if not (beta > 0 and math.isfinite(beta)):
             raise UsageError(f"beta: {beta} must be a finite number above 0; the target is a(x)·exp(r(x)/beta)")
-        terms.append(Term(_feature(reward), "reward", coefficient=1 / beta))
+        terms.append(Term(_feature(reward), "reward", coefficient=1 / beta, spec=_spec(reward)))
     if not terms:
         raise UsageError("target: give at least one constraint or a reward")
     names = [term.feature.name for term in terms]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"target: two features are called '{name}'; give one of them another name")
-    with torch.no_grad():
-        drawn = base.sample(samples, prompts, seed, max_completion_length=max_completion_length)
-    values = measure_samples([term.feature for term in terms], drawn)
-    return fit_target(terms, BaseSample(drawn, values))
+    return terms
+
+
+def draw_base_sample(
+    base: LanguageModel,
+    features: Sequence[Feature],
+    n: int,
+    prompts: str | Sequence[str] | Prompts | None = None,
+    max_completion_length: int = 40,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> BaseSample:
+    """Draw ``n`` completions of the base and measure the features on them."""
+    drawn = base.sample(n, prompts, seed, max_completion_length=max_completion_length, progress=progress)
+    return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
 
 
 def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:
@@ -198,8 +225,12 @@ def _feature(feature: Feature | str) -> Feature:
     return build_feature(feature) if isinstance(feature, str) else feature
 
 
-def _term(feature: Feature | str, moment: float) -> Term:
-    feature = _feature(feature)
+def _spec(feature: Feature | str) -> str | None:
+    return feature if isinstance(feature, str) else None
+
+
+def _term(given: Feature | str, moment: float) -> Term:
+    feature = _feature(given)
     if isinstance(moment, bool) or not isinstance(moment, int | float) or not math.isfinite(moment):
         raise UsageError(f"feature '{feature.name}': moment {moment!r} is not a finite number")
     if feature.binary and not 0 <= moment <= 1:
@@ -208,7 +239,8 @@ def _term(feature: Feature | str, moment: float) -> Term:
         raise UsageError(
             f"feature '{feature.name}': for moment 0 ask for its opposite with moment 1.0 (not: {feature.name})"
         )
-    return Term(feature, "filter" if feature.binary and moment == 1 else "moment", float(moment))
+    kind: Kind = "filter" if feature.binary and moment == 1 else "moment"
+    return Term(feature, kind, float(moment), spec=_spec(given))
 
 
 def _check_filter(name: str, values: Tensor) -> None:

@@ -32,13 +32,15 @@ class Term:
     """One factor of a target.
 
     A ``filter`` keeps only texts whose binary feature is 1; a ``moment`` multiplies by exp(coefficient · φ), where the
-    coefficient was fitted so that E_p[φ] = ``goal``; a ``reward`` does so with coefficient 1/β.
+    coefficient was fitted so that E_p[φ] = ``goal``; a ``reward`` does so with coefficient 1/β. ``spec`` is the run
+    file's form of the feature where it was given as one.
     """
 
     feature: Feature
     kind: Kind
     goal: float | None = None
     coefficient: float = 0.0
+    spec: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from tiltlm.errors import CheckpointError
+from tiltlm.lm import LanguageModel, Law, Prompts, Samples
+from tiltlm.targets import BaseSample
 
-TENSORS, NUMBERS = "tensors.pt", "state.json"
+TENSORS, NUMBERS, BASE_SAMPLE = "tensors.pt", "state.json", "base_sample.pt"
 KEPT = 2
 
 
@@ -68,6 +70,46 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"or start anew in another output directory."
         ) from error
     return tensors, numbers
+
+
+def save_base_sample(folder: Path, sample: BaseSample) -> None:
+    """Keep the base samples that a target was fitted on, so that a resumed run has the very same target."""
+    samples = sample.samples
+    state = {
+        **{name: getattr(samples, name) for name in ("tokens", "mask", "proposal_logprob", "prompt_index")},
+        "prompt_tokens": samples.prompts.tokens,
+        "prompt_mask": samples.prompts.mask,
+        "prompt_texts": list(samples.prompts.texts),
+        "features": sample.features,
+        "max_completion_length": sample.max_completion_length,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{BASE_SAMPLE}.partial"
+        with partial.open("wb") as file:
+            torch.save(state, file)
+        os.replace(partial, folder / BASE_SAMPLE)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the base's samples could not be written under {folder}: {error}") from error
+
+
+def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
+    """What ``save_base_sample`` kept, or None. Raises CheckpointError for a damaged file."""
+    path = folder / BASE_SAMPLE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=base.device, weights_only=True)
+        prompts = Prompts(state["prompt_tokens"], state["prompt_mask"], tuple(state["prompt_texts"]))
+        samples = Samples(
+            *(state[name] for name in ("tokens", "mask", "proposal_logprob", "prompt_index")),
+            prompts=prompts,
+            law=Law(),
+            tokenizer=base.tokenizer,
+        )
+        return BaseSample(samples, state["features"].cpu(), state["max_completion_length"])
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Start anew in another output directory.") from error
 
 
 def _digest(path: Path) -> str:

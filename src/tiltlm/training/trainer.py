@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError
 from tiltlm.estimation import Partition
-from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, token_logprob
+from tiltlm.lm import Law, Roles, Samples, token_logprob
 from tiltlm.objectives import Objective, Record
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
@@ -40,38 +40,34 @@ class Outcome:
 
 
 class Trainer:
-    """Tunes ``policy`` toward ``target``; the policy's weights as given are the base.
+    """Tunes the policy of ``roles`` toward ``target``.
 
-    ``base_sample`` holds the samples that the target was fitted on: they start the estimate of log Z and, with
-    ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included.
+    ``base_sample`` holds the samples that the target was fitted on: they set prompts and length, start the estimate of
+    log Z and, with ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included.
     """
 
     def __init__(
         self,
-        policy: LanguageModel,
+        roles: Roles,
         target: Target,
         objective: Objective,
         rule: ProposalRule,
         args: TrainingArguments,
         *,
         base_sample: BaseSample,
-        prompts: str | Sequence[str] | None = None,
-        max_completion_length: int = 40,
         seed: int = 0,
         checkpoint_dir: Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.target, self.objective, self.rule, self.args = target, objective, rule, args
         self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
-        self.max_completion_length = max_completion_length
-        self.accelerator = build_accelerator(args, policy.device)
-        self.roles = Roles(policy)
-        self.parameters = self.roles.trainable()
+        self.prompts, self.max_completion_length = base_sample.samples.prompts, base_sample.max_completion_length
+        self.accelerator = build_accelerator(args, roles.policy.device)
+        self.roles, self.parameters = roles, roles.trainable()
         optimizer = build_optimizer(self.parameters.values(), args)
         self.scheduler = build_scheduler(optimizer, args)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.generator = torch.Generator(policy.device).manual_seed(seed)
-        self.prompts: Prompts = policy.encode_prompts(prompts)
+        self.generator = torch.Generator(roles.policy.device).manual_seed(seed)
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
         self.queue = FitSampleQueue(base_sample if args.reuse_fit_samples else None)
@@ -104,7 +100,7 @@ class Trainer:
         # A batch must not normalize itself: that would correlate Z with the weights that it divides.
         scores = self.pull(batch, self.partition.log_z.value)
         self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
-        metrics = step_metrics(scores, batch.features, self.target, self.partition, on_policy=batch.source == "policy")
+        metrics = step_metrics(scores, batch.features, self.target, self.partition)
         replaced = self._follow(scores)
         with self._phase("step"):
             norm = self.update()

@@ -1,0 +1,125 @@
+"""From a config to objects: the only place that knows both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiltlm.config import MethodConfig, RunConfig
+from tiltlm.errors import UsageError, nearest
+from tiltlm.features import Feature, build_feature
+from tiltlm.features.callables import load_object
+from tiltlm.lm import LanguageModel, Roles
+from tiltlm.objectives import BUILT_IN, Objective
+from tiltlm.targets import Target, Term, state_terms
+from tiltlm.training.callbacks import Callback
+from tiltlm.training.optimizers import optimizer_class
+from tiltlm.training.proposal import ProposalRule, proposal_rule
+
+DEFAULT_PROPOSAL = {"dpg": "on_policy", "gdc": "kl", "gdc++": "on_policy"}
+
+
+def build_base(config: RunConfig) -> LanguageModel:
+    """The model that the config names, on its device, without an adapter."""
+    return LanguageModel.from_pretrained(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+
+
+def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
+    """Base and policy: one set of weights with ``peft``, else the base and a copy to tune."""
+    if config.peft is not None:
+        return Roles(base.with_lora(seed=config.seed, **config.peft))
+    return Roles(base.copy(), base=base)
+
+
+def build_terms(config: RunConfig) -> list[Term]:
+    """The features and moments of the target, not yet fitted. Raises UsageError for what is wrong as stated."""
+    constraints = [(_named(c.feature, c.name), c.moment) for c in config.target.constraints]
+    reward = config.target.reward
+    if reward is None:
+        return state_terms(constraints)
+    return state_terms(constraints, reward=_named(reward.feature, reward.name), beta=reward.beta)
+
+
+def build_own_target(config: RunConfig) -> Target:
+    """The user's own target, ``target.python``. Raises UsageError when it is none."""
+    target = _built(str(config.target.python), config.target.args)
+    if not isinstance(target, Target):
+        raise UsageError(f"target.python: '{config.target.python}' has no features and log_score(base_logprob, features)")
+    return target
+
+
+def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
+    """The objective and its proposal rule. Raises UsageError for unknown names."""
+    objective: Any
+    if config.name in BUILT_IN:
+        if config.args:
+            raise UsageError(f"method.args: {config.name} takes no arguments, got {', '.join(config.args)}")
+        objective = BUILT_IN[config.name]()
+    elif ":" in config.name:
+        objective = _built(config.name, config.args)
+        if not isinstance(objective, Objective):
+            raise UsageError(f"method.name: '{config.name}' has no name and coefficients(record)")
+    else:
+        raise UsageError(f"method.name: '{config.name}' is not known; {nearest(config.name, BUILT_IN)}, module:name")
+    rule = config.proposal or DEFAULT_PROPOSAL.get(config.name, "on_policy")
+    return objective, proposal_rule(rule, config.check_steps)
+
+
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """The user's own callbacks."""
+    built = [_built(name, {}) for name in config.callbacks]
+    for name, callback in zip(config.callbacks, built, strict=True):
+        if not isinstance(callback, Callback):
+            raise UsageError(f"callbacks: '{name}' is no tiltlm.Callback; derive it from that class")
+    return built
+
+
+def check_names(config: RunConfig) -> None:
+    """Everything that can be wrong as written, before any work begins. Raises UsageError."""
+    optimizer_class(config.training.optim)
+    build_method(config.method)
+    if config.target.python is None:
+        build_terms(config)
+    read_prompts(config.prompts)
+
+
+def read_prompts(prompts: str | Sequence[str] | None) -> list[str] | None:
+    """Prompts as a list: a string that names a text file is read line by line, another is a prompt itself."""
+    if prompts is None:
+        return None
+    if not isinstance(prompts, str):
+        given = list(prompts)
+    elif prompts.endswith(".txt") or Path(prompts).is_file():
+        try:
+            given = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"prompts: {prompts} cannot be read as text: {error}") from error
+    else:
+        given = [prompts]
+    if not given:
+        raise UsageError("prompts: there is none in it; give one string, a list, or a file with one prompt a line")
+    return given
+
+
+def _named(spec: Any, name: str | None) -> Feature:
+    feature = build_feature(spec)
+    return feature.renamed(name) if name else feature
+
+
+def _built(name: str, args: dict[str, Any]) -> Any:
+    """The object that ``package.module:name`` names, called with ``args`` when it is a class or a function."""
+    found: Callable[..., Any] = load_object(name)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return found
+    try:
+        return found(**args)
+    except TypeError as error:
+        raise UsageError(f"'{name}' cannot be built with {args}: {error}") from error

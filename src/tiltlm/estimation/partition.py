@@ -1,0 +1,121 @@
+"""The partition function Z = Σ P(x), estimated in log space from rounds of samples as they stream in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from tiltlm.errors import CheckpointError
+from tiltlm.estimation.estimate import Estimate
+from tiltlm.estimation.weights import checked_log_weights, no_hit
+
+# How much of a past round still counts in the rating of the next: proposals change, so only recent rounds tell.
+REMEMBERED = 0.5
+
+
+@dataclass(frozen=True)
+class Partition:
+    """All that past rounds tell about log Z; ``updated`` returns the next state.
+
+    Each round's samples get one rating α, and Ẑ = Σ α w / Σ α n over all samples. α is the inverse of the variance of
+    w/Z to be expected of the round, CV² = n/ESS − 1, foretold from the rounds before it. Logarithms are −inf where a
+    sum is still 0; ``recent_*`` are sums over past rounds that fade by half with each.
+    """
+
+    rounds: int = 0
+    samples: int = 0
+    hits: int = 0
+    rating_sum: float = 0.0
+    rating_squares: float = 0.0
+    log_weight_sum: float = -math.inf
+    log_weight_rated_twice: float = -math.inf
+    log_square_rated_twice: float = -math.inf
+    recent_effective: float = 0.0
+    recent_samples: float = 0.0
+
+    @classmethod
+    def empty(cls) -> Partition:
+        """The state before the first round."""
+        return cls()
+
+    @property
+    def known(self) -> bool:
+        """Whether a sample has hit the target yet; while none has, the estimate of Z is 0 and log Z is −inf."""
+        return self.log_weight_sum > -math.inf
+
+    def updated(self, log_weights_N: Tensor) -> Partition:
+        """The state after one more round, log w = log P − log q [N]; a round without hits pulls Z down, as it must."""
+        log_weights = checked_log_weights(log_weights_N)
+        n = len(log_weights)
+        log_sum = float(log_weights.logsumexp(0))
+        log_squares = float((2 * log_weights).logsumexp(0))
+        effective = 0.0 if no_hit(log_weights) else math.exp(2 * log_sum - log_squares)
+        # A round's own spread must not rate it: luck moves both, so low estimates (or rare hits) would win and bias Z.
+        # Past rounds share none of its luck; the +1s (rule of succession) keep a bad or perfect past from extremes.
+        past_effective, past = (self.recent_effective, self.recent_samples) if self.rounds else (effective, float(n))
+        rating = (past_effective + 1) / (max(past - past_effective, 0.0) + 1)
+        return Partition(
+            rounds=self.rounds + 1,
+            samples=self.samples + n,
+            hits=self.hits + int((log_weights > -math.inf).sum()),
+            rating_sum=self.rating_sum + rating * n,
+            rating_squares=self.rating_squares + rating**2 * n,
+            log_weight_sum=_log_add(self.log_weight_sum, math.log(rating) + log_sum),
+            log_weight_rated_twice=_log_add(self.log_weight_rated_twice, 2 * math.log(rating) + log_sum),
+            log_square_rated_twice=_log_add(self.log_square_rated_twice, 2 * math.log(rating) + log_squares),
+            recent_effective=REMEMBERED * self.recent_effective + effective,
+            recent_samples=REMEMBERED * self.recent_samples + n,
+        )
+
+    @property
+    def log_z(self) -> Estimate:
+        """log Ẑ, in nats, with standard error (the relative error of Ẑ); −inf with error nan while not ``known``."""
+        if not self.known:
+            return Estimate(-math.inf, math.nan)
+        log_z = self.log_weight_sum - math.log(self.rating_sum)
+        # Σ α²(w/Ẑ − 1)², about the pooled mean, so that a round without hits has a variance too.
+        spread = (
+            math.exp(self.log_square_rated_twice - 2 * log_z)
+            - 2 * math.exp(self.log_weight_rated_twice - log_z)
+            + self.rating_squares
+        )
+        rated = self.rating_sum**2 / self.rating_squares
+        if rated <= 1 + 1e-9:
+            return Estimate(log_z, math.nan)
+        return Estimate(log_z, math.sqrt(max(spread, 0.0) * rated / (rated - 1)) / self.rating_sum)
+
+    def to_json(self) -> dict[str, float | None]:
+        """The state for a checkpoint; ``from_json`` gives it back bit for bit (None stands for −inf)."""
+        return {name: value if value > -math.inf else None for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, float | None]) -> Partition:
+        """The state that ``to_json`` wrote; raises CheckpointError when fields are missing, unknown or not numbers."""
+        names = {field.name for field in fields(cls)}
+        if set(state) != names:
+            raise CheckpointError(
+                f"partition has fields {sorted(state)} and needs {sorted(names)}; resume an intact save"
+            )
+        values: dict[str, Any] = {}
+        for name, value in state.items():
+            if value is None and name.startswith("log_"):
+                value = -math.inf
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CheckpointError(f"partition.{name} is {value!r} and must be a number; resume an intact save")
+            values[name] = value
+        return cls(**values)
+
+
+def log_partition(log_weights_N: Tensor) -> Estimate:
+    """log Z from one round of log-weights [N] alone: logsumexp − log N, with √(1/ESS − 1/N) as error."""
+    return Partition.empty().updated(log_weights_N).log_z
+
+
+def _log_add(a: float, b: float) -> float:
+    """log(exp a + exp b)."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))

@@ -1,0 +1,50 @@
+"""Sentiment by VADER, a lexicon and a handful of rules: fast, deterministic, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tiltlm.errors import FeatureError, UsageError, nearest
+from tiltlm.features.feature import Batch, Feature
+
+KINDS = ("positive", "negative", "compound")
+CLEAR = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentiment(Feature):
+    """VADER's compound score in [-1, 1], or whether it is clearly positive or clearly negative."""
+
+    kind: str
+
+    def compute(self, batch: Batch) -> list[float]:
+        analyzer = _analyzer()
+        scores = [float(analyzer.polarity_scores(text)["compound"]) for text in batch.texts]
+        if self.kind == "positive":
+            return [float(score >= CLEAR) for score in scores]
+        if self.kind == "negative":
+            return [float(score <= -CLEAR) for score in scores]
+        return scores
+
+
+def sentiment(kind: str = "compound") -> Sentiment:
+    """The sentiment of the text by VADER (Hutto and Gilbert, ICWSM 2014).
+
+    ``compound``: its normalized score, a real number in [-1, 1], 0 for an empty text. ``positive``: 1 where compound is
+    at least 0.05, else 0. ``negative``: 1 where it is at most -0.05, else 0. Raises UsageError for another kind.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"sentiment: unknown kind {kind!r}; {nearest(str(kind), KINDS)}")
+    name = "sentiment" if kind == "compound" else f"{kind} sentiment"
+    return Sentiment(name=name, binary=kind != "compound", kind=kind)
+
+
+@lru_cache(maxsize=1)
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError as error:
+        raise FeatureError("sentiment needs the package vaderSentiment: pip install vaderSentiment") from error
+    return SentimentIntensityAnalyzer()

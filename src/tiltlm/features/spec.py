@@ -1,0 +1,103 @@
+"""From the run file's form of a feature to the feature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.features.callables import callable_feature, python_feature
+from tiltlm.features.combine import all_of, any_of, negation, threshold
+from tiltlm.features.feature import Feature
+from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
+from tiltlm.features.sentiment import sentiment
+
+FeatureSpec = str | Mapping[str, Any] | Feature | Callable[..., Any]
+
+MEASURES: dict[str, Callable[..., Feature]] = {
+    "contains": contains,
+    "wordlist": wordlist,
+    "regex": regex,
+    "length": length,
+    "pronouns": pronouns,
+    "sentiment": sentiment,
+    "python": python_feature,
+}
+COMBINATORS = ("all", "any", "not", "threshold")
+KINDS = (*MEASURES, *COMBINATORS)
+
+
+def build_feature(spec: FeatureSpec) -> Feature:
+    """The feature that a spec describes.
+
+    ``{contains: amazing}`` or the short form ``contains:amazing`` gives the first argument of the function of that
+    name; further ones stand beside it or in a mapping, ``{contains: {phrase: amazing, ignore_case: false}}``; ``name``
+    beside it renames. ``all``, ``any`` and ``not`` hold specs, ``threshold`` holds ``{feature, at, op}``. A Feature is
+    returned as it is, a Python function becomes one. Raises UsageError for anything else.
+    """
+    if isinstance(spec, Feature):
+        return spec
+    if isinstance(spec, str):
+        return _build(*_short_form(spec), options={})
+    if callable(spec):
+        return callable_feature(spec)
+    if not isinstance(spec, Mapping):
+        raise UsageError(f"feature: expected a mapping such as {{contains: amazing}}, got {spec!r}")
+    kinds = [key for key in spec if key in KINDS]
+    if not kinds:
+        wrong = next((str(key) for key in spec if key != "name"), "")
+        raise UsageError(f"feature: unknown feature '{wrong}'; {nearest(wrong, KINDS)}")
+    if len(kinds) > 1:
+        raise UsageError(f"feature: {' and '.join(kinds)} in one mapping; give one, or a list under 'all' or 'any'")
+    options = {str(key): value for key, value in spec.items() if key not in (kinds[0], "name")}
+    feature = _build(kinds[0], spec[kinds[0]], options)
+    return feature.renamed(spec["name"]) if "name" in spec else feature
+
+
+def _short_form(spec: str) -> tuple[str, str]:
+    kind, colon, argument = spec.partition(":")
+    if colon and kind.strip() in MEASURES:
+        return kind.strip(), argument.strip()
+    if colon and kind.strip() in COMBINATORS:
+        raise UsageError(f"feature: '{kind}' holds features, so it needs the long form: {{{kind}: …}}")
+    hint = f"write 'python:{spec}' for a Python function; " if colon and kind.replace(".", "").isidentifier() else ""
+    raise UsageError(f"feature: unknown feature '{spec}'; {hint}{nearest(kind, KINDS)}")
+
+
+def _build(kind: str, argument: Any, options: dict[str, Any]) -> Feature:
+    if kind in MEASURES:
+        function = MEASURES[kind]
+        if isinstance(argument, Mapping):
+            return _call(kind, function, {str(key): value for key, value in argument.items()} | options)
+        return _call(kind, function, {next(iter(inspect.signature(function).parameters)): argument} | options)
+    _reject_unknown(kind, options, ())
+    if kind == "not":
+        return negation(build_feature(argument))
+    if kind == "threshold":
+        if not isinstance(argument, Mapping):
+            raise UsageError(f"threshold: expected {{feature: …, at: 0.5, op: '>='}}, got {argument!r}")
+        fields = {str(key): value for key, value in argument.items()}
+        if "feature" in fields:
+            fields["feature"] = build_feature(fields["feature"])
+        return _call(kind, threshold, fields)
+    if isinstance(argument, str | Mapping) or not isinstance(argument, Sequence) or not argument:
+        raise UsageError(f"{kind}: expected a list of features, got {argument!r}")
+    parts = [build_feature(part) for part in argument]
+    return all_of(*parts) if kind == "all" else any_of(*parts)
+
+
+def _call(kind: str, function: Callable[..., Feature], arguments: dict[str, Any]) -> Feature:
+    """The function called with these keywords, once they are known to fit its signature."""
+    parameters = inspect.signature(function).parameters
+    _reject_unknown(kind, arguments, tuple(parameters))
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise UsageError(f"{kind}: '{parameter.name}' is missing")
+    return function(**arguments)
+
+
+def _reject_unknown(kind: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> None:
+    for key in options:
+        if key not in valid:
+            raise UsageError(f"{kind}: unknown option '{key}'; {nearest(key, (*valid, 'name'))}")

@@ -1,0 +1,298 @@
+"""The main job: fit a target, tune a model toward it, evaluate on fresh samples, and leave a run directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from tiltlm.build import (
+    build_base,
+    build_callbacks,
+    build_method,
+    build_own_target,
+    build_roles,
+    build_terms,
+    check_names,
+    read_prompts,
+)
+from tiltlm.config import ConstraintConfig, EvaluationConfig, MethodConfig, RewardConfig, RunConfig, TargetConfig
+from tiltlm.errors import TiltError, UsageError
+from tiltlm.lm import LanguageModel, Roles
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.runs.display import Display
+from tiltlm.runs.model_card import model_card
+from tiltlm.runs.report import write_report
+from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, draw_base_sample, fit_target, report_fit
+from tiltlm.training.acceleration import Trackers
+from tiltlm.training.arguments import TrainingArguments
+from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.checkpoint import load_base_sample, save_base_sample
+from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
+from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.trainer import Trainer
+
+# Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3}
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A target, fitted or the user's own, with the base samples that say how it stands."""
+
+    target: Target
+    base_sample: BaseSample
+    report: FitReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to: its directory, the models in their roles, and both evaluations (None if interrupted)."""
+
+    directory: RunDirectory
+    status: Literal["done", "interrupted"]
+    roles: Roles
+    report: FitReport
+    base_evaluation: Evaluation | None
+    evaluation: Evaluation | None
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The tuned model."""
+        return self.roles.policy
+
+
+class Recorder(Callback):
+    """Writes every step into the run directory."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
+        self.directory.append_metrics(metrics.to_json())
+
+    def on_save(self, progress: Progress, checkpoint: Path) -> None:
+        self.directory.write_run(progress=progress.to_json(), seconds=progress.seconds)
+
+
+def stream(seed: int, use: str) -> int:
+    """The seed of one use of randomness in a run."""
+    return seed * 1_000 + STREAMS[use]
+
+
+def tune(
+    base: LanguageModel,
+    target: FittedTarget,
+    *,
+    output_dir: str | os.PathLike[str],
+    method: str = "gdc++",
+    proposal: str | None = None,
+    peft: dict[str, Any] | None = None,
+    seed: int = 0,
+    evaluation_samples: int = 2048,
+    callbacks: Sequence[Callback] = (),
+    **training: Any,
+) -> Run:
+    """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
+
+    With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
+    Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
+    """
+    config = RunConfig(
+        model=base.name,
+        target=_stated_config(target),
+        method=MethodConfig(name=method, proposal=proposal),
+        training=TrainingArguments(**training),
+        peft=peft,
+        seed=seed,
+        evaluation=EvaluationConfig(samples=evaluation_samples),
+        max_completion_length=target.base_sample.max_completion_length,
+    )
+    directory = RunDirectory(Path(output_dir))
+    directory.check_free()
+    roles = build_roles(config, base)
+    stated = Stated(target, target.base_sample, target.report)
+    display = Display(Console(stderr=True), goals(stated.report))
+    return _run(config, directory, roles, stated, display, callbacks, resume=False)
+
+
+def _stated_config(target: FittedTarget) -> TargetConfig:
+    """The run file's form of a target that was stated in Python; a feature without one goes by its name."""
+    stated = [(term.spec or term.feature.name, term) for term in target.terms]
+    rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in stated if term.kind == "reward"]
+    return TargetConfig(
+        constraints=[
+            ConstraintConfig(feature=f, moment=term.goal or 0.0) for f, term in stated if term.kind != "reward"
+        ],
+        reward=rewards[0] if rewards else None,
+        samples=len(target.base_sample.samples),
+    )
+
+
+def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, console: Console | None = None) -> Run:
+    """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped."""
+    console = console or Console(stderr=True)
+    display = Display(console)
+    check_names(config)
+    directory = RunDirectory(output_dir)
+    resume = resume and directory.run_path.exists()
+    if resume:
+        _check_same(config, RunDirectory.open(output_dir))
+    else:
+        directory.check_free()
+    base = build_base(config)
+    stated = state_target(config, base, display, directory.checkpoint_dir if resume else None)
+    display.goals = goals(stated.report)
+    for warning in stated.report.warnings:
+        display.say(f"note: {warning}")
+    return _run(config, directory, build_roles(config, base), stated, display, build_callbacks(config), resume=resume)
+
+
+def state_target(
+    config: RunConfig, base: LanguageModel, display: Display, checkpoint_dir: Path | None = None
+) -> Stated:
+    """Fit the target of a config on samples of the base, drawn now or, on resuming, read back."""
+    own = build_own_target(config) if config.target.python else None
+    terms = [] if own else build_terms(config)
+    features = list(own.features) if own else [term.feature for term in terms]
+    sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
+    if sample is None:
+        prompts = read_prompts(config.prompts)
+        with display.counting("sampling the base") as progress:
+            sample = draw_base_sample(
+                base,
+                features,
+                config.target.samples,
+                prompts,
+                config.max_completion_length,
+                stream(config.seed, "fit"),
+                progress,
+            )
+    if own:
+        return Stated(own, sample, report_fit(own, sample))
+    fitted = fit_target(terms, sample)
+    return Stated(fitted, sample, fitted.report)
+
+
+def goals(report: FitReport) -> dict[str, float | None]:
+    """The wanted mean of each feature, by name."""
+    return {term.name: term.goal for term in report.terms}
+
+
+def _run(
+    config: RunConfig,
+    directory: RunDirectory,
+    roles: Roles,
+    stated: Stated,
+    display: Display,
+    callbacks: Sequence[Callback],
+    *,
+    resume: bool,
+) -> Run:
+    objective, rule = build_method(config.method)
+    recorder = Recorder(directory)
+    trainer = Trainer(
+        roles,
+        stated.target,
+        objective,
+        rule,
+        config.training,
+        base_sample=stated.base_sample,
+        seed=stream(config.seed, "train"),
+        checkpoint_dir=directory.checkpoint_dir,
+        callbacks=[recorder, display, *callbacks],
+    )
+    if resume:
+        trainer.resume()
+        directory.truncate_metrics(trainer.step)
+        directory.mark_running()
+    else:
+        directory = RunDirectory.create(directory.path, _full(config), config.seed)
+        save_base_sample(directory.checkpoint_dir, stated.base_sample)
+    trackers = Trackers(config.report_to, _full(config), directory.path) if config.report_to else None
+    trainer.callbacks += (trackers,) if trackers else ()
+    try:
+        directory.write_run(device=str(roles.policy.device), target=stated.report.to_json())
+        with display.training(trainer.step, config.training.max_steps):
+            outcome = trainer.train()
+        final = {"progress": outcome.progress.to_json(), "seconds": outcome.progress.seconds}
+        if outcome.status == "interrupted":
+            directory.mark_interrupted(**final)
+            return Run(directory, "interrupted", roles, stated.report, None, None)
+        before, after = _evaluate(config, roles, stated, display)
+        _publish(directory, config, roles, stated, before, after)
+        directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
+    except BaseException as error:
+        directory.mark_failed(error)
+        raise
+    finally:
+        if trackers:
+            trackers.close()
+    write_report(directory)
+    return Run(directory, "done", roles, stated.report, before, after)
+
+
+def _evaluate(config: RunConfig, roles: Roles, stated: Stated, display: Display) -> tuple[Evaluation, Evaluation]:
+    wanted = config.evaluation
+    before = evaluate_base(stated.base_sample, stated.target, wanted.samples, wanted.texts)
+    with display.counting("evaluating the tuned model") as progress:
+        after = evaluate_policy(
+            roles,
+            stated.target,
+            wanted.samples,
+            prompts=stated.base_sample.samples.prompts,
+            max_completion_length=stated.base_sample.max_completion_length,
+            seed=stream(config.seed, "evaluate"),
+            top_p=wanted.top_p,
+            texts=wanted.texts,
+            progress=progress,
+        )
+    return before, after
+
+
+def _publish(
+    directory: RunDirectory, config: RunConfig, roles: Roles, stated: Stated, before: Evaluation, after: Evaluation
+) -> None:
+    """Write the texts and the tuned model, the latter whole or not at all."""
+    directory.write_samples([*before.texts, *after.texts])
+    partial = directory.path / "policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        roles.policy.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(config.model, _full(config), stated.report, after), "utf-8")
+        shutil.rmtree(directory.policy_dir, ignore_errors=True)
+        os.replace(partial, directory.policy_dir)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TiltError(
+            f"the tuned model could not be written to {directory.policy_dir}: {error}. "
+            f"Free some space and go on with --resume; the checkpoints are safe."
+        ) from error
+
+
+def _full(config: RunConfig) -> dict[str, Any]:
+    """The config with every default, as JSON."""
+    return {**config.model_dump(mode="json"), "training": asdict(config.training)}
+
+
+# What may change between two sittings of one run without changing what it computes.
+CHANGEABLE = ("output_dir", "report_to", "callbacks", "evaluation", "training.save_steps", "training.logging_steps")
+
+
+def _check_same(config: RunConfig, directory: RunDirectory) -> None:
+    def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in nested.items():
+            name = prefix + key
+            result.update(flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        return {key: value for key, value in result.items() if not key.startswith(CHANGEABLE)}
+
+    then, now = flat(directory.read_run()["config"]), flat(_full(config))
+    changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in then | now if then.get(key) != now.get(key)]
+    if changed:
+        raise UsageError(f"--resume: the config is not the one of {directory.path}: {'; '.join(changed)}")

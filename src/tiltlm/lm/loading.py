@@ -1,0 +1,92 @@
+"""Loading: tokenizer and weights from a folder or the hub, and the device they go to; whatever fails says why."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tiltlm.errors import ModelError, UsageError, nearest
+from tiltlm.lm.embedded import EMBEDDED, embedded_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; ``kwargs`` go to ``AutoTokenizer.from_pretrained``.
+
+    Raises ModelError when there is none, or none with a token to start from.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(_source(name), **kwargs)
+        # For a folder without tokenizer files transformers may build one that knows no word.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("there are no tokenizer files (tokenizer.json, tokenizer.model, vocab.json ...).")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model: the tokenizer of '{name}' has neither a BOS nor an EOS token to start from")
+    return tokenizer
+
+
+def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
+    """The causal language model, from safetensors only; ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises UsageError for an unknown dtype, ModelError for weights that are missing, damaged or incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: '{dtype}' is not known; {nearest(str(dtype), DTYPES)}")
+    with _explained(name, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            _source(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        # transformers would fill them with random numbers and go on.
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{len(missing)} of its weights are not in the file, among them {missing[0]}.")
+    return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device: '{device}' cannot be used here ({reason}); try auto, cpu or cuda") from error
+    return resolved
+
+
+def _source(name: str) -> str:
+    return str(embedded_path()) if name == EMBEDDED else name
+
+
+@contextlib.contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers or safetensors say of a missing or broken model into one ModelError."""
+    try:
+        yield
+    except Exception as error:
+        where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model: no {part} could be loaded from '{name}' ({where}): {reason} "
+            f"Use 'embedded', a folder saved by save_pretrained (safetensors and tokenizer), or a hub name."
+        ) from error

@@ -1,0 +1,45 @@
+"""The model card beside a tuned model: what it was tuned toward, and how close it got."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from tiltlm.targets import FitReport
+    from tiltlm.training.evaluation import Evaluation
+
+
+def model_card(base: str, config: Mapping[str, Any], report: FitReport, evaluation: Evaluation) -> str:
+    """Markdown with the target, the figures and the configuration."""
+    rows = []
+    for term in report.terms:
+        goal = "" if term.goal is None else f"{term.goal:g}"
+        rows.append(f"| {_cell(term.name)} | {term.kind} | {goal} | {term.base} | {evaluation.moments[term.name]} |")
+    adapter = "peft" if config.get("peft") else "transformers"
+    return f"""---
+library_name: {adapter}
+tags: [tiltlm, distribution-matching]
+---
+
+# {_cell(base)}, tuned toward a stated distribution
+
+Tuned by [tiltlm](https://pypi.org/project/tiltlm/). The licence of the base model applies to these weights.
+
+| feature | kind | goal | base | tuned |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+KL(p‖π) {evaluation.kl_p_pi} (it was {report.kl_p_a} for the base), KL(π‖a) {evaluation.kl_pi_a}, both in nats per
+sequence, on {evaluation.samples:,} fresh samples; each figure with its standard error.
+
+```yaml
+{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip()}
+```
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

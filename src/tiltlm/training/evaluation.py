@@ -1,0 +1,186 @@
+"""Evaluation: fresh samples of a model, never of a proposal, and what they say of it, each with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tiltlm import estimation
+from tiltlm.estimation import Estimate
+from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, token_logprob
+from tiltlm.targets import Target
+from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.training.metrics import Scores, kl_policy_base
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Estimates on samples of one model π: distances in nats, moments and TV as shares, entropy in nats per sequence.
+
+    What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``.
+    """
+
+    samples: int
+    entropy: Estimate
+    distinct_1: Estimate
+    distinct_1_corpus: Estimate
+    self_bleu_5: Estimate
+    perplexity_base: Estimate | None
+    moments: dict[str, Estimate]
+    target_moments: dict[str, Estimate]
+    moments_top_p: dict[str, Estimate]
+    kl_p_pi: Estimate | None
+    kl_pi_a: Estimate | None
+    tv_p_pi: Estimate | None
+    log_z: Estimate | None
+    ess: Estimate | None
+    texts: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object; estimates are ``{"value", "se"}``, what does not apply is null."""
+        result: dict[str, Any] = {"samples": self.samples}
+        for name in ("moments", "target_moments", "moments_top_p"):
+            result[name] = {key: value.to_json() for key, value in getattr(self, name).items()}
+        for name in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess", "entropy", "perplexity_base"):
+            value: Estimate | None = getattr(self, name)
+            result[name] = None if value is None else value.to_json()
+        for name in ("distinct_1", "distinct_1_corpus", "self_bleu_5"):
+            result[name] = getattr(self, name).to_json()
+        return result
+
+
+def evaluate_policy(
+    roles: Roles,
+    target: Target,
+    n: int,
+    *,
+    prompts: str | Sequence[str] | Prompts | None = None,
+    max_completion_length: int = 40,
+    seed: int = 0,
+    top_p: float | None = None,
+    texts: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Draw ``n`` samples of the policy and measure it against target and base; ``texts`` of them are kept.
+
+    With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does.
+    """
+    with torch.no_grad(), roles.use("policy") as policy:
+        drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
+        samples = policy.sample(n, prompts, seed, **drawing)
+        nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
+    scores = score_against_base(roles, samples)
+    features = measure_samples(target.features, samples)
+    scores = scores.with_target(target.log_score(scores.base_logprob, features))
+    names = [feature.name for feature in target.features]
+    under_top_p = measure_samples(target.features, nucleus).unbind(-1) if nucleus is not None else []
+    return _evaluation(
+        samples,
+        scores,
+        dict(zip(names, features.unbind(-1), strict=True)),
+        {name: estimation.mean(column) for name, column in zip(names, under_top_p, strict=bool(nucleus))},
+        text_rows("policy", samples, target, features, scores.base_logprob, scores.policy_logprob, texts),
+    )
+
+
+def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 0) -> Evaluation:
+    """The same for the base, on the first ``n`` of the samples that the target was fitted on; no model is called."""
+    rows = torch.arange(min(n, len(base_sample.samples)))
+    samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
+    features = base_sample.features[rows]
+    logprob = samples.sequence_logprob.cpu()
+    scores = Scores(logprob, logprob, logprob, target.log_score(logprob, features), torch.zeros_like(logprob))
+    columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
+    return _evaluation(
+        samples, scores, columns, {}, text_rows("base", samples, target, features, logprob, logprob, texts)
+    )
+
+
+def evaluate_model(model: LanguageModel, n: int, *, seed: int = 0, **sampling: Any) -> Evaluation:
+    """A model alone, without target or base: entropy and diversity."""
+    with torch.no_grad():
+        samples = model.sample(n, seed=seed, **sampling)
+    return _evaluation(samples, None, {}, {}, ())
+
+
+@torch.no_grad()
+def score_against_base(roles: Roles, samples: Samples) -> Scores:
+    """Scores of the policy's own samples; the second pass of both models gives KL(π‖a) by Rao–Blackwell."""
+    order = roles.policy.chunks(samples)
+    parts = []
+    for rows in order:
+        chunk = samples.select(rows).trimmed()
+        with roles.use("base") as base:
+            base_law = base.log_probabilities(chunk, Law())
+        with roles.use("policy") as policy:
+            policy_law = policy.log_probabilities(chunk, Law())
+        tokens = token_logprob(policy_law, chunk)
+        parts.append(Scores.of(chunk, tokens, policy_law, token_logprob(base_law, chunk), base_law))
+    return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
+
+
+def text_rows(
+    model: str,
+    samples: Samples,
+    target: Target,
+    features: torch.Tensor,
+    base_logprob: torch.Tensor,
+    policy_logprob: torch.Tensor,
+    most: int,
+) -> tuple[dict[str, Any], ...]:
+    """Up to ``most`` texts as rows of ``samples.jsonl``, with feature values and the evidence for them."""
+    count = min(most, len(samples))
+    few = samples.select(torch.arange(count, device=samples.tokens.device))
+    return tuple(
+        {
+            "model": model,
+            "prompt": few.prompt_texts[i],
+            "text": text,
+            "features": {f.name: float(value) for f, value in zip(target.features, features[i], strict=True)},
+            "base_logprob": float(base_logprob[i]),
+            "policy_logprob": float(policy_logprob[i]),
+            "evidence": [
+                {"feature": f.name, "start": start, "end": end}
+                for f in target.features
+                for start, end in f.evidence(text)
+            ],
+        }
+        for i, text in enumerate(few.texts if count else [])
+    )
+
+
+def _evaluation(
+    samples: Samples,
+    scores: Scores | None,
+    columns: dict[str, torch.Tensor],
+    moments_top_p: dict[str, Estimate],
+    texts: tuple[dict[str, Any], ...],
+) -> Evaluation:
+    tokens = samples.completion_ids
+    common: dict[str, Any] = {
+        "samples": len(samples),
+        "entropy": estimation.entropy(samples.sequence_logprob),
+        "distinct_1": estimation.distinct_1(tokens),
+        "distinct_1_corpus": estimation.distinct_n(tokens),
+        "self_bleu_5": estimation.self_bleu_5(tokens),
+        "moments": {name: estimation.mean(column) for name, column in columns.items()},
+        "moments_top_p": moments_top_p,
+        "texts": texts,
+    }
+    if scores is None:
+        nothing = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
+        return Evaluation(**common, **nothing, target_moments={})
+    score, proposal, policy = scores.target_logscore, scores.proposal_logprob, scores.policy_logprob
+    return Evaluation(
+        **common,
+        target_moments={n: estimation.moment_under_target(column, score, proposal) for n, column in columns.items()},
+        perplexity_base=estimation.perplexity(scores.base_logprob, samples.lengths.cpu()),
+        kl_p_pi=estimation.kl_from_target(score, proposal, policy),
+        kl_pi_a=kl_policy_base(scores),
+        tv_p_pi=estimation.tv_from_target(score, proposal, policy),
+        log_z=estimation.log_partition(score - proposal),
+        ess=estimation.effective_sample_size(score - proposal),
+    )

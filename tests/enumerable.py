@@ -1,0 +1,147 @@
+"""Tiny random language models whose every completion can be listed, made from stock transformers configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tiltlm.lm import LanguageModel, Law
+
+POSITIONS = 24
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A vocabulary of words, and which of them end, start and pad a text."""
+
+    words: str
+    eos: str = "</s>"
+    bos: str | None = None
+    pad: str | None = None
+    further_eos: tuple[str, ...] = ()
+    prompts_start_with_bos: bool = False
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words.split())}
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.WordLevel(self.ids, unk_token="a"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if self.prompts_start_with_bos:
+            assert self.bos is not None
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{self.bos} $A", special_tokens=[(self.bos, self.ids[self.bos])]
+            )
+        named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
+
+
+# The ids of the special tokens differ between vocabularies, so that none is right by accident.
+TOKENS = {
+    "pad_is_eos": Tokens("</s> a b c d", bos="</s>", pad="</s>"),
+    "pad_is_not_eos": Tokens("<s> <pad> </s> a b c", bos="<s>", pad="<pad>", prompts_start_with_bos=True),
+    "several_eos": Tokens("a b <s> . </s> <pad>", bos="<s>", pad="<pad>", further_eos=(".",)),
+    "no_bos": Tokens("a b </s> <pad> c", pad="<pad>"),
+    "no_pad": Tokens("a </s> b c", bos="</s>"),
+}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS},
+    "llama": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    # A window shorter than the sequences.
+    "mistral": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 3,
+        "tie_word_embeddings": True,
+    },
+    # Sliding and full attention in turns.
+    "gemma2": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 3,
+    },
+    # Positions from the attention mask alone: learned ones, and distances.
+    "opt": {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": POSITIONS,
+    },
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    # No cache at all, and a state instead of a cache of keys and values.
+    "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS},
+    "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+    # Convolutions and attention in turns: a cache of two kinds.
+    "lfm2": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "layer_types": ["conv", "full_attention"],
+    },
+}
+
+LAWS = {
+    "plain": Law(),
+    "temperature": Law(temperature=0.6),
+    "top_k": Law(top_k=3),
+    "top_p": Law(top_p=0.8),
+    "all_three": Law(temperature=1.7, top_k=4, top_p=0.9),
+}
+
+PROMPTS: dict[str, Any] = {
+    "none": None,
+    "one": "a b",
+    # Ragged; one holds an EOS, one is empty.
+    "several": ["a", "b a b a", "a </s> b", None],
+}
+
+
+@cache
+def tiny_model(
+    architecture: str = "gpt2", tokens: str = "pad_is_eos", *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> LanguageModel:
+    """A random model whose laws are far from uniform, shared between tests: copy it before you change it."""
+    vocabulary = TOKENS[tokens]
+    tokenizer = vocabulary.tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=len(vocabulary.ids), initializer_range=0.4, **special, **SIZES[architecture]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and "emb" in name:
+                    parameter.normal_(std=0.7)
+    if vocabulary.further_eos:
+        further = [vocabulary.ids[word] for word in vocabulary.further_eos]
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *further]
+    return LanguageModel(model, tokenizer, name=f"{architecture}, {tokens}")

@@ -1,0 +1,72 @@
+"""docs/features.md does what it says: both forms of each built-in, every example, every word list."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tiltlm.features
+from tiltlm.features import Feature, build_feature, builtin_wordlists, measure
+
+PAGE = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `(\{.+?\})` \| `(.+?)` \|", PAGE, flags=re.MULTILINE)
+CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+TEXTS = ["She won the race.", "He won the world cup in 1966!", "", "An amazing painting of an album. " * 5]
+
+
+@pytest.fixture
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's own examples, as the file that it tells the reader to write."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("\n".join(CODE[1:]))
+
+
+@pytest.mark.usefixtures("my_rewards")
+@pytest.mark.parametrize(("config", "code"), ROWS)
+def test_both_forms_of_a_built_in_are_the_same_feature(config: str, code: str) -> None:
+    names: dict[str, Any] = {name: getattr(tiltlm.features, name) for name in tiltlm.features.__all__}
+    exec("from my_rewards import brevity\nfemale, sporty = pronouns('female'), wordlist('sports')", names)
+    from_code = eval(code.replace(r"\|", "|"), names)
+    from_config = build_feature(yaml.safe_load(config))
+    assert isinstance(from_code, Feature)
+    assert (from_config.name, from_config.binary) == (from_code.name, from_code.binary)
+    assert torch.equal(from_config(TEXTS), from_code(TEXTS))
+
+
+def test_the_table_holds_every_kind_of_feature() -> None:
+    kinds = {next(iter(yaml.safe_load(config))) for config, _ in ROWS}
+    assert kinds == set(tiltlm.features.spec.KINDS)
+
+
+def test_the_first_example_gives_what_it_shows() -> None:
+    names: dict[str, Any] = {}
+    exec(CODE[0], names)
+    assert "# tensor([[1., 0., 4.], [0., 1., 5.]], dtype=torch.float64)" in CODE[0]
+    values = measure([names["female"], names["sporty"], names["length"]("words")], ["She won the race.", TEXTS[1][:20]])
+    assert values.tolist() == [[1.0, 0.0, 4.0], [0.0, 1.0, 5.0]]
+    assert names["sporty"].evidence("He won the world cup.") == [(11, 20)]
+
+
+@pytest.mark.usefixtures("my_rewards")
+def test_the_examples_of_own_features_work_from_a_run_file() -> None:
+    specs = [yaml.safe_load(block)[0]["feature"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
+    specs.append(yaml.safe_load(re.findall(r"`(\{python: \"my_rewards:Exclaims\".*?\}\})`", PAGE)[0]))
+    features = [build_feature(spec) for spec in specs]
+    assert [feature.name for feature in features] == ["brevity(words=12)", "repeats_prompt", "exclaims"]
+    values = measure(features, ["one two three", "She sang!"], prompts=["one", "He"])
+    assert values.tolist() == [[0.75, 1.0, 0.0], [1 - 2 / 12, 0.0, 1.0]]
+    assert features[2].evidence("No! Yes!") == [(2, 3), (7, 8)]
+
+
+def test_the_page_names_the_word_lists_and_is_one_page() -> None:
+    paragraph = PAGE[PAGE.index("**Word lists**") :].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", paragraph.split(". ")[0]) == builtin_wordlists()
+    assert len(PAGE.splitlines()) < 130
