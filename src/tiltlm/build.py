@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiltlm.config import MethodConfig, RunConfig
+from tiltlm.config import MethodConfig, RunConfig, parse_config
 from tiltlm.errors import UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.objectives import BUILT_IN, Objective
-from tiltlm.targets import Target, Term, state_terms
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.targets import Target, Term, TiltedTarget, state_terms
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import optimizer_class
 from tiltlm.training.proposal import ProposalRule, proposal_rule
@@ -123,3 +125,27 @@ def _built(name: str, args: dict[str, Any]) -> Any:
         return found(**args)
     except TypeError as error:
         raise UsageError(f"'{name}' cannot be built with {args}: {error}") from error
+
+
+def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, Roles, Target]:
+    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError."""
+    record = directory.read_run()
+    if not directory.policy_dir.is_dir():
+        raise UsageError(
+            f"{directory.path}: it has no tuned model yet (status: {record['status']}); finish it with --resume"
+        )
+    config = parse_config({**record["config"], "device": device})
+    base = build_base(config)
+    if config.peft is not None:
+        roles = Roles(base.with_adapter(directory.policy_dir))
+    else:
+        policy = LanguageModel.from_pretrained(directory.policy_dir, device=device, dtype=config.dtype)
+        roles = Roles(policy, base=base)
+    if config.target.python is not None:
+        return config, roles, build_own_target(config)
+    fitted = [entry["coefficient"] for entry in record["target"]["features"]]
+    terms = [
+        replace(term, coefficient=known["value"] if known else 0.0)
+        for term, known in zip(build_terms(config), fitted, strict=True)
+    ]
+    return config, roles, TiltedTarget(tuple(terms))

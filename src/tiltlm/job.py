@@ -38,7 +38,7 @@ from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.trainer import Trainer
 
 # Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
-STREAMS = {"fit": 1, "train": 2, "evaluate": 3}
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +45,17 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     """The causal language model, from safetensors only; ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``.
 
-    Raises UsageError for an unknown dtype, ModelError for weights that are missing, damaged or incomplete.
+    Where ``name`` is a PEFT adapter, its base model with the adapter merged into the weights. Raises UsageError for an
+    unknown dtype, ModelError for weights that are missing, damaged or incomplete.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' is not known; {nearest(str(dtype), DTYPES)}")
     with _explained(name, "model"):
+        if find_adapter_config_file(_source(name), revision=kwargs.get("revision")) is not None:
+            return _merged_adapter(name, dtype, **kwargs)
         model, info = AutoModelForCausalLM.from_pretrained(
             _source(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
         )
@@ -59,6 +64,35 @@ def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
         if missing:
             raise ValueError(f"{len(missing)} of its weights are not in the file, among them {missing[0]}.")
     return model
+
+
+def _merged_adapter(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
+    from peft import PeftConfig
+
+    adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    base = load_weights(str(adapter.base_model_name_or_path), dtype, **{**kwargs, "revision": adapter.revision})
+    merged: PreTrainedModel = load_adapter(base, name, revision=kwargs.get("revision")).merge_and_unload()
+    merged.requires_grad_(True)  # peft froze it
+    return merged
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide what peft warns of and corrects by itself (Conv1D layers), and what it has yet to rename."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set|`is_gradient_checkpointing`")
+        yield
+
+
+def load_adapter(model: PreTrainedModel, name: str, **kwargs: Any) -> Any:
+    """``model`` with a trained PEFT adapter on its weights, from safetensors; ``kwargs`` go to peft.
+
+    Raises ModelError when it cannot be loaded.
+    """
+    from peft import PeftModel
+
+    with _explained(name, "adapter"), quiet_peft():
+        return PeftModel.from_pretrained(model, name, is_trainable=False, use_safetensors=True, **kwargs)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -83,6 +117,8 @@ def _explained(name: str, part: str) -> Iterator[None]:
     """Turn whatever transformers, tokenizers or safetensors say of a missing or broken model into one ModelError."""
     try:
         yield
+    except (ModelError, UsageError):
+        raise
     except Exception as error:
         where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

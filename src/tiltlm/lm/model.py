@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.lm.loading import load_tokenizer, load_weights, resolve_device
+from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.samples import Law, Prompts, Samples
 from tiltlm.lm.sampling import accepts, positions, sample_batch
 
@@ -85,15 +84,17 @@ class LanguageModel:
         if settings.get("bias", "none") != "none":
             raise UsageError(f"peft.bias: '{settings['bias']}' would change the base model too; leave it at 'none'")
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng():
+            with quiet_peft(), torch.random.fork_rng():
                 torch.manual_seed(seed)
-                # What peft does for Conv1D by itself, and what it has yet to rename.
-                warnings.filterwarnings("ignore", message="fan_in_fan_out is set|`is_gradient_checkpointing`")
                 config = LoraConfig(task_type="CAUSAL_LM", **settings)
                 model = get_peft_model(self.model, config)
         except (TypeError, ValueError) as error:
             raise UsageError(f"peft: {error}") from error
         return LanguageModel(model, self.tokenizer, name=self.name)
+
+    def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
+        """The same weights with a trained adapter from a folder. Raises ModelError when it cannot be loaded."""
+        return LanguageModel(load_adapter(self.model, str(folder)), self.tokenizer, name=self.name)
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +255,7 @@ class LanguageModel:
         element = next(self.model.parameters()).element_size()
         cache = 2 * 2 * config.num_hidden_layers * config.hidden_size * element * length
         bound = self._logits_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
-        return max(1, bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache))
+        return max(1, int(bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache)))
 
     def _check_length(self, prompt: int, completion: int) -> None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -17,6 +17,9 @@ from tiltlm.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Logits and masses that are no further apart count as equal.
+TIE_NATS = 1e-3
+TIE_MASS = 1e-6
 TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 
 
@@ -52,15 +55,21 @@ class Law:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(self.top_k).indices, True)
-            logits = logits.masked_fill(~kept, float("-inf"))
-        if self.top_p < 1.0:
-            likeliest, order = logits.log_softmax(-1).sort(dim=-1, descending=True)
-            mass = likeliest.exp()
-            dropped = mass.cumsum(-1) - mass >= self.top_p
-            logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
+        if 0 < self.top_k < logits.shape[-1] or self.top_p < 1.0:
+            logits = logits.masked_fill(self._dropped(logits.detach()), float("-inf"))
         return logits.log_softmax(-1)
+
+    def _dropped(self, logits: Tensor) -> Tensor:
+        """Which tokens [..., V] top-k and top-p leave out; ties go to the lower id."""
+        # A pass with a cache and one without differ by rounding; that must not decide which of two equal tokens stays.
+        order = (logits / TIE_NATS).round().sort(dim=-1, descending=True, stable=True).indices
+        ranked = logits.gather(-1, order)
+        if self.top_k:
+            ranked[..., self.top_k :] = float("-inf")
+        if self.top_p < 1.0:
+            mass = ranked.softmax(-1)
+            ranked = ranked.masked_fill(mass.cumsum(-1) - mass >= self.top_p - TIE_MASS, float("-inf"))
+        return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, ranked.isneginf())
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Display(Callback):
 
     def say(self, text: str) -> None:
         """One line, above the live part if there is one."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def counting(self, title: str) -> Iterator[Callable[[int, int], None]]:

@@ -1,0 +1,278 @@
+"""The command line: thin, and quick to answer because it imports only what a command needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tiltlm.errors import TiltError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tiltlm.runs.directory import RunDirectory
+    from tiltlm.training.evaluation import Evaluation
+
+app = typer.Typer(
+    name="tiltlm",
+    help="Tune a language model toward a distribution that you state, and see how close it got.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the run file; `tiltlm init` writes one")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=100")]
+Source = Annotated[str, typer.Argument(metavar="RUN_DIR|MODEL", help="a run, or embedded, a model folder, a hub name")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output and nothing else there")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
+
+
+@app.command()
+def tune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output_dir: Annotated[Path | None, typer.Option(help="where the run goes; default: runs/NAME of the config")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the output directory stopped")] = False,
+) -> None:
+    """Tune a model toward the target of a config: the main job."""
+    from tiltlm.config import load_config
+
+    parsed = load_config(config, overrides or [])
+    folder = output_dir or Path(parsed.output_dir or Path("runs") / config.stem)
+    console = _console()
+    from tiltlm.job import tune_config
+
+    _quiet()
+    run = tune_config(parsed, folder, resume=resume, console=console)
+    if run.status == "interrupted":
+        console.print(f"stopped; go on with: tiltlm tune {config} --output-dir {folder} --resume", soft_wrap=True)
+        raise typer.Exit(130)
+    from tiltlm.runs.tables import run_table
+
+    console.print(run_table(run.directory.read_run()))
+    typer.echo(f"model   {run.directory.policy_dir}")
+    typer.echo(f"report  {run.directory.report_path}")
+
+
+@app.command()
+def fit(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Fit the target only: coefficients, moments, ESS, and what will be hard, before any tuning."""
+    from tiltlm.config import load_config
+
+    parsed = load_config(config, overrides or [])
+    from tiltlm.build import build_base, check_names
+    from tiltlm.job import state_target
+    from tiltlm.runs.display import Display
+    from tiltlm.runs.tables import fit_table
+
+    _quiet()
+    check_names(parsed)
+    console = _console()
+    report = state_target(parsed, build_base(parsed), Display(console)).report
+    record = report.to_json()
+    if as_json:
+        moments = {entry["name"]: entry["achieved"] for entry in record["features"]}
+        typer.echo(json.dumps({"moments": moments, **record}))
+        return
+    _console(stderr=False).print(fit_table(record))
+    for warning in report.warnings:
+        console.print(f"note: {warning}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    samples: Annotated[int, typer.Option(min=2, help="fresh samples to draw")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the draw")] = 0,
+    top_p: Annotated[float | None, typer.Option(help="also take the moments under top-p sampling")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Draw fresh samples of a run's tuned model, or of any model, and measure them."""
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"--top-p: {top_p} must lie in (0, 1]")
+    run = _run_of(source)
+    from tiltlm.runs.display import Display
+    from tiltlm.runs.tables import evaluation_table
+
+    _quiet()
+    display = Display(_console())
+    with display.counting(f"sampling {source}") as progress:
+        result: Evaluation
+        if run is None:
+            from tiltlm.lm import LanguageModel
+            from tiltlm.training.evaluation import evaluate_model
+
+            model = LanguageModel.from_pretrained(source, device=device)
+            length = max_completion_length or 40
+            result = evaluate_model(model, samples, seed=seed, max_completion_length=length, progress=progress)
+        else:
+            from tiltlm.build import load_run, read_prompts
+            from tiltlm.job import stream
+            from tiltlm.training.evaluation import evaluate_policy
+
+            config, roles, target = load_run(run, device)
+            result = evaluate_policy(
+                roles,
+                target,
+                samples,
+                prompts=read_prompts(config.prompts),
+                max_completion_length=max_completion_length or config.max_completion_length,
+                # Neither the run's own evaluation nor anything that it was trained on.
+                seed=stream(config.seed, "eval") + 1_000_000 * (seed + 1),
+                top_p=top_p,
+                progress=progress,
+            )
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _console(stderr=False).print(evaluation_table(result.to_json()))
+
+
+@app.command()
+def sample(
+    source: Source,
+    n: Annotated[int, typer.Option("-n", min=1, help="how many texts")] = 10,
+    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this mass; 1: all")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="keep this many likeliest tokens; 0: all")] = 0,
+    temperature: Annotated[float, typer.Option(help="below 1 sharper, above 1 flatter")] = 1.0,
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="default: a new one each time")] = None,
+    device: Device = "auto",
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="a JSON object a line: prompt, text, logprob, tokens")] = False,
+) -> None:
+    """Write texts of a run's tuned model, or of any model."""
+    run = _run_of(source)
+    from tiltlm.build import load_run
+    from tiltlm.lm import LanguageModel
+
+    _quiet()
+    length = 40
+    if run is None:
+        model = LanguageModel.from_pretrained(source, device=device)
+    else:
+        config, roles, _ = load_run(run, device)
+        model, length = roles.policy, config.max_completion_length
+    drawn = model.sample(
+        n,
+        prompt,
+        seed,
+        max_completion_length=max_completion_length or length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    for text, logprob, tokens in zip(drawn.texts, drawn.sequence_logprob.tolist(), drawn.lengths.tolist(), strict=True):
+        if jsonl:
+            row = {"prompt": prompt, "text": text, "logprob": logprob, "tokens": tokens}
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            typer.echo((prompt or "") + text)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run's directory")]) -> None:
+    """Write report.html of a run; no model is loaded."""
+    from tiltlm.runs.report import write_report
+
+    typer.echo(str(write_report(run_dir)))
+
+
+@app.command()
+def init(name: Annotated[str, typer.Argument(metavar="[NAME]", help="name of the config to write")] = "tilt") -> None:
+    """Write a commented config to start from."""
+    from tiltlm.starter import starter_config
+
+    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter_config())
+    except FileExistsError as error:
+        raise UsageError(f"{path} exists already; choose another NAME or delete it") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
+    typer.echo(f"wrote {path}; edit it, then: tiltlm fit {path}, and tiltlm tune {path}")
+
+
+@app.command()
+def env() -> None:
+    """Versions and devices, for a bug report."""
+    import platform
+
+    import torch
+
+    from tiltlm.runs.directory import git_commit, installed_versions
+
+    for package, version in installed_versions().items():
+        typer.echo(f"{package:<14}{version}")
+    typer.echo(f"{'platform':<14}{platform.platform()}")
+    typer.echo(f"{'threads':<14}{torch.get_num_threads()}")
+    typer.echo(f"{'git commit':<14}{git_commit() or 'none'}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    typer.echo(f"{'devices':<14}{', '.join(['cpu', *devices, *(['mps'] if torch.mps.is_available() else [])])}")
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend become one message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except TiltError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        _fail(error, 1, f"{type(error).__name__}: ")
+
+
+def _fail(error: Exception, code: int, kind: str = "") -> None:
+    if os.environ.get("TILTLM_TRACEBACK"):
+        raise error
+    typer.echo(f"error: {kind}{error}", err=True)
+    if kind:
+        typer.echo("This was not foreseen; set TILTLM_TRACEBACK=1 to see where it happened.", err=True)
+    sys.exit(code)
+
+
+def _console(*, stderr: bool = True) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _quiet() -> None:
+    """Keep other libraries' progress bars and notes out of the user's terminal."""
+    if os.environ.get("TILTLM_TRACEBACK"):
+        return
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _run_of(source: str) -> RunDirectory | None:
+    """The run directory that ``source`` names, or None when it names a model."""
+    from tiltlm.runs.directory import RunDirectory
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        return RunDirectory.open(folder)
+    return None
+
+
