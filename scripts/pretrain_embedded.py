@@ -110,7 +110,9 @@ def summed_loss(model: LlamaForCausalLM, documents: list[list[int]], device: tor
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, documents: list[list[int]], n_bytes: int, device: torch.device) -> dict[str, float]:
+def validate(
+    model: LlamaForCausalLM, documents: list[list[int]], n_bytes: int, device: torch.device
+) -> dict[str, float]:
     """Nats per predicted token, and bits per byte with each EOS counted as one byte."""
     model.eval()
     total, count = 0.0, 0
@@ -146,7 +148,13 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def train(model: LlamaForCausalLM, documents: list[list[int]], valid: list[list[int]], valid_bytes: int, args: argparse.Namespace) -> float:
+def train(
+    model: LlamaForCausalLM,
+    documents: list[list[int]],
+    valid: list[list[int]],
+    valid_bytes: int,
+    args: argparse.Namespace,
+) -> float:
     """Train to the end of the schedule and return the seconds spent, earlier sittings included."""
     device = next(model.parameters()).device
     opts = optimizers(model, args)
@@ -154,15 +162,25 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], valid: list[list[
     total = min(len(plan), args.max_steps or len(plan))
     checkpoint = args.work_dir / "checkpoint.pt"
     step, spent = 0, 0.0
+    # What each sitting was asked for: a schedule that was changed on the way belongs into the model card.
+    sittings = [{"from_step": 0, "epochs": args.epochs}]
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
-        step, spent = state["step"], state["seconds"]
+        step, spent, sittings = state["step"], state["seconds"], state["sittings"]
+        if sittings[-1]["epochs"] != args.epochs:
+            sittings.append({"from_step": step, "epochs": args.epochs})
         print(f"resuming at step {step} of {total}")
     began = time.monotonic()
-    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     log = (args.work_dir / "log.jsonl").open("a")
     with Progress(*columns) as progress:
         task = progress.add_task("pretrain", total=total, completed=step, loss=float("nan"))
@@ -183,16 +201,30 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], valid: list[list[
             progress.update(task, completed=step, loss=mean)
             if step % args.save_steps == 0 or step == total:
                 seconds = spent + time.monotonic() - began
-                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step, "seconds": seconds}
+                state = {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in opts],
+                    "step": step,
+                    "seconds": seconds,
+                    "sittings": sittings,
+                }
                 save_atomically(state, checkpoint)
-                record = {"step": step, "of": total, "train_loss": mean, "seconds": round(seconds), **validate(model, valid, valid_bytes, device)}
+                record = {
+                    "step": step,
+                    "of": total,
+                    "train_loss": mean,
+                    "seconds": round(seconds),
+                    **validate(model, valid, valid_bytes, device),
+                }
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 progress.console.print(record)
     return spent + time.monotonic() - began
 
 
-def model_card(figures: dict[str, float], parameters: int, seconds: float, documents: int, args: argparse.Namespace) -> str:
+def model_card(
+    figures: dict[str, float], parameters: int, seconds: float, documents: int, args: argparse.Namespace
+) -> str:
     return f"""---
 license: cc-by-sa-3.0
 language: en
@@ -232,7 +264,9 @@ the other way round.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with train.txt.gz and valid.txt.gz")
-    parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint, tokenizer and log; resumed from if it exists")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="checkpoint, tokenizer and log; resumed from if it exists"
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="where the trained model goes")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--max-steps", type=int, help="stop the schedule early, to try settings")
@@ -258,7 +292,9 @@ def main() -> None:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     documents, valid = ([[*ids, eos] for ids in tokenizer(texts)["input_ids"]] for texts in (sentences, held_out))
     valid_bytes = sum(len(text.encode()) + 1 for text in held_out)
-    print(f"{sum(map(len, documents)):,} training tokens, {valid_bytes / (sum(map(len, valid)) - len(valid)):.2f} bytes per token")
+    print(
+        f"{sum(map(len, documents)):,} training tokens, {valid_bytes / (sum(map(len, valid)) - len(valid)):.2f} bytes per token"
+    )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(len(tokenizer), bos, eos).to(device).train()

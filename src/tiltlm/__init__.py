@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from tiltlm.errors import TiltError
     from tiltlm.estimation import Estimate
     from tiltlm.features import Feature, feature
+    from tiltlm.job import Run, tune
     from tiltlm.lm import LanguageModel, Samples
     from tiltlm.objectives import Objective, Record
     from tiltlm.targets import FittedTarget, Target, TiltedTarget, constrain
     from tiltlm.training.callbacks import Callback
-    from tiltlm.job import Run, tune
 
 # Imported on first use, so that `tiltlm --help` need not wait for torch.
 _HOMES = {

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiltlm.config import MethodConfig, RunConfig, parse_config
-from tiltlm.errors import UsageError, nearest
+import torch
+
+from tiltlm.config import ConstraintConfig, MethodConfig, RewardConfig, RunConfig, parse_config
+from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.targets import Target, Term, TiltedTarget, state_terms
+from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
-from tiltlm.training.optimizers import optimizer_class
+from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal import ProposalRule, proposal_rule
 
 DEFAULT_PROPOSAL = {"dpg": "on_policy", "gdc": "kl", "gdc++": "on_policy"}
@@ -37,24 +41,30 @@ def build_base(config: RunConfig) -> LanguageModel:
 def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
     """Base and policy: one set of weights with ``peft``, else the base and a copy to tune."""
     if config.peft is not None:
+        _check_peft(config.peft)
         return Roles(base.with_lora(seed=config.seed, **config.peft))
     return Roles(base.copy(), base=base)
 
 
 def build_terms(config: RunConfig) -> list[Term]:
     """The features and moments of the target, not yet fitted. Raises UsageError for what is wrong as stated."""
-    constraints = [(_named(c.feature, c.name), c.moment) for c in config.target.constraints]
+    constraints = [
+        (_named(f"target.constraints.{i}", constraint), constraint.moment)
+        for i, constraint in enumerate(config.target.constraints)
+    ]
     reward = config.target.reward
     if reward is None:
         return state_terms(constraints)
-    return state_terms(constraints, reward=_named(reward.feature, reward.name), beta=reward.beta)
+    return state_terms(constraints, reward=_named("target.reward", reward), beta=reward.beta)
 
 
 def build_own_target(config: RunConfig) -> Target:
     """The user's own target, ``target.python``. Raises UsageError when it is none."""
-    target = _built(str(config.target.python), config.target.args)
+    target = _built("target.python", str(config.target.python), config.target.args)
     if not isinstance(target, Target):
-        raise UsageError(f"target.python: '{config.target.python}' has no features and log_score(base_logprob, features)")
+        raise UsageError(
+            f"target.python: '{config.target.python}' has no features and log_score(base_logprob, features)"
+        )
     return target
 
 
@@ -63,10 +73,10 @@ def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
     objective: Any
     if config.name in BUILT_IN:
         if config.args:
-            raise UsageError(f"method.args: {config.name} takes no arguments, got {', '.join(config.args)}")
+            raise UsageError(f"method.args: {config.name} takes no arguments, got {config.args}; leave them out")
         objective = BUILT_IN[config.name]()
     elif ":" in config.name:
-        objective = _built(config.name, config.args)
+        objective = _built("method.name", config.name, config.args)
         if not isinstance(objective, Objective):
             raise UsageError(f"method.name: '{config.name}' has no name and coefficients(record)")
     else:
@@ -77,7 +87,7 @@ def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
     """The user's own callbacks."""
-    built = [_built(name, {}) for name in config.callbacks]
+    built = [_built("callbacks", name, {}) for name in config.callbacks]
     for name, callback in zip(config.callbacks, built, strict=True):
         if not isinstance(callback, Callback):
             raise UsageError(f"callbacks: '{name}' is no tiltlm.Callback; derive it from that class")
@@ -86,8 +96,11 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
 
 def check_names(config: RunConfig) -> None:
     """Everything that can be wrong as written, before any work begins. Raises UsageError."""
-    optimizer_class(config.training.optim)
+    build_scheduler(build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training), config.training)
     build_method(config.method)
+    check_trackers(config.report_to)
+    if config.peft is not None:
+        _check_peft(config.peft)
     if config.target.python is None:
         build_terms(config)
     read_prompts(config.prompts)
@@ -103,28 +116,54 @@ def read_prompts(prompts: str | Sequence[str] | None) -> list[str] | None:
         try:
             given = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"prompts: {prompts} cannot be read as text: {error}") from error
+            raise UsageError(f"prompts: {prompts} cannot be read as text ({error}); give a file in UTF-8") from error
     else:
         given = [prompts]
     if not given:
-        raise UsageError("prompts: there is none in it; give one string, a list, or a file with one prompt a line")
+        source = f"the file {prompts}" if isinstance(prompts, str) else "the list"
+        raise UsageError(f"prompts: {source} holds none; give one string, a list, or a file with one prompt a line")
     return given
 
 
-def _named(spec: Any, name: str | None) -> Feature:
-    feature = build_feature(spec)
-    return feature.renamed(name) if name else feature
+@contextmanager
+def _at(field: str) -> Iterator[None]:
+    """Begin what is wrong inside with the place of the run file where it stands."""
+    try:
+        yield
+    except TiltError as error:
+        # Where it stands in the run file says it better than what it is.
+        raise type(error)(f"{field}: {str(error).removeprefix('feature: ').removeprefix('python: ')}") from error
 
 
-def _built(name: str, args: dict[str, Any]) -> Any:
+def _named(field: str, stated: ConstraintConfig | RewardConfig) -> Feature:
+    with _at(f"{field}.feature"):
+        feature = build_feature(stated.feature)
+        return feature.renamed(stated.name) if stated.name is not None else feature
+
+
+def _built(field: str, name: str, args: dict[str, Any]) -> Any:
     """The object that ``package.module:name`` names, called with ``args`` when it is a class or a function."""
-    found: Callable[..., Any] = load_object(name)
+    with _at(field):
+        found: Callable[..., Any] = load_object(name)
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         return found
     try:
         return found(**args)
-    except TypeError as error:
-        raise UsageError(f"'{name}' cannot be built with {args}: {error}") from error
+    except TiltError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{field}: '{name}' called with {args} raised {type(error).__name__}: {error}") from error
+
+
+def _check_peft(settings: dict[str, Any]) -> None:
+    """Refuse settings that peft.LoraConfig does not have, and those that it is not for users to set."""
+    from peft import LoraConfig
+
+    own = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode")
+    valid = [name for name in inspect.signature(LoraConfig).parameters if name not in own]
+    for key in settings:
+        if key not in valid:
+            raise UsageError(f"peft: unknown setting '{key}' of peft.LoraConfig; {nearest(key, valid)}")
 
 
 def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, Roles, Target]:

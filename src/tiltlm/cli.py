@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -40,8 +41,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 def tune(
     config: ConfigFile,
     overrides: Overrides = None,
-    output_dir: Annotated[Path | None, typer.Option(help="where the run goes; default: runs/NAME of the config")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the output directory stopped")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="where the run goes; default: runs/NAME of the config")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where the run in the output directory stopped")
+    ] = False,
 ) -> None:
     """Tune a model toward the target of a config: the main job."""
     from tiltlm.config import load_config
@@ -52,9 +57,14 @@ def tune(
     from tiltlm.job import tune_config
 
     _quiet()
-    run = tune_config(parsed, folder, resume=resume, console=console)
-    if run.status == "interrupted":
-        console.print(f"stopped; go on with: tiltlm tune {config} --output-dir {folder} --resume", soft_wrap=True)
+    try:
+        run = tune_config(parsed, folder, resume=resume, console=console)
+    except KeyboardInterrupt:
+        run = None
+    if run is None or run.status == "interrupted":
+        again = ["tiltlm", "tune", str(config), *(overrides or []), "--output-dir", str(folder), "--resume"]
+        if (folder / "run.json").exists():
+            console.print(f"stopped; go on with: {shlex.join(again)}", soft_wrap=True)
         raise typer.Exit(130)
     from tiltlm.runs.tables import run_table
 
@@ -94,7 +104,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="fresh samples to draw")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="seed of the draw")] = 0,
     top_p: Annotated[float | None, typer.Option(help="also take the moments under top-p sampling")] = None,
-    max_completion_length: Annotated[int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -147,7 +159,9 @@ def sample(
     top_k: Annotated[int, typer.Option(help="keep this many likeliest tokens; 0: all")] = 0,
     temperature: Annotated[float, typer.Option(help="below 1 sharper, above 1 flatter")] = 1.0,
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
-    max_completion_length: Annotated[int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="default: a new one each time")] = None,
     device: Device = "auto",
     jsonl: Annotated[bool, typer.Option("--jsonl", help="a JSON object a line: prompt, text, logprob, tokens")] = False,
@@ -243,16 +257,16 @@ def main() -> None:
 def _fail(error: Exception, code: int, kind: str = "") -> None:
     if os.environ.get("TILTLM_TRACEBACK"):
         raise error
-    typer.echo(f"error: {kind}{error}", err=True)
+    typer.echo(f"error: {kind}{str(error).strip()}", err=True)
     if kind:
         typer.echo("This was not foreseen; set TILTLM_TRACEBACK=1 to see where it happened.", err=True)
     sys.exit(code)
 
 
 def _console(*, stderr: bool = True) -> Console:
-    from rich.console import Console
+    from tiltlm.runs.display import plain_console
 
-    return Console(stderr=stderr, highlight=False)
+    return plain_console(stderr=stderr)
 
 
 def _quiet() -> None:
@@ -271,8 +285,10 @@ def _run_of(source: str) -> RunDirectory | None:
     from tiltlm.runs.directory import RunDirectory
 
     folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        return RunDirectory.open(folder)
-    return None
-
-
+    if folder.is_file():
+        raise UsageError(f"'{source}' is a file; give the directory of a run or a model, or a name on the hub")
+    if not folder.is_dir() or (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        return None
+    if not (folder / "run.json").exists():
+        raise UsageError(f"'{source}' is neither a run (it has no run.json) nor a model (it has no config.json)")
+    return RunDirectory.open(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ class TargetConfig(Section):
     def _one_kind(self) -> TargetConfig:
         stated = bool(self.constraints) or self.reward is not None
         if stated == (self.python is not None):
-            raise ValueError("give constraints or a reward, or else python: package.module:name")
+            raise ValueError("give constraints or a reward, or else python: package.module:name, not both")
         return self
 
 
@@ -108,6 +109,35 @@ class RunConfig(Section):
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain data; 1e-4 is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:i]]:
+                problem = f"the key '{key.value}' stands there twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
     path = Path(path)
@@ -116,9 +146,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config: {path} cannot be read ({error}); `tiltlm init` writes one to start from") from error
     try:
-        raw = yaml.safe_load(text)
+        raw = _read_yaml(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"config: {path} is not valid YAML: {error}") from error
+        raise UsageError(f"config: {path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"config: {path} must hold keys and values, such as `model: embedded`; it holds {raw!r:.60}")
     for override in overrides:
@@ -132,9 +162,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"'{override}': an override reads key=value, e.g. training.max_steps=100")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _read_yaml(value)
     except yaml.YAMLError as error:
-        raise UsageError(f"'{override}': the value is not valid YAML: {error}") from error
+        raise UsageError(f"'{override}': the value is not valid YAML: {_yaml_problem(error)}") from error
     *parents, last = key.split(".")
     place: Any = raw
     for part in parents:
@@ -167,26 +197,54 @@ def _index(items: list[Any], part: str, override: str) -> int:
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """Validate a raw config. Raises UsageError that names each wrong key, its value and the nearest valid one."""
     try:
-        return RunConfig.model_validate(dict(raw))
+        config = RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        raise UsageError("config: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+        problems: dict[str, list[Any]] = {}
+        for problem in error.errors():
+            location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
+            problems.setdefault(location, []).append(problem)
+        explained = "; ".join(_explain(field, found) for field, found in problems.items())
+        raise UsageError(f"config: {explained}") from error
+    _reject_switches(raw, config)
+    return config
 
 
-def _explain(problem: Any) -> str:
-    """One sentence for one problem that pydantic found."""
-    location = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
-    field = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{field}'; {nearest(location[-1], _valid_keys(location[:-1]))}"
-    if problem["type"] == "missing":
+def _explain(field: str, problems: Sequence[Any]) -> str:
+    """One sentence for what pydantic says of one field: several things where it may be of several types."""
+    *parents, key = field.split(".")
+    kind, value = problems[0]["type"], problems[0]["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
+        return f"unknown key '{field}'; {nearest(key, _valid_keys(parents))}"
+    if kind == "missing":
         return f"'{field}' is missing; it has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem["input"]
-    return f"{field or 'the file'}: {message}" + ("" if isinstance(value, dict | list) else f" (it is {value!r})")
+    if kind == "value_error":
+        return f"{field or 'the file'}: {problems[0]['msg'].removeprefix('Value error, ')}"
+    wanted = " or ".join(dict.fromkeys(_wanted(problem) for problem in problems))
+    shown = repr(value)
+    return f"{field}: must be {wanted} (it is {shown if len(shown) <= 80 else shown[:79] + '…'})"
+
+
+def _wanted(problem: Any) -> str:
+    if problem["type"] in ("model_type", "model_attributes_type", "dataclass_type", "dict_type"):
+        return "a mapping of keys and values"
+    return str(problem["msg"]).removeprefix("Input should be ")
 
 
 def _is_union_tag(part: str) -> bool:
     return "[" in part or part in ("str",)
+
+
+def _reject_switches(raw: Any, parsed: Any, field: str = "") -> None:
+    """Refuse true and false for a number: pydantic takes them for 1 and 0, and a moment of 1 is a filter."""
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
+            _reject_switches(value, inner, f"{field}.{key}" if field else str(key))
+    elif isinstance(raw, list) and isinstance(parsed, list):
+        for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
+            _reject_switches(value, inner, f"{field}.{i}")
+    elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
+        raise UsageError(f"config: {field}: must be a number (it is {raw})")
 
 
 def _valid_keys(location: Sequence[str]) -> list[str]:

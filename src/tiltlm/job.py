@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from tiltlm.build import (
     build_base,
@@ -25,11 +26,11 @@ from tiltlm.config import ConstraintConfig, EvaluationConfig, MethodConfig, Rewa
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.runs.directory import RunDirectory
-from tiltlm.runs.display import Display
+from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.model_card import model_card
 from tiltlm.runs.report import write_report
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, draw_base_sample, fit_target, report_fit
-from tiltlm.training.acceleration import Trackers
+from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
@@ -117,7 +118,7 @@ def tune(
     directory.check_free()
     roles = build_roles(config, base)
     stated = Stated(target, target.base_sample, target.report)
-    display = Display(Console(stderr=True), goals(stated.report))
+    display = Display(plain_console(), goals(stated.report))
     return _run(config, directory, roles, stated, display, callbacks, resume=False)
 
 
@@ -136,8 +137,7 @@ def _stated_config(target: FittedTarget) -> TargetConfig:
 
 def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, console: Console | None = None) -> Run:
     """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped."""
-    console = console or Console(stderr=True)
-    display = Display(console)
+    display = Display(console or plain_console())
     check_names(config)
     directory = RunDirectory(output_dir)
     resume = resume and directory.run_path.exists()
@@ -145,12 +145,17 @@ def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, co
         _check_same(config, RunDirectory.open(output_dir))
     else:
         directory.check_free()
+    callbacks = build_callbacks(config)
     base = build_base(config)
-    stated = state_target(config, base, display, directory.checkpoint_dir if resume else None)
+    # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
+    build_accelerator(config.training, base.device)
+    roles = build_roles(config, base)
+    with roles.use("base") as model:
+        stated = state_target(config, model, display, directory.checkpoint_dir if resume else None)
     display.goals = goals(stated.report)
     for warning in stated.report.warnings:
         display.say(f"note: {warning}")
-    return _run(config, directory, build_roles(config, base), stated, display, build_callbacks(config), resume=resume)
+    return _run(config, directory, roles, stated, display, callbacks, resume=resume)
 
 
 def state_target(
@@ -213,10 +218,13 @@ def _run(
         directory.mark_running()
     else:
         directory = RunDirectory.create(directory.path, _full(config), config.seed)
-        save_base_sample(directory.checkpoint_dir, stated.base_sample)
-    trackers = Trackers(config.report_to, _full(config), directory.path) if config.report_to else None
-    trainer.callbacks += (trackers,) if trackers else ()
+    trackers: Trackers | None = None
     try:
+        if not resume:
+            save_base_sample(directory.checkpoint_dir, stated.base_sample)
+        if config.report_to:
+            trackers = Trackers(config.report_to, _full(config), directory.path)
+            trainer.callbacks += (trackers,)
         directory.write_run(device=str(roles.policy.device), target=stated.report.to_json())
         with display.training(trainer.step, config.training.max_steps):
             outcome = trainer.train()
@@ -227,6 +235,9 @@ def _run(
         before, after = _evaluate(config, roles, stated, display)
         _publish(directory, config, roles, stated, before, after)
         directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
+    except KeyboardInterrupt:
+        directory.mark_interrupted()
+        raise
     except BaseException as error:
         directory.mark_failed(error)
         raise
@@ -267,7 +278,7 @@ def _publish(
         (partial / "README.md").write_text(model_card(config.model, _full(config), stated.report, after), "utf-8")
         shutil.rmtree(directory.policy_dir, ignore_errors=True)
         os.replace(partial, directory.policy_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TiltError(
             f"the tuned model could not be written to {directory.policy_dir}: {error}. "
@@ -293,6 +304,8 @@ def _check_same(config: RunConfig, directory: RunDirectory) -> None:
         return {key: value for key, value in result.items() if not key.startswith(CHANGEABLE)}
 
     then, now = flat(directory.read_run()["config"]), flat(_full(config))
-    changed = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in then | now if then.get(key) != now.get(key)]
+    changed = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in then | now if then.get(key) != now.get(key)
+    ]
     if changed:
         raise UsageError(f"--resume: the config is not the one of {directory.path}: {'; '.join(changed)}")

@@ -57,8 +57,17 @@ def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
         if find_adapter_config_file(_source(name), revision=kwargs.get("revision")) is not None:
             return _merged_adapter(name, dtype, **kwargs)
         model, info = AutoModelForCausalLM.from_pretrained(
-            _source(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
+            _source(name),
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told below, and not in the log alone
+            **kwargs,
         )
+        for key, stored, wanted in sorted(info["mismatched_keys"]):
+            raise ValueError(
+                f"its weight {key} has shape {tuple(stored)}, but its config.json asks for {tuple(wanted)}."
+            )
         # transformers would fill them with random numbers and go on.
         missing = sorted(info["missing_keys"])
         if missing:
@@ -121,8 +130,8 @@ def _explained(name: str, part: str) -> Iterator[None]:
         raise
     except Exception as error:
         where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model: no {part} could be loaded from '{name}' ({where}): {reason} "
+            f"model: no {part} could be loaded from '{name}' ({where}): {reason}. "
             f"Use 'embedded', a folder saved by save_pretrained (safetensors and tokenizer), or a hub name."
         ) from error

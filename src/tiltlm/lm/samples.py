@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Logits and masses that are no further apart count as equal.
 TIE_NATS = 1e-3
-TIE_MASS = 1e-6
+TIE_SHARE = 1e-6
 TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 
 
@@ -68,7 +68,7 @@ class Law:
             ranked[..., self.top_k :] = float("-inf")
         if self.top_p < 1.0:
             mass = ranked.softmax(-1)
-            ranked = ranked.masked_fill(mass.cumsum(-1) - mass >= self.top_p - TIE_MASS, float("-inf"))
+            ranked = ranked.masked_fill(mass.cumsum(-1) - mass >= self.top_p * (1 - TIE_SHARE), float("-inf"))
         return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, ranked.isneginf())
 
 

@@ -89,9 +89,12 @@ class RunDirectory:
         """
         run = cls(Path(path))
         if not run.path.is_dir():
-            raise UsageError(f"run directory: '{path}' does not exist. Give the --output-dir of an earlier run.")
+            what = "is a file" if run.path.exists() else "does not exist"
+            raise UsageError(f"run directory: '{path}' {what}. Give the --output-dir of an earlier run.")
         if not run.run_path.is_file():
-            raise UsageError(f"run directory: '{path}' is no run directory, because it has no run.json.")
+            raise UsageError(
+                f"run directory: '{path}' is no run directory: it has no run.json. Give the --output-dir of a run."
+            )
         run.read_run()
         return run
 
@@ -191,7 +194,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             occupied = any(self.path.iterdir())
         except OSError as error:
-            raise UsageError(f"output_dir: cannot make a directory at '{self.path}': {error.strerror}.") from error
+            raise UsageError(
+                f"output_dir: cannot make a directory at '{self.path}': {error.strerror}. Choose another --output-dir."
+            ) from error
         is_run = self.run_path.is_file()
         if occupied and not (overwrite and is_run):
             held = "a run" if is_run else "files that are no run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.callbacks import Progress as RunProgress
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
     from tiltlm.training.metrics import StepMetrics
 
 PLAIN_LINE_EVERY = 5.0
+# Wide enough that a table in a file or a pipe keeps a row on a line.
+PIPED_WIDTH = 200
+
+
+def plain_console(*, stderr: bool = True) -> Console:
+    """A console that shows text as it is: the names of features and files may look like rich's markup."""
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
 
 
 class Display(Callback):
@@ -91,7 +103,7 @@ class Display(Callback):
             ("TV(p, π)", metrics.tv_p_pi),
             ("ESS", metrics.ess),
         ):
-            table.add_row(f"[dim]{title}[/dim]", _short(value))
+            table.add_row(Text(title, style="dim"), _short(value))
         for name, value in metrics.moments.items():
             table.add_row(name, self._against(name, value))
         return table
@@ -103,7 +115,7 @@ def _short(value: Estimate) -> str:
 
 def _bar(console: Console, transient: bool = False) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from tiltlm.errors import CheckpointError
 
+_REMEDY = "Mend it, put back a copy, or start anew in another --output-dir."
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content such that a reader sees all of the old or all of the new; raises CheckpointError."""
@@ -121,9 +123,9 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(data)
     except ValueError as error:
-        raise CheckpointError(f"'{where}' is broken: it cannot be read as JSON ({error}).") from error
+        raise CheckpointError(f"'{where}' is broken: it cannot be read as JSON ({error}). {_REMEDY}") from error
     if not isinstance(record, dict):
-        raise CheckpointError(f"'{where}' is broken: it holds no JSON object.")
+        raise CheckpointError(f"'{where}' is broken: it holds no JSON object. {_REMEDY}")
     return record
 
 

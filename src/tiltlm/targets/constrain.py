@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltlm.errors import UnreachableTargetError, UsageError
+from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
 from tiltlm.estimation import Estimate, effective_sample_size
 from tiltlm.features import Feature, build_feature, measure
 from tiltlm.lm import LanguageModel, Prompts, Samples
@@ -108,9 +108,7 @@ def constrain(
     pairs = list(constraints.items() if isinstance(constraints, Mapping) else constraints)
     terms = state_terms(pairs, reward=reward, beta=beta)
     features = [term.feature for term in terms]
-    return fit_target(
-        terms, draw_base_sample(base, features, samples, prompts, max_completion_length, seed, progress)
-    )
+    return fit_target(terms, draw_base_sample(base, features, samples, prompts, max_completion_length, seed, progress))
 
 
 def state_terms(
@@ -188,7 +186,13 @@ def report_fit(
     n = values.shape[0]
     base_logprob = base_sample.samples.sequence_logprob.cpu()
     log_weights = target.log_score(base_logprob, values).double() - base_logprob
-    if not bool(torch.isfinite(log_weights).any()) or bool(torch.isnan(log_weights).any()):
+    if bool(torch.isnan(log_weights).any() | (log_weights == math.inf).any()):
+        row = int((torch.isnan(log_weights) | (log_weights == math.inf)).nonzero()[0])
+        raise NumericalError(
+            f"target: log_score gave {float(log_weights[row] + base_logprob[row])} for text {row + 1} of {n}, "
+            f"{base_sample.samples.texts[row]!r:.60}; return a finite number, or -inf outside of the support"
+        )
+    if not bool(torch.isfinite(log_weights).any()):
         raise UnreachableTargetError(f"target: none of {n} samples of the base lies in its support. {rarity_advice(n)}")
     weights = log_weights.softmax(0)
     ess = effective_sample_size(log_weights)

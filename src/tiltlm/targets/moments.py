@@ -13,15 +13,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from tiltlm.errors import FeatureError, UnreachableTargetError
 
+# In units of each feature's spread.
 TOLERANCE = 1e-10
 MAX_ITERATIONS = 200
+# Nats by which one step may raise a sample's log-weight.
+MAX_GROWTH = 4.0
+# On the edge of what is possible λ is infinite. Newton's method stops on the way there, where the gradient is below the
+# tolerance; but then hardly any of the samples' spread is left in some direction, while inside much more of it is.
+EDGE = 1e-7
 # Below this ratio of eigenvalues of the correlation matrix, features move together as far as float64 can tell.
 COLLINEAR = 1e-10
 
@@ -49,15 +53,13 @@ def fit_moments(features: Tensor, log_weights: Tensor, goals: Sequence[float], n
     goal = torch.tensor(list(goals), dtype=torch.float64)
     _check_ranges(features, goal, names)
     _check_collinear(features, names)
-    _check_jointly(features, goal, names)
-    return _newton(features, log_weights, goal)
+    return _newton(features, log_weights - log_weights.logsumexp(0), goal, names)
 
 
-def _newton(features: Tensor, log_weights: Tensor, goal: Tensor) -> MomentFit:
+def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence[str]) -> MomentFit:
     # Centred on the goal, the dual's gradient is E_λ[φ] itself.
-    centred = features - goal
-    scale = centred.abs().amax(0).clamp_min(1e-300)
-    z = centred / scale
+    scale = features.std(0, correction=0)
+    z = (features - goal) / scale
     coefficients = torch.zeros(len(goal), dtype=torch.float64)
 
     def dual(c: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -74,15 +76,20 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor) -> MomentFit:
         ridge = 1e-14 * torch.eye(len(goal), dtype=torch.float64)
         step = torch.linalg.solve(hessian + ridge, -gradient)
         slope = float(gradient @ step)
-        rate = 1.0
-        while True:
-            trial = dual(coefficients + rate * step)
-            # Near the optimum the decrease is below rounding; then the full step is right.
-            if trial[0] <= value + 1e-4 * rate * slope + 1e-13 or rate < 1e-10:
-                break
+        # A step that moved all weight onto few samples would leave no curvature to come back by.
+        change = (z - gradient) @ step
+        rate = min(1.0, MAX_GROWTH / float(change.max()))
+        trial = dual(coefficients + rate * step)
+        # Near the optimum the decrease is below rounding; then the full step is right.
+        while trial[0] > value + 1e-4 * rate * slope + 1e-13 and rate > 1e-10:
             rate /= 2
+            trial = dual(coefficients + rate * step)
         coefficients = coefficients + rate * step
         value, gradient, hessian = trial
+        if rate <= 1e-10:
+            break
+    if not float(gradient.abs().max()) < TOLERANCE or _spread_left(z, hessian) < EDGE:
+        raise _out_of_reach(features, goal, names)
     weights = (log_weights + z @ coefficients).softmax(0)
     spread = (z * weights[:, None]).T @ (z * weights[:, None])
     inverse = torch.linalg.pinv(hessian)
@@ -98,7 +105,7 @@ def _check_ranges(features: Tensor, goal: Tensor, names: Sequence[str]) -> None:
         if low == high:
             raise UnreachableTargetError(
                 f"feature '{name}': it was {low:g} in all {n} samples of the base, so no weighting of them can change "
-                f"its moment to {wanted:g}. {rarity_advice(n) if wanted > low else ''}Otherwise drop or relax it."
+                f"its moment to {wanted:g}. {rarity_advice(n) if low == 0 < wanted else ''}Or else leave it out."
             )
         if not low < wanted < high:
             raise UnreachableTargetError(
@@ -130,22 +137,28 @@ def _check_collinear(features: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def _check_jointly(features: Tensor, goal: Tensor, names: Sequence[str]) -> None:
-    """Each goal may be in range and still exclude another: then no weights w ≥ 0, Σw = 1 have these moments."""
-    points = np.unique(features.numpy(), axis=0)
-    equations = np.vstack([points.T, np.ones(len(points))])
-    wanted = np.append(goal.numpy(), 1.0)
-    # Maximizing the smallest weight tells a goal on the boundary, where λ would be infinite, from one inside.
-    columns = np.hstack([equations, equations.sum(1, keepdims=True)])
-    result = linprog(
-        np.append(np.zeros(len(points)), -1.0), A_eq=columns, b_eq=wanted, bounds=[(0, None)] * (len(points) + 1)
-    )
-    if result.status == 2 or (result.status == 0 and -result.fun < 1e-12):
-        listed = ", ".join(f"{name} = {value:g}" for name, value in zip(names, goal.tolist(), strict=True))
-        raise UnreachableTargetError(
-            f"moments {listed}: each is possible alone, but no weighting of the base's samples has them together "
-            f"(they exclude each other, or lie on the edge of it). Relax one of them."
+def _spread_left(z: Tensor, hessian: Tensor) -> float:
+    """The smallest ratio, over all directions, of the variance under λ to that of the samples."""
+    centred = z - z.mean(0)
+    factor = torch.linalg.cholesky(centred.T @ centred / len(z))
+    half = torch.linalg.solve_triangular(factor, hessian, upper=False)
+    ratio = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    return float(torch.linalg.eigvalsh(ratio)[0])
+
+
+def _out_of_reach(features: Tensor, goal: Tensor, names: Sequence[str]) -> UnreachableTargetError:
+    """Each goal may be in range and still exclude another, or be so far out that hardly a sample is left."""
+    n = len(features)
+    if len(names) == 1:
+        return UnreachableTargetError(
+            f"feature '{names[0]}': moment {goal[0]:g} is at the edge of what {n} samples of the base show. Choose a "
+            f"moment closer to theirs, {features.mean():g}, or draw more samples (target.samples)."
         )
+    listed = ", ".join(f"{name} = {value:g}" for name, value in zip(names, goal.tolist(), strict=True))
+    return UnreachableTargetError(
+        f"moments {listed}: each is possible alone, but no weighting of {n} samples of the base has them together "
+        f"(they exclude each other, or lie on the edge of it). Relax one of them."
+    )
 
 
 def log_mean_exp(log_weights: Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiltlm.errors import UsageError
+from tiltlm.errors import UsageError, nearest
 from tiltlm.training.callbacks import Callback, Progress
 
 if TYPE_CHECKING:
@@ -39,19 +39,27 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
     return accelerator
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise UsageError for a tracker that accelerate does not know, or would leave out in silence."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, installed = [str(name) for name in LOGGER_TYPE_TO_CLASS], [str(name) for name in get_available_trackers()]
+    for name in report_to:
+        if name not in known:
+            raise UsageError(f"report_to: '{name}' is no tracker of accelerate; {nearest(name, known)}")
+        # Trackers that a user registered with accelerate are not among those that it counts as installed.
+        if name in LoggerType.list() and name not in installed:
+            raise UsageError(f"report_to: '{name}' is not installed; `pip install {name}`, or leave it out")
+
+
 class Trackers(Callback):
     """Sends every logged step to the trackers of ``report_to``, through accelerate's own ``log_with``."""
 
     def __init__(self, report_to: Sequence[str], config: dict[str, Any], folder: Path) -> None:
         from accelerate import Accelerator
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        from tiltlm.errors import nearest
-
-        available = [str(name) for name in LOGGER_TYPE_TO_CLASS]
-        for name in report_to:
-            if name not in available:
-                raise UsageError(f"report_to: '{name}' is no tracker of accelerate; {nearest(name, available)}")
+        check_trackers(report_to)
         try:
             self.accelerator = Accelerator(log_with=list(report_to), project_dir=str(folder))
             self.accelerator.init_trackers("tiltlm", config=flatten(config))

@@ -18,7 +18,9 @@ class TrainingArguments:
         int | None,
         Field(ge=1, description="sequences per forward pass; null: what is fast and fits. Does not change the result"),
     ] = None
-    learning_rate: Annotated[float, Field(gt=0, description="peak step size of the optimizer")] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak step size of the optimizer")] = (
+        1e-4
+    )
     optim: Annotated[str, Field(description="any class of torch.optim, e.g. adam, adamw, sgd, muon")] = "adam"
     optim_args: Annotated[dict[str, Any], Field(description="further arguments of that class")] = Field(
         default_factory=dict
@@ -30,7 +32,9 @@ class TrainingArguments:
         default_factory=dict
     )
     warmup_steps: Annotated[int, Field(ge=0, description="steps over which the learning rate rises")] = 0
-    max_grad_norm: Annotated[float, Field(ge=0, description="gradients are clipped to this norm; 0: never")] = 1.0
+    max_grad_norm: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="gradients are clipped to this norm; 0: never")
+    ] = 1.0
     reuse_fit_samples: Annotated[
         bool, Field(description="first train on the base samples that the target was fitted on, each once")
     ] = True

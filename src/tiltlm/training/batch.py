@@ -13,11 +13,15 @@ from tiltlm.targets.constrain import BaseSample
 
 @dataclass(frozen=True)
 class Batch:
-    """N samples of the proposal; ``features`` [N, K] on the CPU; ``source`` names the proposal that they came from."""
+    """N samples of the proposal; ``features`` [N, K] on the CPU; ``source`` names the proposal that they came from.
+
+    ``reused`` are samples that the target was fitted on, so that log Z has counted them already.
+    """
 
     samples: Samples
     features: Tensor
     source: str
+    reused: bool = False
 
     @property
     def from_base(self) -> bool:
@@ -38,6 +42,5 @@ class FitSampleQueue:
             return None
         rows = torch.arange(self.position, self.position + size)
         self.position += size
-        samples = self.base_sample.samples
-        return Batch(samples.select(rows.to(samples.tokens.device)).trimmed(), self.base_sample.features[rows], "base")
-
+        samples = self.base_sample.samples.select(rows.to(self.base_sample.samples.tokens.device)).trimmed()
+        return Batch(samples, self.base_sample.features[rows], "base", reused=True)

@@ -42,9 +42,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], numbers: d
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its own.
         shutil.rmtree(partial, ignore_errors=True)
-        full = " The disk is full." if getattr(error, "errno", None) == errno.ENOSPC else ""
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written under {folder}:{full} {error}. "
+            f"the checkpoint of step {step} could not be written under {folder}: {_reason(error)}. "
             f"Free some space and go on with --resume; earlier checkpoints are untouched."
         ) from error
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
@@ -64,10 +63,10 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if _digest(checkpoint / TENSORS) != numbers["sha256"]:
             raise ValueError("its contents do not match its checksum")
         tensors = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged: {error}. Delete that folder to resume from the one before it, "
-            f"or start anew in another output directory."
+            f"checkpoint {checkpoint} is damaged ({type(error).__name__}: {error}). Delete that folder to resume from "
+            f"the one before it, or start anew in another output directory."
         ) from error
     return tensors, numbers
 
@@ -83,14 +82,18 @@ def save_base_sample(folder: Path, sample: BaseSample) -> None:
         "features": sample.features,
         "max_completion_length": sample.max_completion_length,
     }
+    partial = folder / f"{BASE_SAMPLE}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{BASE_SAMPLE}.partial"
         with partial.open("wb") as file:
             torch.save(state, file)
         os.replace(partial, folder / BASE_SAMPLE)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the base's samples could not be written under {folder}: {error}") from error
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"the base's samples could not be written under {folder}: {_reason(error)}. "
+            f"Free some space and go on with --resume."
+        ) from error
 
 
 def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
@@ -102,14 +105,28 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
         state = torch.load(path, map_location=base.device, weights_only=True)
         prompts = Prompts(state["prompt_tokens"], state["prompt_mask"], tuple(state["prompt_texts"]))
         samples = Samples(
-            *(state[name] for name in ("tokens", "mask", "proposal_logprob", "prompt_index")),
+            tokens=state["tokens"],
+            mask=state["mask"],
+            proposal_logprob=state["proposal_logprob"],
+            prompt_index=state["prompt_index"],
             prompts=prompts,
             law=Law(),
             tokenizer=base.tokenizer,
         )
         return BaseSample(samples, state["features"].cpu(), state["max_completion_length"])
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Start anew in another output directory.") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged ({reason}). Start anew in another output directory.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the file system said: torch may report a full disk as an error of its own that followed from it."""
+    link: BaseException | None = error
+    while link is not None:
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left on the disk"
+        link = link.__context__
+    return str(error)
 
 
 def _digest(path: Path) -> str:

@@ -171,7 +171,7 @@ def _evaluation(
         "texts": texts,
     }
     if scores is None:
-        nothing = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
+        nothing: dict[str, Any] = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
         return Evaluation(**common, **nothing, target_moments={})
     score, proposal, policy = scores.target_logscore, scores.proposal_logprob, scores.policy_logprob
     return Evaluation(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from tiltlm.training.arguments import TrainingArguments
 
 
+UNFIT = {
+    "lbfgs": "evaluates the loss several times a step, which sampled gradients do not allow",
+    "sparseadam": "takes sparse gradients only, which language models do not have",
+}
+
+
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of torch.optim with this name, whatever its case. Raises UsageError for an unknown one."""
     known = {
@@ -20,6 +27,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
+    if name.lower() in UNFIT:
+        raise UsageError(f"training.optim: '{name}' {UNFIT[name.lower()]}; choose another, such as adam or sgd")
     if name.lower() not in known:
         raise UsageError(f"training.optim: '{name}' is no optimizer of torch.optim; {nearest(name.lower(), known)}")
     return known[name.lower()]
@@ -27,9 +36,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainingArguments) -> torch.optim.Optimizer:
     """The optimizer that ``args`` name. Raises UsageError when it refuses its arguments or the parameters."""
-    settings: dict[str, Any] = {"lr": args.learning_rate, **args.optim_args}
+    chosen, settings = optimizer_class(args.optim), {"lr": args.learning_rate, **args.optim_args}
     try:
-        return optimizer_class(args.optim)(list(parameters), **settings)
+        return chosen(list(parameters), **settings)
     except (TypeError, ValueError) as error:
         raise UsageError(f"training.optim: {args.optim} with {settings} was refused: {error}") from error
 
@@ -45,7 +54,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArguments) -
             f"{nearest(args.lr_scheduler_type, known)}"
         )
     try:
-        return get_scheduler(  # type: ignore[no-any-return]
+        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.warmup_steps,
@@ -53,4 +62,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArguments) -
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs) or None,
         )
     except (TypeError, ValueError) as error:
-        raise UsageError(f"training.lr_scheduler_kwargs: {args.lr_scheduler_type} refused them: {error}") from error
+        raise UsageError(
+            f"training.lr_scheduler_kwargs: {args.lr_scheduler_type} refused {dict(args.lr_scheduler_kwargs)}: {error}"
+        ) from error
+    if "metrics" in inspect.signature(scheduler.step).parameters:
+        raise UsageError(
+            f"training.lr_scheduler_type: '{args.lr_scheduler_type}' follows a validation metric, and there is none "
+            f"here; choose one that counts steps, such as linear or cosine"
+        )
+    return scheduler

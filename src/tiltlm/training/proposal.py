@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +21,20 @@ class Distances:
     tv_gain: Estimate
 
 
+# Without samples of the proposal; no gain is above 0 then.
+UNKNOWN_DISTANCES = Distances(Estimate(math.nan, math.nan), Estimate(math.nan, math.nan))
+
+
 class ProposalRule(Protocol):
     """Decides, before each step's update, whether q ← π."""
 
-    on_policy: bool
-    extra_batches: int
+    @property
+    def on_policy(self) -> bool:
+        """Whether every batch is drawn from the policy itself."""
+
+    @property
+    def extra_batches(self) -> int:
+        """Batches drawn from q at each check, for that check alone."""
 
     def due(self, step: int) -> bool:
         """Whether this step (counted from 1) is one at which the proposal may change."""
@@ -64,8 +74,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Closer:
-    """q ← π when π is closer to p by ``metric`` (``kl`` or ``tv``), asked every ``check_steps`` steps (2012.11635, alg. 1).
+    """q ← π when π is closer to p by ``metric`` (``kl`` or ``tv``), asked every ``check_steps`` steps.
 
+    Source: 2012.11635, algorithm 1.
     ``extra_batches`` are drawn from q at each check for that purpose alone, as the published algorithm does; with 0
     the batch of the step itself is used, before the policy trains on it.
     """

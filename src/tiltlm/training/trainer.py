@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tiltlm.errors import NumericalError
+from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition
 from tiltlm.lm import Law, Roles, Samples, token_logprob
 from tiltlm.objectives import Objective, Record
@@ -28,7 +28,7 @@ from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_
 from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
-from tiltlm.training.proposal import ProposalRule
+from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Trainer:
                 metrics = self.train_step()
                 self.spent = before + time.monotonic() - began
                 self._report(metrics)
-                stop = requested() is not None and self.step < self.args.max_steps
+                stop = requested() is not None
                 if stop or (self.args.save_steps and self.step % self.args.save_steps == 0):
                     self.save()
                 if stop:
@@ -99,13 +99,14 @@ class Trainer:
         batch = self.draw()
         # A batch must not normalize itself: that would correlate Z with the weights that it divides.
         scores = self.pull(batch, self.partition.log_z.value)
-        self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
+        if not batch.reused:
+            self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
-        replaced = self._follow(scores)
+        replaced = self._follow(batch, scores)
         with self._phase("step"):
             norm = self.update()
         return metrics.completed(
-            self.progress, norm, self.scheduler.get_last_lr()[0], batch.source, replaced, dict(self.seconds)
+            self.progress, norm, float(self.scheduler.get_last_lr()[0]), batch.source, replaced, dict(self.seconds)
         )
 
     def draw(self) -> Batch:
@@ -186,16 +187,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _follow(self, scores: Scores) -> bool:
+    def _follow(self, batch: Batch, scores: Scores) -> bool:
         """Ask the rule whether q becomes π as it is before this step's update."""
         if not self.rule.due(self.step):
             return False
-        pieces = [scores]
+        # While fit samples last, q may be another law than theirs, and they do not tell how far it is from the target.
+        pieces = [scores] if batch.source == self.source else []
         if self.rule.extra_batches:
             pieces = [self.pull(self._fresh_batch(), 0.0, backward=False) for _ in range(self.rule.extra_batches)]
             for piece in pieces:
                 self.partition = self.partition.updated(piece.target_logscore - piece.proposal_logprob)
-        if not self.rule.replaces(distances(Scores.concatenate(pieces), self.partition)):
+        known = distances(Scores.concatenate(pieces), self.partition) if pieces else UNKNOWN_DISTANCES
+        if not self.rule.replaces(known):
             return False
         self.roles.keep_proposal()
         self.source = f"step {self.step}"
@@ -249,6 +252,16 @@ class Trainer:
         if path is None:
             return False
         tensors, numbers = load_checkpoint(path)
+        try:
+            self._restore(tensors, numbers)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this run: {error!r}. Delete that folder to resume from the one before "
+                f"it, or start anew in another output directory."
+            ) from error
+        return True
+
+    def _restore(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors["policy"][name])
@@ -263,4 +276,3 @@ class Trainer:
         self.queue.position, self.source = numbers["queue"], numbers["source"]
         self.step, self.sequences = numbers["step"], numbers["sequences"]
         self.forward_passes, self.spent = numbers["forward_passes"], numbers["seconds"]
-        return True

@@ -1,0 +1,99 @@
+"""Who may import whom: the table of docs/architecture.md, read off the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "tiltlm"
+
+# Each room may import itself and these. The order is the order of the house: nothing imports what stands below it.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "estimation": {"errors"},
+    "features": {"errors"},
+    "lm": {"errors"},
+    "targets": {"errors", "estimation", "features", "lm"},
+    "objectives": {"errors", "estimation"},
+    "exact": {"errors", "estimation", "features", "lm", "targets", "objectives"},
+    "training": {"errors", "estimation", "features", "lm", "targets", "objectives"},
+    "runs": {"errors", "training.callbacks"},
+    "config": {"errors", "training.arguments"},
+    "starter": {"config", "training.arguments"},
+    "build": {"errors", "features", "lm", "objectives", "targets", "training", "runs", "config"},
+    "job": {"errors", "lm", "targets", "training", "runs", "config", "build"},
+    "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter"},
+    "__main__": {"cli"},
+}
+# The one door that opens upward: `base.constrain(...)`, which Python users expect on the model itself.
+UPWARD = {("lm.model", "targets")}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py" or path.parent != SOURCE)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of tiltlm that a file imports when it runs, deferred imports included, those for types alone not."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            if node.module == "tiltlm":
+                found |= {alias.name for alias in node.names if alias.name != "__version__"}
+            elif node.module and node.module.startswith("tiltlm."):
+                found.add(node.module.removeprefix("tiltlm."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("tiltlm.") for alias in node.names if alias.name.startswith("tiltlm.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
+    name = name_of(path)
+    room = name.split(".")[0]
+    for imported in imports(path):
+        target = imported.split(".")[0]
+        fine = (
+            target == room
+            or (name, target) in UPWARD
+            or any(imported == rule or imported.startswith(rule + ".") for rule in ALLOWED[room])
+        )
+        assert fine, f"{name} imports {imported}; {room} may import {sorted(ALLOWED[room])}"
+
+
+def test_every_room_is_in_the_table_and_the_table_names_no_other() -> None:
+    rooms = {name_of(path).split(".")[0] for path in modules()}
+    assert rooms == set(ALLOWED)
+
+
+def test_the_table_has_no_cycle() -> None:
+    order = list(ALLOWED)
+    for room, allowed in ALLOWED.items():
+        for target in {rule.split(".")[0] for rule in allowed}:
+            lower = order.index(target) < order.index(room)
+            # Settings and callbacks of training are types without torch, which the rooms before it may name.
+            assert lower or target == "training", f"{room} may not stand above {target}"
+
+
+@pytest.mark.parametrize("room", ["estimation", "objectives"])
+def test_rooms_of_pure_functions_never_see_a_model(room: str) -> None:
+    for path in (SOURCE / room).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "transformers" not in text
+        assert not {name.split(".")[0] for name in imports(path)} & {"lm", "features", "targets"}
