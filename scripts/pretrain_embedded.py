@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import os
@@ -154,8 +155,8 @@ def train(
     valid: list[list[int]],
     valid_bytes: int,
     args: argparse.Namespace,
-) -> float:
-    """Train to the end of the schedule and return the seconds spent, earlier sittings included."""
+) -> tuple[float, list[dict[str, int]]]:
+    """Train to the end of the schedule; returns the seconds spent and what each sitting was asked for."""
     device = next(model.parameters()).device
     opts = optimizers(model, args)
     plan = list(epochs(documents, args))
@@ -219,11 +220,22 @@ def train(
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 progress.console.print(record)
-    return spent + time.monotonic() - began
+    return spent + time.monotonic() - began, sittings
+
+
+def schedule_changes(sittings: list[dict[str, int]]) -> str:
+    """How the plan changed on the way, for the model card; nothing when it did not."""
+    pairs = itertools.pairwise(sittings)
+    return "".join(f"; at step {b['from_step']} the plan of {a['epochs']} epochs became {b['epochs']}" for a, b in pairs)
 
 
 def model_card(
-    figures: dict[str, float], parameters: int, seconds: float, documents: int, args: argparse.Namespace
+    figures: dict[str, float],
+    parameters: int,
+    seconds: float,
+    sittings: list[dict[str, int]],
+    documents: int,
+    args: argparse.Namespace,
 ) -> str:
     return f"""---
 license: cc-by-sa-3.0
@@ -245,7 +257,7 @@ studies of tiltlm run anywhere in seconds; it knows nothing and should not be us
 | corpus | {documents:,} sentences of 30 to 180 characters from 803 English Wikipedia featured articles, nearly all biographies, about 2012 |
 | licence of the text | CC BY-SA 3.0, by Wikipedia's authors |
 | validation loss | **{figures["nats_per_token"]:.3f} nats per token**, **{figures["bits_per_byte"]:.3f} bits per byte** (EOS counted as one byte), on 2,000 held-out sentences, with the float16 weights that ship |
-| optimizer | Muon (learning rate {args.muon_lr}) on the hidden matrices, AdamW ({args.adam_lr}) on the embedding and the norms; linear warm-up and decay |
+| optimizer | Muon (learning rate {args.muon_lr}) on the hidden matrices, AdamW ({args.adam_lr}) on the embedding and the norms; linear warm-up and decay{schedule_changes(sittings)} |
 | epochs, batch | {args.epochs} epochs, {args.tokens_per_batch:,} tokens a batch, {"bfloat16 autocast" if args.bf16 else "float32"} |
 | seed | {args.seed} |
 | time | {seconds / 60:.0f} minutes on {torch.get_num_threads()} threads ({platform.machine()}, {"CUDA" if torch.cuda.is_available() else "CPU"}), shared with other work |
@@ -298,14 +310,14 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(len(tokenizer), bos, eos).to(device).train()
-    seconds = train(model, documents, valid, valid_bytes, args)
+    seconds, sittings = train(model, documents, valid, valid_bytes, args)
     model.half().float()
     figures = validate(model, valid, valid_bytes, device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     parameters = sum(p.numel() for p in model.parameters())
-    (args.output_dir / "README.md").write_text(model_card(figures, parameters, seconds, len(documents), args))
+    (args.output_dir / "README.md").write_text(model_card(figures, parameters, seconds, sittings, len(documents), args))
     print(json.dumps({"parameters": parameters, "seconds": round(seconds), **figures}))
 
 

@@ -180,7 +180,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         place = inner
     if isinstance(place, list):
         place[_index(place, last, override)] = parsed
-    elif last == "name" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
+    elif last == "feature" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
         place[last] = parsed
     elif last == "method":
         place[last] = {**place[last], "name": parsed}

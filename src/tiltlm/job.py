@@ -22,7 +22,7 @@ from tiltlm.build import (
     check_names,
     read_prompts,
 )
-from tiltlm.config import ConstraintConfig, EvaluationConfig, MethodConfig, RewardConfig, RunConfig, TargetConfig
+from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.runs.directory import RunDirectory
@@ -31,7 +31,6 @@ from tiltlm.runs.model_card import model_card
 from tiltlm.runs.report import write_report
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, draw_base_sample, fit_target, report_fit
 from tiltlm.training.acceleration import Trackers, build_accelerator
-from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
@@ -104,15 +103,17 @@ def tune(
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
     Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
     """
-    config = RunConfig(
-        model=base.name,
-        target=_stated_config(target),
-        method=MethodConfig(name=method, proposal=proposal),
-        training=TrainingArguments(**training),
-        peft=peft,
-        seed=seed,
-        evaluation=EvaluationConfig(samples=evaluation_samples),
-        max_completion_length=target.base_sample.max_completion_length,
+    config = parse_config(
+        {
+            "model": base.name,
+            "target": _stated_config(target),
+            "method": {"name": method, "proposal": proposal},
+            "training": training,
+            "peft": peft,
+            "seed": seed,
+            "evaluation": {"samples": evaluation_samples},
+            "max_completion_length": target.base_sample.max_completion_length,
+        }
     )
     directory = RunDirectory(Path(output_dir))
     directory.check_free()

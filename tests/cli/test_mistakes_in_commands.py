@@ -44,6 +44,7 @@ MISTYPED: dict[str, tuple[tuple[Any, ...], list[str]]] = {
     "negative seed": (("eval", "MODEL", "--seed", -1), ["--seed", "0"]),
     "texts of no length": (("eval", "MODEL", "--max-completion-length", 0), ["--max-completion-length", "1"]),
     "texts longer than the model": (("sample", "MODEL", "--max-completion-length", 65), ["65", "64", "MODEL"]),
+    "prompt longer than the model": (("sample", "MODEL", "--prompt", "she " * 65), ["65", "64", "shorten the prompts"]),
     "unknown device": (("sample", "MODEL", "--device", "gpu"), ["device", "'gpu'", "cpu or cuda"]),
     "no texts": (("sample", "MODEL", "-n", 0), ["-n", "1"]),
     "sampling with top-p above one": (("sample", "MODEL", "--top-p", 2), ["top_p", "2.0", "(0, 1]"]),

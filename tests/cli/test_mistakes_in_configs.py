@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from command_line import Command, assert_one_error, files_under, write_config
 
+import tiltlm
+from tiltlm.errors import UsageError
+
 FEMALE = {"pronouns": "female"}
 FILES = {
     "empty.txt": "# only a comment\n\n",
@@ -109,6 +112,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown proposal": ({"method.proposal": "intervall"}, ["method.proposal", "did you mean 'interval'"]),
     "unknown optimizer": ({"training.optim": "adamm"}, ["training.optim", "'adamm'", "did you mean 'adam"]),
     "bad argument of the optimizer": ({"training.optim_args": {"betta": 1}}, ["training.optim", "betta"]),
+    "two learning rates": ({"training.optim_args": {"lr": 3}}, ["training.optim_args", "3", "training.learning_rate"]),
     "unknown scheduler": (
         {"training.lr_scheduler_type": "cosin"},
         ["training.lr_scheduler_type", "'cosin'", "did you mean 'cosine'"],
@@ -141,6 +145,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "empty list of prompts": ({"prompts": []}, ["prompts"]),
     "peft of rank zero": ({"peft": {"r": 0}}, ["peft", "r", "positive"]),
     "peft of a module that is not there": ({"peft": {"target_modules": ["qproj"]}}, ["peft", "qproj", "not found"]),
+    "peft that changes the base": (
+        {"peft": {"init_lora_weights": "pissa"}},
+        ["peft.init_lora_weights", "'pissa'", "base model", "'gaussian'"],
+    ),
+    "peft of a wrong type": ({"peft": {"r": "two"}}, ["peft", "'two'", "refused"]),
     "peft that trains biases": ({"peft": {"bias": "all"}}, ["peft.bias", "'all'", "'none'"]),
 }
 
@@ -174,3 +183,23 @@ def test_a_wrong_config_is_told_before_anything_is_written(
     assert "sampling" not in answer.err, "a mistake in the config must be found before the work begins"
     assert (answer.code, answer.out) == (2, "")
     assert files_under(here) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"learning_rat": 0.1}, "'training.learning_rat'; did you mean 'learning_rate'"),
+        ({"max_steps": -1}, "training.max_steps: must be greater than or equal to 0"),
+        ({"method": "gdc+"}, "method.name: 'gdc\\+' is not known"),
+        ({"evaluation_samples": 0}, "evaluation.samples"),
+        ({"seed": True}, "seed: must be a number"),
+        ({"optim": "adamm"}, "training.optim: 'adamm'"),
+        ({"peft": {"rank": 3}}, "peft: unknown setting 'rank'"),
+    ],
+)
+def test_python_says_the_same(here: Path, tiny: Path, setting: dict[str, Any], message: str) -> None:
+    base = tiltlm.LanguageModel.from_pretrained(tiny, device="cpu")
+    target = base.constrain({"pronouns:female": 0.5}, samples=64, max_completion_length=8)
+    with pytest.raises(UsageError, match=message):
+        tiltlm.tune(base, target, output_dir=here / "run", **setting)
+    assert not (here / "run").exists()

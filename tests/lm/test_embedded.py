@@ -26,7 +26,8 @@ def test_it_is_small(embedded: LanguageModel) -> None:
 
 def test_its_card_names_losses_below_the_plain_gpt2_of_its_size() -> None:
     card = (embedded_path() / "README.md").read_text(encoding="utf-8")
-    nats, bits = (float(re.search(rf"\*\*([\d.]+) {unit}\*\*", card)[1]) for unit in ("nats per token", "bits per byte"))
+    units = ("nats per token", "bits per byte")
+    nats, bits = (float(re.search(rf"\*\*([\d.]+) {unit}\*\*", card)[1]) for unit in units)
     assert nats < 3.73
     assert bits < 1.54
     for fact in ("CC BY-SA 3.0", "seed", "pretrain_embedded.py", "minutes"):
@@ -34,7 +35,7 @@ def test_its_card_names_losses_below_the_plain_gpt2_of_its_size() -> None:
 
 
 def test_it_prefers_english_to_the_same_words_in_disorder(embedded: LanguageModel) -> None:
-    words = "In 1920 she married a lawyer and moved with him to London .".split()
+    words = ["In", "1920", "she", "married", "a", "lawyer", "and", "moved", "with", "him", "to", "London", "."]
     orders = [words, words[::-1], sorted(words), words[5:] + words[:5]]
     with torch.no_grad():
         scores = []

@@ -108,7 +108,7 @@ def check_mean_gradients(world: World, trainer: Trainer) -> None:
             found[name].append(along @ gradient(trainer))
         log_weights.append(scores.target_logscore - scores.proposal_logprob)
     # Without enough effective samples, five standard errors would forgive anything.
-    assert effective_sample_size(torch.cat(log_weights)).value > 1000
+    assert effective_sample_size(torch.cat(log_weights)).value > 2000
     for name, projections in found.items():
         column = torch.stack(projections)
         mean, error = column.mean(0), column.std(0) / math.sqrt(BATCHES)

@@ -27,6 +27,14 @@ CPU_SAMPLING_BYTES = 2**30
 COPIES_OF_LOGITS = 4
 
 
+# Settings of LoRA whose other values change the weights, or the layers, that the base would share.
+HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "layer_replication": (None,),
+}
+
+
 class LanguageModel:
     """A causal language model that samples text and scores it under exactly the law that it samples from.
 
@@ -81,15 +89,17 @@ class LanguageModel:
         """
         from peft import LoraConfig, get_peft_model
 
-        if settings.get("bias", "none") != "none":
-            raise UsageError(f"peft.bias: '{settings['bias']}' would change the base model too; leave it at 'none'")
+        for name, harmless in HARMLESS_TO_THE_BASE.items():
+            if settings.get(name, harmless[0]) not in harmless:
+                choices = " or ".join(map(repr, harmless))
+                raise UsageError(f"peft.{name}: {settings[name]!r} would change the base model too; choose {choices}")
         try:
             with quiet_peft(), torch.random.fork_rng():
                 torch.manual_seed(seed)
                 config = LoraConfig(task_type="CAUSAL_LM", **settings)
                 model = get_peft_model(self.model, config)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"peft: {error}") from error
+            raise UsageError(f"peft: LoRA with {settings} was refused: {error}") from error
         return LanguageModel(model, self.tokenizer, name=self.name)
 
     def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
@@ -260,10 +270,12 @@ class LanguageModel:
     def _check_length(self, prompt: int, completion: int) -> None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         # The last token is never read.
-        if positions is not None and prompt + completion - 1 > positions:
+        room = 0 if positions is None else positions + 1 - prompt
+        if positions is not None and completion > room:
             raise UsageError(
                 f"max_completion_length: {completion} tokens after a prompt of {prompt} are more than the {positions} "
-                f"positions of '{self.name}'; ask for at most {positions + 1 - prompt}, or shorten the prompts"
+                f"positions of '{self.name}'; "
+                + (f"ask for at most {room}, or shorten the prompts" if room > 0 else "shorten the prompts")
             )
 
 

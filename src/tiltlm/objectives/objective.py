@@ -13,7 +13,8 @@ class Record:
     """What is known of N sampled sequences when their coefficients are computed; nothing here carries a gradient.
 
     All are log-probabilities in nats: of the policy π, the base a, the proposal q that drew the samples, and the
-    target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number.
+    target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number. The N sequences may be
+    part of a batch, as many as fit in memory: a coefficient may depend on its own row and ``log_z`` alone.
     """
 
     policy_logprob: Tensor

@@ -67,9 +67,11 @@ class Display(Callback):
             return
         self.bar = _bar(self.console)
         self.bar.add_task("tuning", total=max_steps, completed=step)
-        with Live(self.bar, console=self.console, refresh_per_second=4) as self.live:
-            yield
-        self.live = None
+        try:
+            with Live(self.bar, console=self.console, refresh_per_second=4) as self.live:
+                yield
+        finally:
+            self.live = None
 
     def on_log(self, progress: RunProgress, metrics: StepMetrics) -> None:
         if self.live is not None and self.bar is not None:

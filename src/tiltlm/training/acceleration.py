@@ -34,6 +34,9 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
         accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     except ValueError as error:
         raise UsageError(f"training.{precision}: not possible on {device}: {error}") from error
+    if precision != "no" and not accelerator.native_amp:
+        # Accelerate would go on in full precision without a word.
+        raise UsageError(f"training.{precision}: not possible on {device}; leave it out, or try bf16")
     if accelerator.num_processes > 1:
         raise UsageError("this version of tiltlm trains in one process; start it without a multi-process launcher")
     return accelerator

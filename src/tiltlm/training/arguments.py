@@ -16,7 +16,7 @@ class TrainingArguments:
     batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] = 512
     per_device_train_batch_size: Annotated[
         int | None,
-        Field(ge=1, description="sequences per forward pass; null: what is fast and fits. Does not change the result"),
+        Field(ge=1, description="sequences per forward pass, which does not change the result; null: what fits"),
     ] = None
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak step size of the optimizer")] = (
         1e-4

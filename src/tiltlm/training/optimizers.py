@@ -36,6 +36,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainingArguments) -> torch.optim.Optimizer:
     """The optimizer that ``args`` name. Raises UsageError when it refuses its arguments or the parameters."""
+    if "lr" in args.optim_args:
+        raise UsageError(f"training.optim_args: lr {args.optim_args['lr']!r} belongs into training.learning_rate")
     chosen, settings = optimizer_class(args.optim), {"lr": args.learning_rate, **args.optim_args}
     try:
         return chosen(list(parameters), **settings)

@@ -29,6 +29,7 @@ from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
+from tiltlm.training.state import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,10 @@ class Trainer:
             self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
         replaced = self._follow(batch, scores)
+        rate = float(self.scheduler.get_last_lr()[0])
         with self._phase("step"):
             norm = self.update()
-        return metrics.completed(
-            self.progress, norm, float(self.scheduler.get_last_lr()[0]), batch.source, replaced, dict(self.seconds)
-        )
+        return metrics.completed(self.progress, norm, rate, batch.source, replaced, dict(self.seconds))
 
     def draw(self) -> Batch:
         """The next batch: fit samples while they last, then fresh samples of the proposal, with their features."""
@@ -226,23 +226,7 @@ class Trainer:
         """Write a checkpoint of everything that the next step depends on."""
         if self.checkpoint_dir is None:
             return
-        tensors: dict[str, Any] = {
-            "policy": {name: p.detach() for name, p in self.parameters.items()},
-            "proposal": self.roles.proposal_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "generator": self.generator.get_state(),
-        }
-        numbers = {
-            "partition": self.partition.to_json(),
-            "queue": self.queue.position,
-            "source": self.source,
-            "sequences": self.sequences,
-            "forward_passes": self.forward_passes,
-            "seconds": self.spent,
-        }
-        path = save_checkpoint(self.checkpoint_dir, self.step, tensors, numbers)
+        path = save_checkpoint(self.checkpoint_dir, self.step, *pack(self))
         for callback in self.callbacks:
             callback.on_save(self.progress, path)
 
@@ -251,28 +235,11 @@ class Trainer:
         path = latest_checkpoint(self.checkpoint_dir) if self.checkpoint_dir is not None else None
         if path is None:
             return False
-        tensors, numbers = load_checkpoint(path)
         try:
-            self._restore(tensors, numbers)
+            unpack(self, *load_checkpoint(path))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {path} does not fit this run: {error!r}. Delete that folder to resume from the one before "
                 f"it, or start anew in another output directory."
             ) from error
         return True
-
-    def _restore(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors["policy"][name])
-        if tensors["proposal"] is not None:
-            self.roles.load_proposal_state(tensors["proposal"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
-        self.scheduler.load_state_dict(tensors["scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(tensors["scaler"])
-        self.generator.set_state(tensors["generator"])
-        self.partition = Partition.from_json(numbers["partition"])
-        self.queue.position, self.source = numbers["queue"], numbers["source"]
-        self.step, self.sequences = numbers["step"], numbers["sequences"]
-        self.forward_passes, self.spent = numbers["forward_passes"], numbers["seconds"]

@@ -1,0 +1,53 @@
+"""The trainer's state: everything that the next step depends on, as a checkpoint holds it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tiltlm.estimation import Partition
+
+if TYPE_CHECKING:
+    from tiltlm.training.trainer import Trainer
+
+
+def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and the numbers of a checkpoint."""
+    scaler = trainer.accelerator.scaler
+    tensors = {
+        "policy": {name: p.detach() for name, p in trainer.parameters.items()},
+        "proposal": trainer.roles.proposal_state(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "generator": trainer.generator.get_state(),
+    }
+    numbers = {
+        "partition": trainer.partition.to_json(),
+        "queue": trainer.queue.position,
+        "source": trainer.source,
+        "step": trainer.step,
+        "sequences": trainer.sequences,
+        "forward_passes": trainer.forward_passes,
+        "seconds": trainer.spent,
+    }
+    return tensors, numbers
+
+
+def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """Put back what ``pack`` gave; raises KeyError, ValueError or RuntimeError where it does not fit the trainer."""
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(tensors["policy"][name])
+    if tensors["proposal"] is not None:
+        trainer.roles.load_proposal_state(tensors["proposal"])
+    trainer.optimizer.load_state_dict(tensors["optimizer"])
+    trainer.scheduler.load_state_dict(tensors["scheduler"])
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(tensors["scaler"])
+    trainer.generator.set_state(tensors["generator"])
+    trainer.partition = Partition.from_json(numbers["partition"])
+    trainer.queue.position, trainer.source = numbers["queue"], numbers["source"]
+    trainer.step, trainer.sequences = numbers["step"], numbers["sequences"]
+    trainer.forward_passes, trainer.spent = numbers["forward_passes"], numbers["seconds"]

@@ -1,0 +1,62 @@
+"""Help answers at once: it loads nothing that computes."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from command_line import Command
+
+PROMISED = {
+    "tune": ["CONFIG.yaml", "[KEY=VALUE]...", "--output-dir", "--resume"],
+    "fit": ["CONFIG.yaml", "[KEY=VALUE]...", "--json"],
+    "eval": ["RUN_DIR|MODEL", "--samples", "--json", "--top-p"],
+    "sample": ["RUN_DIR|MODEL", "-n", "--top-p", "--prompt", "--jsonl", "--seed"],
+    "report": ["RUN_DIR"],
+    "init": ["[NAME]"],
+    "env": [],
+}
+# Typer checks the arguments of a command by pydantic, so that is there; the list of commands does without.
+HEAVY = ("torch", "transformers", "numpy", "scipy", "peft", "accelerate", "matplotlib", "jinja2", "yaml")
+
+ASK = """
+import json, sys
+from tiltlm.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["tiltlm", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in PROMISED)], ids=" ".join)
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run([sys.executable, "-c", ASK, json.dumps([words])], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    loaded = json.loads(ended.stdout.splitlines()[-1])
+    assert "typer" in loaded
+    assert not {*HEAVY, *(["pydantic"] if words == ["--help"] else [])} & set(loaded)
+    # Half a second is promised; the processor's time does not depend on what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("command", PROMISED)
+def test_help_names_what_is_promised(tiltlm: Command, command: str) -> None:
+    answer = tiltlm(command, "-h")
+    assert (answer.code, answer.err) == (0, "")
+    for promised in PROMISED[command]:
+        assert re.search(rf"(^|[\s,]){re.escape(promised)}($|[\s,])", answer.out, re.MULTILINE), promised
+
+
+def test_help_lists_every_command(tiltlm: Command) -> None:
+    listed = re.findall(r"^  (\w+)  ", tiltlm("--help").out.split("Commands:")[1], re.MULTILINE)
+    assert listed == list(PROMISED)

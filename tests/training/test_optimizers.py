@@ -1,0 +1,155 @@
+"""Optimizers, schedules and precision by name: what is known works, what is not is an error with the nearest."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from transformers import SchedulerType
+
+from tiltlm.errors import UsageError
+from tiltlm.training.acceleration import Trackers, build_accelerator
+from tiltlm.training.arguments import TrainingArguments
+from tiltlm.training.optimizers import optimizer_class
+from tiny_world import World, build_trainer
+
+CPU = torch.device("cpu")
+OPTIMIZERS = sorted(
+    name
+    for name, value in vars(torch.optim).items()
+    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+)
+# These need something that a sampled gradient on a language model cannot give.
+REFUSED = {"LBFGS": "loss several times", "SparseAdam": "sparse gradients", "Muon": "2D parameters"}
+FOLLOW_A_METRIC = {"reduce_lr_on_plateau", "greedy"}
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(REFUSED)))
+def test_every_optimizer_of_torch_moves_the_policy(world: World, name: str) -> None:
+    trainer = build_trainer(world, optim=name.lower(), batch_size=20)
+    before = [p.detach().clone() for p in trainer.parameters.values()]
+    for _ in range(2):
+        trainer.train_step()
+    assert type(trainer.optimizer.optimizer) is getattr(torch.optim, name)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_work_is_refused_with_the_reason(world: World, name: str) -> None:
+    with pytest.raises(UsageError, match=REFUSED[name]):
+        build_trainer(world, optim=name)
+
+
+def test_muon_takes_matrices_such_as_those_of_lora(world: World) -> None:
+    trainer = build_trainer(world, optim="muon", lora=True, batch_size=20)
+    trainer.train_step()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.Muon)
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("adaam", "adam"), ("AdamW8bit", "adamw"), ("sdg", "sgd")])
+def test_an_unknown_optimizer_is_an_error_with_the_nearest(wrong: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"training.optim: '{wrong}' .*did you mean '{meant}'"):
+        optimizer_class(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [({"beta": 0.9}, "beta"), ({"betas": [2.0, 0.9]}, "2.0"), ({"weight_decay": -1.0}, "weight_decay")],
+)
+def test_arguments_that_an_optimizer_refuses_are_named(world: World, arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(UsageError, match=f"training.optim: adam with .*{part}"):
+        build_trainer(world, optim_args=arguments)
+
+
+def test_arguments_reach_the_optimizer(world: World) -> None:
+    trainer = build_trainer(world, optim="AdamW", optim_args={"weight_decay": 0.25, "betas": [0.5, 0.75]})
+    assert trainer.optimizer.defaults["weight_decay"] == 0.25
+    assert trainer.optimizer.defaults["betas"] == (0.5, 0.75)
+    assert trainer.optimizer.defaults["lr"] == 0.001
+
+
+@pytest.mark.parametrize("name", sorted({kind.value for kind in SchedulerType} - FOLLOW_A_METRIC))
+def test_every_schedule_that_counts_steps_runs_to_the_end(world: World, name: str) -> None:
+    further: dict[str, Any] = {
+        "warmup_stable_decay": {"num_decay_steps": 1},
+        "cosine_with_min_lr": {"min_lr": 1e-5},
+        "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+    }.get(name, {})
+    trainer = build_trainer(
+        world, lr_scheduler_type=name, lr_scheduler_kwargs=further, warmup_steps=1, max_steps=3, batch_size=10
+    )
+    trainer.train()
+    assert 0 <= trainer.scheduler.get_last_lr()[0] <= 0.001
+
+
+@pytest.mark.parametrize("name", sorted(FOLLOW_A_METRIC))
+def test_schedules_that_follow_a_metric_are_refused(world: World, name: str) -> None:
+    with pytest.raises(UsageError, match=f"training.lr_scheduler_type: '{name}' follows a validation metric"):
+        build_trainer(world, lr_scheduler_type=name)
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("cosin", "cosine"), ("liner", "linear"), ("constant_with", "constant")])
+def test_an_unknown_schedule_is_an_error_with_the_nearest(world: World, wrong: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"lr_scheduler_type: '{wrong}' .*did you mean '{meant}"):
+        build_trainer(world, lr_scheduler_type=wrong)
+
+
+def test_arguments_that_a_schedule_refuses_are_named(world: World) -> None:
+    with pytest.raises(UsageError, match=r"lr_scheduler_kwargs: cosine refused .*cycles"):
+        build_trainer(world, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 2})
+
+
+def test_each_step_reports_the_learning_rate_that_it_took(world: World) -> None:
+    trainer = build_trainer(
+        world, lr_scheduler_type="linear", warmup_steps=2, max_steps=4, batch_size=10, learning_rate=0.01
+    )
+    rates = [trainer.train_step().learning_rate for _ in range(4)]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+
+
+def test_fp16_on_a_cpu_is_a_usage_error(world: World) -> None:
+    with pytest.raises(UsageError, match=r"training.fp16: not possible on cpu"):
+        build_trainer(world, fp16=True)
+    # And it leaves nothing behind that the next run in this process would stumble over.
+    assert build_trainer(world).accelerator.mixed_precision == "no"
+
+
+def test_two_precisions_at_once_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"training.bf16, training.fp16: choose one"):
+        build_accelerator(TrainingArguments(bf16=True, fp16=True), CPU)
+
+
+def test_bf16_computes_in_bfloat16_keeps_weights_and_ends_with_its_run(world: World) -> None:
+    def computed_in(trainer: Any) -> torch.dtype:
+        seen: list[torch.dtype] = []
+        handle = trainer.roles.policy.model.lm_head.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+        trainer.train_step()
+        handle.remove()
+        assert len(set(seen)) == 1
+        return seen[0]
+
+    policy = world.base.copy()
+    policy.model.float()
+    half = build_trainer(world, policy=policy, bf16=True, batch_size=30)
+    assert computed_in(half) == torch.bfloat16
+    assert {p.dtype for p in half.parameters.values()} == {torch.float32}
+    assert computed_in(build_trainer(world, batch_size=30)) == torch.float64
+
+
+def test_gradients_in_bf16_point_where_those_in_full_precision_do(world: World) -> None:
+    vectors = []
+    for bf16 in (False, True):
+        policy = world.base.copy()
+        policy.model.float()
+        trainer = build_trainer(world, policy=policy, bf16=bf16, batch_size=400)
+        trainer.pull(trainer.draw(), world.truth.log_z)
+        vectors.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
+    cosine = torch.nn.functional.cosine_similarity(*(v[None].double() for v in vectors))
+    assert float(cosine) > 0.9
+
+
+def test_an_unknown_tracker_is_an_error_with_the_nearest(tmp_path: Any) -> None:
+    with pytest.raises(UsageError, match=r"report_to: 'tensorbord' .*did you mean 'tensorboard'"):
+        Trackers(["tensorbord"], {}, tmp_path)
