@@ -226,7 +226,9 @@ def train(
 def schedule_changes(sittings: list[dict[str, int]]) -> str:
     """How the plan changed on the way, for the model card; nothing when it did not."""
     pairs = itertools.pairwise(sittings)
-    return "".join(f"; at step {b['from_step']} the plan of {a['epochs']} epochs became {b['epochs']}" for a, b in pairs)
+    return "".join(
+        f"; at step {b['from_step']} the plan of {a['epochs']} epochs became {b['epochs']}" for a, b in pairs
+    )
 
 
 def model_card(

@@ -105,3 +105,9 @@ def finished_run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
 def finished(finished_run: Path, here: Path) -> Path:
     """A copy of a finished run at ``runs/done``."""
     return shutil.copytree(finished_run, here / "runs" / "done")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without a report, which is most of the work of a tiny one."""
+    monkeypatch.setattr("tiltlm.job.write_report", lambda directory: directory.report_path)

@@ -154,6 +154,7 @@ def test_the_tuned_model_is_a_plain_checkpoint(finished: Path, tiny: Path) -> No
     assert "| female | moment | 0.5 |" in card
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_tune_with_overrides_is_recorded_and_repeatable(tiltlm: Command, here: Path, finished_run: Path) -> None:
     answers = [
         tiltlm("tune", "run.yaml", f"seed={seed}", "training.max_steps=3", "--output-dir", f"runs/{name}")
@@ -171,6 +172,7 @@ def test_tune_with_overrides_is_recorded_and_repeatable(tiltlm: Command, here: P
     assert (records[0]["config"]["seed"], records[0]["config"]["training"]["max_steps"]) == (5, 3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_piped_run_prints_plain_lines(tiltlm: Command) -> None:
     answer = tiltlm("tune", "run.yaml", "training.max_steps=1")
     assert_plain(answer.out + answer.err)
@@ -289,6 +291,7 @@ def test_env_says_what_a_bug_report_needs(tiltlm: Command) -> None:
     assert said["devices"].startswith("cpu")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_lora_run_is_an_adapter_that_others_load(tiltlm: Command, here: Path, tiny: Path, finished_run: Path) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -390,6 +393,7 @@ class Wins:
 """
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_target_of_ones_own(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     (here / "own.py").write_text(OWN_TARGET)
     target = {"python": "own:Wins", "args": {"odds": 3.0}, "samples": 256}
@@ -415,6 +419,7 @@ class Stops(tiltlm.Callback):
 
 
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_says_how_to_go_on_and_does(
     tiltlm: Command, here: Path, finished_run: Path, signal: str
 ) -> None:
@@ -435,6 +440,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert json.loads((here / folder / "run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_checkpoint_before_a_damaged_one_leads_to_the_same_end(tiltlm: Command, finished: Path) -> None:
     before = files_under(finished)
     shutil.rmtree(finished / "checkpoints" / "step-000004")
@@ -472,6 +478,7 @@ def test_in_a_shell_of_its_own(tiltlm: Command, here: Path) -> None:
     assert "Traceback" in traced.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(here: Path, tiny: Path) -> None:
     ended = shell(f"tiltlm sample '{tiny}' -n 20000 --max-completion-length 2 --seed 0 --device cpu | head -n 1")
     assert len(ended.stdout.splitlines()) == 1

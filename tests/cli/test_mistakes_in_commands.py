@@ -331,6 +331,7 @@ def test_a_feature_that_fails_in_training_leaves_a_failed_run(
     assert failed_record(here / "runs" / "run")["error"]["type"] == "FeatureError"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(
     tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +363,11 @@ def pages(*files: Path) -> int:
 
 
 @pytest.mark.parametrize("full_at", ["base_sample.pt", "tensors.pt", "model.safetensors", "report.html"])
-def test_a_disk_that_is_really_full(tiltlm: Command, here: Path, finished_run: Path, full_at: str) -> None:
+def test_a_disk_that_is_really_full(
+    tiltlm: Command, here: Path, finished_run: Path, full_at: str, request: pytest.FixtureRequest
+) -> None:
+    if full_at != "report.html":
+        request.getfixturevalue("no_pictures")
     steps, policy = sorted((finished_run / "checkpoints").glob("step-*/*")), [*(finished_run / "policy").iterdir()]
     written = {
         "base_sample.pt": [finished_run / "checkpoints" / "base_sample.pt"],
