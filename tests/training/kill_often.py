@@ -9,13 +9,27 @@ import sys
 import time
 from pathlib import Path
 
+# What children would import later is imported once, here; nothing has run yet, so that forking is safe.
+import accelerate  # noqa: F401
+import peft  # noqa: F401
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401
+
 from tiltlm.config import load_config
 from tiltlm.job import tune_config
 
 
+def wait_for_steps(child: int, metrics: Path, began: int) -> None:
+    """Until the child, started at ``began`` (ns), has touched the metrics: from then on it takes steps."""
+    while not metrics.exists() or metrics.stat().st_mtime_ns < began:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+
+
 def main(config: str, folder: str, kills: str, seconds: str) -> int:
-    """Exit code of the last child; each kill comes up to ``seconds`` after the child's start."""
-    for left in range(int(kills), -1, -1):
+    """Exit code of the last child. Two kills come while a run starts, the others within ``seconds`` of its steps."""
+    for kill in range(int(kills) + 1):
+        began = time.time_ns()
         child = os.fork()
         if child == 0:
             code = 1
@@ -24,11 +38,13 @@ def main(config: str, folder: str, kills: str, seconds: str) -> int:
                 code = 0
             finally:
                 os._exit(code)
-        if left:
+        if kill < int(kills):
+            if kill >= 2:
+                wait_for_steps(child, Path(folder) / "metrics.jsonl", began)
             moment = random.uniform(0, float(seconds))
             time.sleep(moment)
             os.kill(child, signal.SIGKILL)
-            print(f"killed after {moment:.3f} s")
+            print(f"kill {kill + 1} after {moment:.3f} s", flush=True)
         _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 

@@ -96,6 +96,7 @@ def test_interrupted_then_killed_then_resumed_it_ends_as_if_nothing_had_happened
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("peft", [None, {"r": 2, "target_modules": "all-linear"}], ids=["full", "lora"])
 def test_killed_a_dozen_times_it_ends_as_if_nothing_had_happened(
     settings: dict[str, Any], tmp_path: Path, peft: dict[str, Any] | None
@@ -104,17 +105,15 @@ def test_killed_a_dozen_times_it_ends_as_if_nothing_had_happened(
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({**settings, "peft": peft}))
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    began = time.monotonic()
     tune_config(load_config(config), whole, console=Console(file=io.StringIO()))
-    seconds = time.monotonic() - began
     answer = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_often.py")), config, folder, "12", str(seconds)],
+        [sys.executable, str(Path(__file__).with_name("kill_often.py")), config, folder, "12", "0.5"],
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60 + 30 * seconds,
+        timeout=800,
     )
     assert answer.returncode == 0, answer
-    assert answer.stdout.count("killed after") == 12
+    assert answer.stdout.count("kill ") == 12
     assert status(folder) == "done"
     assert_same_run(folder, whole)

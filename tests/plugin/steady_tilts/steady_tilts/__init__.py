@@ -1,0 +1,1 @@
+"""What somebody may add to tiltlm from outside: an objective, a target and a callback."""
