@@ -68,11 +68,11 @@ def test_one_large_step_reports_the_truth_before_its_update(world: World, source
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_standard_errors_are_those_of_many_steps(world: World, source: str) -> None:
-    trainer = trainer_from(world, source, batch_size=600)
+    trainer = trainer_from(world, source, batch_size=400)
     truth = truth_of(world, trainer)
     z: dict[str, list[float]] = {name: [] for name in truth}
     earlier = None
-    for _ in range(80):
+    for _ in range(61):
         batch = trainer.draw()
         scores = trainer.pull(batch, truth["log_z"], backward=False)
         log_weights = scores.target_logscore - scores.proposal_logprob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,21 @@ class Evaluation:
         return result
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Scores and features [N, K] of samples from several laws, with the log-probability [N] of their mixture."""
+
+    scores: Scores
+    features: torch.Tensor
+    mixture_logprob: torch.Tensor
+
+    @staticmethod
+    def of(scores: Scores, features: torch.Tensor) -> Pooled:
+        """Policy and base in equal numbers: every row counts as drawn from their mixture (Owen & Zhou 2000)."""
+        mixture = torch.logaddexp(scores.policy_logprob, scores.base_logprob) - math.log(2)
+        return Pooled(scores, features, mixture)
+
+
 def evaluate_policy(
     roles: Roles,
     target: Target,
@@ -64,7 +80,10 @@ def evaluate_policy(
     texts: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Draw ``n`` samples of the policy and measure it against target and base; ``texts`` of them are kept.
+    """Draw ``n`` samples each of policy and base, and measure the policy; ``texts`` of its samples are kept.
+
+    What is averaged over the target uses both: weighted by the mixture of the two laws, P/(½π + ½a) stays below 2P/a,
+    so that a policy that has lost part of the target cannot look close to it.
 
     With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does.
     """
@@ -72,14 +91,17 @@ def evaluate_policy(
         drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
         samples = policy.sample(n, prompts, seed, **drawing)
         nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
-    scores = score_against_base(roles, samples)
-    features = measure_samples(target.features, samples)
-    scores = scores.with_target(target.log_score(scores.base_logprob, features))
+    with torch.no_grad(), roles.use("base") as base:
+        control = base.sample(n, prompts, seed + 2, **drawing)
+    scores, features = _scored(roles, target, samples)
+    control_scores, control_features = _scored(roles, target, control)
+    pooled = Pooled.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
     names = [feature.name for feature in target.features]
     under_top_p = measure_samples(target.features, nucleus).unbind(-1) if nucleus is not None else []
     return _evaluation(
         samples,
         scores,
+        pooled,
         dict(zip(names, features.unbind(-1), strict=True)),
         {name: estimation.mean(column) for name, column in zip(names, under_top_p, strict=bool(nucleus))},
         text_rows("policy", samples, target, features, scores.base_logprob, scores.policy_logprob, texts),
@@ -94,8 +116,9 @@ def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 
     logprob = samples.sequence_logprob.cpu()
     scores = Scores(logprob, logprob, logprob, target.log_score(logprob, features), torch.zeros_like(logprob))
     columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
+    pooled = Pooled(scores, features, logprob)
     return _evaluation(
-        samples, scores, columns, {}, text_rows("base", samples, target, features, logprob, logprob, texts)
+        samples, scores, pooled, columns, {}, text_rows("base", samples, target, features, logprob, logprob, texts)
     )
 
 
@@ -103,7 +126,7 @@ def evaluate_model(model: LanguageModel, n: int, *, seed: int = 0, **sampling: A
     """A model alone, without target or base: entropy and diversity."""
     with torch.no_grad():
         samples = model.sample(n, seed=seed, **sampling)
-    return _evaluation(samples, None, {}, {}, ())
+    return _evaluation(samples, None, None, {}, {}, ())
 
 
 @torch.no_grad()
@@ -120,6 +143,12 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
         tokens = token_logprob(policy_law, chunk)
         parts.append(Scores.of(chunk, tokens, policy_law, token_logprob(base_law, chunk), base_law))
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
+
+
+def _scored(roles: Roles, target: Target, samples: Samples) -> tuple[Scores, torch.Tensor]:
+    """Scores with the target's log-score, and feature values [N, K]."""
+    scores, features = score_against_base(roles, samples), measure_samples(target.features, samples)
+    return scores.with_target(target.log_score(scores.base_logprob, features)), features
 
 
 def text_rows(
@@ -155,6 +184,7 @@ def text_rows(
 def _evaluation(
     samples: Samples,
     scores: Scores | None,
+    pooled: Pooled | None,
     columns: dict[str, torch.Tensor],
     moments_top_p: dict[str, Estimate],
     texts: tuple[dict[str, Any], ...],
@@ -170,17 +200,18 @@ def _evaluation(
         "moments_top_p": moments_top_p,
         "texts": texts,
     }
-    if scores is None:
+    if scores is None or pooled is None:
         nothing: dict[str, Any] = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
         return Evaluation(**common, **nothing, target_moments={})
-    score, proposal, policy = scores.target_logscore, scores.proposal_logprob, scores.policy_logprob
+    score, mixture = pooled.scores.target_logscore, pooled.mixture_logprob
+    over_target = zip(columns, pooled.features.unbind(-1), strict=True)
     return Evaluation(
         **common,
-        target_moments={n: estimation.moment_under_target(column, score, proposal) for n, column in columns.items()},
+        target_moments={n: estimation.moment_under_target(column, score, mixture) for n, column in over_target},
         perplexity_base=estimation.perplexity(scores.base_logprob, samples.lengths.cpu()),
-        kl_p_pi=estimation.kl_from_target(score, proposal, policy),
+        kl_p_pi=estimation.kl_from_target(score, mixture, pooled.scores.policy_logprob),
         kl_pi_a=kl_policy_base(scores),
-        tv_p_pi=estimation.tv_from_target(score, proposal, policy),
-        log_z=estimation.log_partition(score - proposal),
-        ess=estimation.effective_sample_size(score - proposal),
+        tv_p_pi=estimation.tv_from_target(score, mixture, pooled.scores.policy_logprob),
+        log_z=estimation.log_partition(score - mixture),
+        ess=estimation.effective_sample_size(scores.target_logscore - scores.proposal_logprob),
     )

@@ -1,0 +1,69 @@
+"""Evaluation on fresh samples against enumerated truth, for a policy near the base and for one that has collapsed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tiltlm.estimation import Estimate
+from tiltlm.exact import exact_kl, exact_moments
+from tiltlm.lm import LanguageModel, Roles
+from tiltlm.training.evaluation import Evaluation, evaluate_policy
+from tiny_world import LENGTH, World, near
+
+SAMPLES = 4000
+
+
+def within_five_errors(estimate: Estimate | None, truth: float) -> bool:
+    assert estimate is not None
+    assert 0 < estimate.se < 0.1 * max(1.0, abs(truth))
+    return abs(estimate.value - truth) < 5 * estimate.se
+
+
+def collapsed(base: LanguageModel, sharper: float = 3.0) -> LanguageModel:
+    """The base with its logits multiplied, so that it writes a few texts over and over."""
+    policy = base.copy()
+    norm = policy.model.transformer.ln_f
+    with torch.no_grad():
+        norm.weight *= sharper
+        norm.bias *= sharper
+    return policy
+
+
+def evaluated(world: World, policy: LanguageModel) -> Evaluation:
+    return evaluate_policy(
+        Roles(policy, base=world.base), world.target, SAMPLES, max_completion_length=LENGTH, seed=5, top_p=0.9
+    )
+
+
+@pytest.mark.parametrize("kind", ["near", "collapsed"])
+def test_every_distance_is_the_enumerated_one(world: World, kind: str) -> None:
+    policy = near(world.base, 0.1) if kind == "near" else collapsed(world.base)
+    result = evaluated(world, policy)
+    law = world.logprob(policy)
+    assert within_five_errors(result.kl_p_pi, world.kl(policy))
+    assert within_five_errors(result.tv_p_pi, world.tv(policy))
+    assert within_five_errors(result.log_z, world.truth.log_z)
+    assert within_five_errors(result.kl_pi_a, exact_kl(law, world.truth.base_logprob))
+    assert within_five_errors(result.entropy, float(-(law.exp() * law).sum()))
+    under_policy = exact_moments(law, world.truth.features)
+    for k, name in enumerate(result.moments):
+        assert abs(result.moments[name].value - float(under_policy[k])) < 5 * max(result.moments[name].se, 1e-3)
+        p_moment = float(world.truth.moments[k])
+        assert abs(result.target_moments[name].value - p_moment) < 5 * max(result.target_moments[name].se, 1e-9)
+
+
+def test_a_collapsed_policy_is_far_from_the_target(world: World) -> None:
+    policy = collapsed(world.base, 20.0)
+    result = evaluated(world, policy)
+    assert result.tv_p_pi is not None
+    assert result.kl_p_pi is not None
+    assert world.tv(policy) > 0.8
+    assert result.tv_p_pi.value > 0.7
+    assert result.kl_p_pi.value > 5
+
+
+def test_top_p_moments_are_of_another_law(world: World) -> None:
+    result = evaluated(world, near(world.base, 0.1))
+    assert set(result.moments_top_p) == set(result.moments)
+    assert result.moments_top_p["words"].value != result.moments["words"].value
