@@ -18,7 +18,7 @@ from tiltlm.training.proposal import RULES
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
-BATCHES, DIRECTIONS = 30, 12
+BATCHES, DIRECTIONS = 20, 12
 # What the rule has made of the proposal after three steps: the policy, or a policy that was left behind.
 EXPECTED_SOURCE = {"on_policy": "policy"} | dict.fromkeys(("interval", "kl", "tv", "published"), "step 2")
 
@@ -108,7 +108,7 @@ def check_mean_gradients(world: World, trainer: Trainer) -> None:
             found[name].append(along @ gradient(trainer))
         log_weights.append(scores.target_logscore - scores.proposal_logprob)
     # Without enough effective samples, five standard errors would forgive anything.
-    assert effective_sample_size(torch.cat(log_weights)).value > 2000
+    assert effective_sample_size(torch.cat(log_weights)).value > 1500
     for name, projections in found.items():
         column = torch.stack(projections)
         mean, error = column.mean(0), column.std(0) / math.sqrt(BATCHES)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tiltlm.errors import NumericalError
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.objectives import GDC, Record
+from tiltlm.targets import draw_base_sample
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, LORA, World, build_trainer, flat, gradient, near, true_gradient
 
@@ -159,6 +160,21 @@ def test_reused_samples_are_the_first_rows_in_order_and_count_for_log_z_only_onc
     assert metrics.proposal == "base"
     assert trainer.partition == before
     assert metrics.log_z == before.log_z
+
+
+def test_batches_smaller_than_the_list_of_prompts_use_all_of_them(world: World) -> None:
+    prompts = ["a", "b a", None, "d", "b"]
+    sample = draw_base_sample(world.base, world.target.features, 12, prompts, LENGTH, seed=0)
+    trainer = build_trainer(world, base_sample=sample, batch_size=2)
+    drawn = []
+    for _ in range(5):
+        batch = trainer.draw()
+        drawn += batch.samples.prompt_texts
+        with torch.no_grad():
+            rescored = world.base.logprob(batch.samples).sum(-1)
+        assert float((rescored - batch.samples.sequence_logprob).abs().max()) < 1e-10
+    # Two whole rounds, going on where the base's twelve had stopped.
+    assert drawn == [prompts[i % 5] for i in range(12, 22)]
 
 
 def test_the_first_estimate_of_log_z_is_that_of_the_fit(world: World) -> None:

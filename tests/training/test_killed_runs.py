@@ -20,7 +20,7 @@ from tiltlm.config import load_config
 from tiltlm.job import tune_config
 from whole_runs import assert_same_run, metrics
 
-STEPS = 80
+STEPS = 60
 PATIENCE = 200
 
 

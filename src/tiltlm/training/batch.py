@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.lm import Samples
+from tiltlm.lm import Prompts, Samples
 from tiltlm.targets.constrain import BaseSample
 
 
@@ -27,6 +27,13 @@ class Batch:
     def from_base(self) -> bool:
         """Whether the sampler's log-probabilities are the base's own."""
         return self.source == "base"
+
+
+def in_turn(prompts: Prompts, drawn: int) -> Prompts:
+    """The same prompts, the next one first after ``drawn`` sequences, so that small batches use all of them."""
+    first = drawn % len(prompts.texts)
+    order = [*range(first, len(prompts.texts)), *range(first)]
+    return Prompts(prompts.tokens[order], prompts.mask[order], tuple(prompts.texts[i] for i in order))
 
 
 @dataclass

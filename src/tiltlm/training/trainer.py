@@ -22,7 +22,7 @@ from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.acceleration import build_accelerator
 from tiltlm.training.arguments import TrainingArguments
-from tiltlm.training.batch import Batch, FitSampleQueue
+from tiltlm.training.batch import Batch, FitSampleQueue, in_turn
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tiltlm.training.interrupt import stop_requests
@@ -119,7 +119,7 @@ class Trainer:
         with self._phase("sample"), self.roles.use(role) as model, self.accelerator.autocast():
             samples = model.sample(
                 self.args.batch_size,
-                self.prompts,
+                in_turn(self.prompts, self.sequences),
                 generator=self.generator,
                 max_completion_length=self.max_completion_length,
             ).trimmed()
