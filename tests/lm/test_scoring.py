@@ -135,3 +135,14 @@ def test_a_bad_batch_size_is_named():
     samples = model.sample(3, seed=0, max_completion_length=5)
     with pytest.raises(UsageError, match=r"^batch_size: 0"):
         model.logprob(samples, batch_size=0)
+
+
+def test_chunk_sizes_on_a_gpu_follow_its_size_and_not_what_happens_to_be_free(monkeypatch):
+    """Two runs on one card, of which the second finds half of its memory taken."""
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    model, total = tiny_model("gpt2", "several_eos"), 16 * 2**30
+    sizes = []
+    for free in (total, total // 2):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, total))
+        sizes.append((model._rows_at_once(8), model._logits_bytes()))
+    assert sizes[0] == sizes[1]

@@ -256,7 +256,8 @@ class LanguageModel:
 
     def _logits_bytes(self) -> int:
         if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0] // 8)
+            # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
+            return int(torch.cuda.mem_get_info(self.device)[1] // 8)
         return CPU_LOGITS_BYTES
 
     def _rows_at_once(self, length: int) -> int:
