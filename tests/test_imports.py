@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # The one door that opens upward: `base.constrain(...)`, which Python users expect on the model itself.
 UPWARD = {("lm.model", "targets")}
+# Not dependencies of their own: this package, and the core of pydantic.
+OURS = {"tiltlm", "pydantic_core"}
 
 
 def modules() -> list[Path]:
@@ -97,3 +102,16 @@ def test_rooms_of_pure_functions_never_see_a_model(room: str) -> None:
         text = path.read_text(encoding="utf-8")
         assert "transformers" not in text
         assert not {name.split(".")[0] for name in imports(path)} & {"lm", "features", "targets"}
+
+
+def test_what_is_installed_for_users_is_what_the_code_imports() -> None:
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]}
+    imported = {
+        alias.name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name.replace("pyyaml", "yaml") for name in named} == imported - set(sys.stdlib_module_names) - OURS

@@ -38,7 +38,7 @@ RUN_FIELDS = {
     "progress": "step, max_steps, and sequences and forward passes spent so far",
 }
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "scipy")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
