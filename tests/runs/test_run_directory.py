@@ -65,6 +65,24 @@ def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
     assert RunDirectory.create(tmp_path / "empty", {}, seed=0).run_path.is_file()
 
 
+def test_create_takes_a_directory_in_which_a_run_was_killed_before_its_first_file(tmp_path: Path) -> None:
+    left = tmp_path / ".run.json.4711.tmp"
+    left.write_text('{"schema_ver')
+    RunDirectory(tmp_path).check_free()
+    assert left.exists()
+    run = RunDirectory.create(tmp_path, {}, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert run.read_run()["status"] == "running"
+
+
+@pytest.mark.parametrize("name", [".run.json.tmp", "run.json.4711.tmp", ".notes.4711.tmp", ".run.json.4711.tmp.txt"])
+def test_a_file_that_only_looks_like_ours_is_someone_elses(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunExistsError, match="files that are no run"):
+        RunDirectory.create(tmp_path, {}, seed=0)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_overwrite_replaces_the_run_and_nothing_else(run: RunDirectory) -> None:
     run.append_metrics({"step": 1})
     run.write_samples([{"text": "a"}])

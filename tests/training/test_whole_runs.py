@@ -145,9 +145,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_to_the_same_end(
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["nothing", "killed before run.json"])
 def test_resuming_where_there_is_nothing_starts_a_run(
-    settings: dict[str, Any], reference: dict[str, Path], tmp_path: Path
+    settings: dict[str, Any], reference: dict[str, Path], tmp_path: Path, killed: bool
 ) -> None:
+    if killed:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / ".run.json.4711.tmp").write_bytes(b'{"schema_ver')
     tune(settings, tmp_path / "new", resume=True)
     assert_same_run(tmp_path / "new", finished(reference, settings, "full"))
 

@@ -74,6 +74,7 @@ class RunDirectory:
             "device": None,
         }
         storage.write_object(run.run_path, record)
+        storage.remove_unfinished(run.run_path)
         return run
 
     def check_free(self) -> None:
@@ -192,7 +193,7 @@ class RunDirectory:
         """Make the directory, or empty it of an earlier run; never deletes a file that a run did not write."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(self.path.iterdir())
+            occupied = any(not storage.is_unfinished(path, self.run_path) for path in self.path.iterdir())
         except OSError as error:
             raise UsageError(
                 f"output_dir: cannot make a directory at '{self.path}': {error.strerror}. Choose another --output-dir."

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,19 @@ def write_atomically(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         _sync_directory(path.parent)
+
+
+def is_unfinished(file: Path, path: Path) -> bool:
+    """Whether ``file`` is what a process that was killed within ``write_atomically(path, ...)`` left."""
+    return re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.tmp", file.name) is not None
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left beside ``path``."""
+    with suppress(OSError):
+        for file in path.parent.iterdir():
+            if is_unfinished(file, path):
+                file.unlink(missing_ok=True)
 
 
 def write_object(path: Path, record: Mapping[str, Any]) -> None:
