@@ -125,6 +125,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"training.lr_scheduler_type": "cosine_with_min_lr"},
         ["training.lr_scheduler_kwargs", "cosine_with_min_lr", "min_lr"],
     ),
+    "warm-up of a schedule that has none": (
+        {"training.lr_scheduler_type": "constant", "training.warmup_steps": 5},
+        ["training.warmup_steps", "5", "'constant'", "constant_with_warmup"],
+    ),
+    "argument of a scheduler that takes none": (
+        {"training.lr_scheduler_kwargs": {"num_cycles": 2}},
+        ["training.lr_scheduler_kwargs", "'num_cycles'", "'constant_with_warmup'", "leave them out"],
+    ),
     "optimizer that does not fit": ({"training.optim": "lbfgs"}, ["training.optim", "'lbfgs'", "such as adam"]),
     "bf16 and fp16": ({"training.bf16": True, "training.fp16": True}, ["training.bf16", "training.fp16", "choose one"]),
     "unknown device": ({"device": "gpu"}, ["device", "'gpu'", "cpu or cuda"]),

@@ -23,6 +23,11 @@ OPTIMIZERS = sorted(
 )
 # These need something that a sampled gradient on a language model cannot give.
 REFUSED = {"LBFGS": "loss several times", "SparseAdam": "sparse gradients", "Muon": "2D parameters"}
+FURTHER: dict[str, dict[str, Any]] = {
+    "warmup_stable_decay": {"num_decay_steps": 1},
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+}
 FOLLOW_A_METRIC = {"reduce_lr_on_plateau", "greedy"}
 
 
@@ -72,13 +77,14 @@ def test_arguments_reach_the_optimizer(world: World) -> None:
 
 @pytest.mark.parametrize("name", sorted({kind.value for kind in SchedulerType} - FOLLOW_A_METRIC))
 def test_every_schedule_that_counts_steps_runs_to_the_end(world: World, name: str) -> None:
-    further: dict[str, Any] = {
-        "warmup_stable_decay": {"num_decay_steps": 1},
-        "cosine_with_min_lr": {"min_lr": 1e-5},
-        "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
-    }.get(name, {})
+    warmup = 0 if name == "constant" else 1
     trainer = build_trainer(
-        world, lr_scheduler_type=name, lr_scheduler_kwargs=further, warmup_steps=1, max_steps=3, batch_size=10
+        world,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=FURTHER.get(name, {}),
+        warmup_steps=warmup,
+        max_steps=3,
+        batch_size=10,
     )
     trainer.train()
     assert 0 <= trainer.scheduler.get_last_lr()[0] <= 0.001
@@ -97,8 +103,39 @@ def test_an_unknown_schedule_is_an_error_with_the_nearest(world: World, wrong: s
 
 
 def test_arguments_that_a_schedule_refuses_are_named(world: World) -> None:
-    with pytest.raises(UsageError, match=r"lr_scheduler_kwargs: cosine refused .*cycles"):
-        build_trainer(world, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 2})
+    with pytest.raises(UsageError, match=r"lr_scheduler_kwargs: cosine_with_min_lr refused .*min_lr"):
+        build_trainer(world, lr_scheduler_type="cosine_with_min_lr")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, r"5 would be ignored.* constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2}}, r"'constant' takes no 'power'; it .*"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, r"'constant_with_warmup' takes no 'num_cycles'; it takes none"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"lr_end": 0.1}}, r"'linear' takes no 'lr_end'; it"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+            r"'cosine' takes no 'cycles'; did you mean 'num_cycles'\?",
+        ),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_warmup_steps": 2}}, r"no 'num_warmup_steps'"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"last_epoch": 2}}, r"no 'last_epoch'"),
+    ],
+)
+def test_a_setting_that_a_schedule_would_ignore_is_an_error(world: World, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=rf"training\.(warmup_steps|lr_scheduler_kwargs): .*{said}"):
+        build_trainer(world, **settings)
+
+
+@pytest.mark.parametrize("name", sorted({kind.value for kind in SchedulerType} - FOLLOW_A_METRIC - {"constant"}))
+def test_every_other_schedule_warms_up(world: World, name: str) -> None:
+    rates = []
+    for warmup in (0, 2):
+        trainer = build_trainer(
+            world, lr_scheduler_type=name, lr_scheduler_kwargs=FURTHER.get(name, {}), warmup_steps=warmup, max_steps=8
+        )
+        rates.append(trainer.scheduler.get_last_lr()[0])
+    assert rates[1] < rates[0]
 
 
 def test_each_step_reports_the_learning_rate_that_it_took(world: World) -> None:

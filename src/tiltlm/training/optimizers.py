@@ -18,6 +18,8 @@ UNFIT = {
     "lbfgs": "evaluates the loss several times a step, which sampled gradients do not allow",
     "sparseadam": "takes sparse gradients only, which language models do not have",
 }
+# Parameters of a schedule that other settings of a run decide.
+SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -46,8 +48,9 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainingArgu
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArguments) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of transformers that ``args`` name. Raises UsageError for an unknown one."""
+    """The schedule of transformers that ``args`` name. Raises UsageError for an unknown one and unknown settings."""
     from transformers import SchedulerType, get_scheduler
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     known = [kind.value for kind in SchedulerType]
     if args.lr_scheduler_type not in known:
@@ -55,6 +58,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArguments) -
             f"training.lr_scheduler_type: '{args.lr_scheduler_type}' is no scheduler of transformers; "
             f"{nearest(args.lr_scheduler_type, known)}"
         )
+    _reject_ignored(args, list(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters))
     try:
         scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -73,3 +77,20 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArguments) -
             f"here; choose one that counts steps, such as linear or cosine"
         )
     return scheduler
+
+
+def _reject_ignored(args: TrainingArguments, parameters: list[str]) -> None:
+    """Refuse what transformers would leave out without a word: the constant schedules look at few settings."""
+    name = args.lr_scheduler_type
+    if "kwargs" in parameters:
+        return  # those that follow a metric: not for us anyway
+    if args.warmup_steps and "num_warmup_steps" not in parameters:
+        raise UsageError(
+            f"training.warmup_steps: {args.warmup_steps} would be ignored, because the schedule '{name}' has no "
+            f"warm-up; choose training.lr_scheduler_type constant_with_warmup, or leave warmup_steps out"
+        )
+    further = [key for key in parameters if key not in SET_BY_US]
+    for key in args.lr_scheduler_kwargs:
+        if key not in further:
+            advice = nearest(key, further) if further else "it takes none, so leave them out"
+            raise UsageError(f"training.lr_scheduler_kwargs: the schedule '{name}' takes no '{key}'; {advice}")
