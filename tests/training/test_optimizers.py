@@ -1,4 +1,4 @@
-"""Optimizers, schedules and precision by name: what is known works, what is not is an error with the nearest."""
+"""Optimizers and schedules by name: what is known works, what is not is an error with the nearest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from transformers import SchedulerType
 
 from tiltlm.errors import UsageError
-from tiltlm.training.acceleration import Trackers, build_accelerator
-from tiltlm.training.arguments import TrainingArguments
+from tiltlm.training.acceleration import Trackers
 from tiltlm.training.optimizers import optimizer_class
 from tiny_world import World, build_trainer
 
-CPU = torch.device("cpu")
 OPTIMIZERS = sorted(
     name
     for name, value in vars(torch.optim).items()
@@ -144,47 +142,6 @@ def test_each_step_reports_the_learning_rate_that_it_took(world: World) -> None:
     )
     rates = [trainer.train_step().learning_rate for _ in range(4)]
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
-
-
-def test_fp16_on_a_cpu_is_a_usage_error(world: World) -> None:
-    with pytest.raises(UsageError, match=r"training.fp16: not possible on cpu"):
-        build_trainer(world, fp16=True)
-    # And it leaves nothing behind that the next run in this process would stumble over.
-    assert build_trainer(world).accelerator.mixed_precision == "no"
-
-
-def test_two_precisions_at_once_are_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=r"training.bf16, training.fp16: choose one"):
-        build_accelerator(TrainingArguments(bf16=True, fp16=True), CPU)
-
-
-def test_bf16_computes_in_bfloat16_keeps_weights_and_ends_with_its_run(world: World) -> None:
-    def computed_in(trainer: Any) -> torch.dtype:
-        seen: list[torch.dtype] = []
-        handle = trainer.roles.policy.model.lm_head.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-        trainer.train_step()
-        handle.remove()
-        assert len(set(seen)) == 1
-        return seen[0]
-
-    policy = world.base.copy()
-    policy.model.float()
-    half = build_trainer(world, policy=policy, bf16=True, batch_size=30)
-    assert computed_in(half) == torch.bfloat16
-    assert {p.dtype for p in half.parameters.values()} == {torch.float32}
-    assert computed_in(build_trainer(world, batch_size=30)) == torch.float64
-
-
-def test_gradients_in_bf16_point_where_those_in_full_precision_do(world: World) -> None:
-    vectors = []
-    for bf16 in (False, True):
-        policy = world.base.copy()
-        policy.model.float()
-        trainer = build_trainer(world, policy=policy, bf16=bf16, batch_size=400)
-        trainer.pull(trainer.draw(), world.truth.log_z)
-        vectors.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
-    cosine = torch.nn.functional.cosine_similarity(*(v[None].double() for v in vectors))
-    assert float(cosine) > 0.9
 
 
 def test_an_unknown_tracker_is_an_error_with_the_nearest(tmp_path: Any) -> None:

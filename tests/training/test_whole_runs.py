@@ -173,6 +173,34 @@ def test_a_run_killed_while_it_was_evaluated_is_finished(
     assert_same_run(folder, finished(reference, settings, "full"))
 
 
+def numbers(nested: Any) -> list[float | None]:
+    """All numbers in a record; null stands for one that was not finite."""
+    if isinstance(nested, dict | list):
+        parts = nested.values() if isinstance(nested, dict) else nested
+        return [number for part in parts for number in numbers(part)]
+    return [] if isinstance(nested, str) else [nested]
+
+
+def test_in_bf16_every_figure_is_finite_and_near_that_of_full_precision(
+    settings: dict[str, Any], reference: dict[str, Path]
+) -> None:
+    whole = finished(reference, settings, "full")
+    half = finished(reference, settings, "bf16", training={**settings["training"], "bf16": True})
+    assert metrics(half) != metrics(whole)
+    assert None not in numbers(metrics(half))
+    evaluations = [record(folder)["evaluation"]["policy"] for folder in (whole, half)]
+    for figure in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "entropy"):
+        one, other = (evaluation[figure] for evaluation in evaluations)
+        assert abs(one["value"] - other["value"]) < 5 * max(one["se"], other["se"]), figure
+
+
+def test_fp16_is_refused_on_a_cpu_before_anything_is_drawn(settings: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**settings["training"], "fp16": True}
+    with pytest.raises(UsageError, match=r"training\.fp16: not possible on cpu; leave it out, or try bf16"):
+        tune(settings, tmp_path / "run", training=changed, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("seed", {"seed": 5}, "seed was 4 and is 5"),
     ("training.learning_rate", {"learning_rate": 0.5}, "training.learning_rate was 0.001 and is 0.5"),

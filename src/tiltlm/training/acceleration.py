@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,11 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
 
     if args.bf16 and args.fp16:
         raise UsageError("training.bf16, training.fp16: choose one of them")
-    # Accelerate keeps its settings per process; a second run in this process has its own.
-    AcceleratorState._reset_state()
+    # Accelerate shares its settings among all accelerators of a process. A new dictionary, where its own reset would
+    # clear the old one, leaves those of a run that is still alive as they are.
+    AcceleratorState._shared_state = {}
     if PartialState._shared_state and PartialState().device.type != device.type:
-        PartialState._reset_state()
+        PartialState._shared_state = {}
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     try:
         accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
@@ -39,6 +41,10 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
         raise UsageError(f"training.{precision}: not possible on {device}; leave it out, or try bf16")
     if accelerator.num_processes > 1:
         raise UsageError("this version of tiltlm trains in one process; start it without a multi-process launcher")
+    if precision != "no":
+        # Accelerate's own asks the shared settings, which may be those of a younger run by now.
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        accelerator.autocast = partial(torch.autocast, device.type, dtype=dtype)
     return accelerator
 
 

@@ -179,7 +179,9 @@ class Trainer:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
         limit = self.args.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
+        scaler = self.accelerator.scaler
+        # Loss scaling skips steps that overflow and lowers the scale; below 1 it is not the scale that overflows.
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             raise NumericalError(f"step {self.step}: the gradient is not finite; lower training.learning_rate")
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
