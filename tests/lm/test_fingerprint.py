@@ -1,0 +1,71 @@
+"""The fingerprint of a base: every change of its weights shows, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from enumerable import tiny_model
+from tiltlm.lm import LanguageModel
+from tiltlm.lm.fingerprint import ROW_BYTES, fingerprint
+
+
+@pytest.fixture(scope="module")
+def base() -> LanguageModel:
+    """With one matrix of several rows of the hash's table, and a rest."""
+    model = tiny_model("gpt2", "pad_is_eos", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    model.model.large = torch.nn.Parameter(torch.randn(5, ROW_BYTES // 4 - 3, generator=generator))
+    return model
+
+
+def one_bit(weight: torch.Tensor) -> None:
+    weight[3, 7] = torch.nextafter(weight[3, 7], torch.tensor(9.0))
+
+
+def rows_exchanged(weight: torch.Tensor) -> None:
+    table = weight.view(-1)[: 4 * ROW_BYTES // 4].view(4, -1)
+    table[[0, 2]] = table[[2, 0]].clone()
+
+
+def columns_exchanged(weight: torch.Tensor) -> None:
+    table = weight.view(-1)[: 4 * ROW_BYTES // 4].view(4, -1)
+    table[:, [0, 2]] = table[:, [2, 0]].clone()
+
+
+def last_one(weight: torch.Tensor) -> None:
+    weight[-1, -1] += 1
+
+
+@pytest.mark.parametrize("change", [one_bit, rows_exchanged, columns_exchanged, last_one])
+def test_every_change_shows(base: LanguageModel, change: Callable[[torch.Tensor], None]) -> None:
+    changed = base.copy()
+    assert fingerprint(changed) == fingerprint(base)
+    change(changed.model.large.data)
+    assert fingerprint(changed) != fingerprint(base)
+
+
+def test_every_parameter_counts(base: LanguageModel) -> None:
+    for name, _ in base.model.named_parameters():
+        changed = base.copy()
+        changed.model.get_parameter(name).data.view(-1)[-1] += 1
+        assert fingerprint(changed) != fingerprint(base), name
+
+
+def test_other_dtypes_are_other_weights(base: LanguageModel) -> None:
+    half = base.copy()
+    half.model.bfloat16()
+    assert fingerprint(half) != fingerprint(base)
+
+
+def test_it_survives_the_disk_and_leaves_adapters_out(tmp_path: Path) -> None:
+    base = tiny_model("llama", "several_eos", dtype=torch.float32)
+    before = fingerprint(base)
+    base.save_pretrained(tmp_path)
+    assert fingerprint(LanguageModel.from_pretrained(tmp_path, device="cpu")) == before
+    adapted = base.with_lora(r=2, target_modules="all-linear", modules_to_save=["norm"], init_lora_weights=False)
+    assert adapted.model.active_adapters == ["default"]
+    assert fingerprint(adapted) == before
