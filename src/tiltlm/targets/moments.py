@@ -78,7 +78,7 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence
         slope = float(gradient @ step)
         # A step that moved all weight onto few samples would leave no curvature to come back by.
         change = (z - gradient) @ step
-        rate = min(1.0, MAX_GROWTH / float(change.max()))
+        rate = MAX_GROWTH / max(MAX_GROWTH, float(change.max()))
         trial = dual(coefficients + rate * step)
         # Near the optimum the decrease is below rounding; then the full step is right.
         while trial[0] > value + 1e-4 * rate * slope + 1e-13 and rate > 1e-10:
