@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "training.arguments"},
     "starter": {"config", "training.arguments"},
     "build": {"errors", "features", "lm", "objectives", "targets", "training", "runs", "config"},
-    "job": {"errors", "lm", "targets", "training", "runs", "config", "build"},
+    "publish": {"errors", "lm", "targets", "training", "runs", "config"},
+    "job": {"lm", "targets", "training", "runs", "config", "build", "publish"},
     "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter"},
     "__main__": {"cli"},
 }

@@ -16,8 +16,10 @@ from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
 from tiltlm.lm import LanguageModel, Roles
+from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.runs.directory import RunDirectory
+from tiltlm.runs.resuming import check_same_base
 from tiltlm.targets import Target, Term, TiltedTarget, state_terms
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
@@ -166,25 +168,34 @@ def _check_peft(settings: dict[str, Any]) -> None:
             raise UsageError(f"peft: unknown setting '{key}' of peft.LoraConfig; {nearest(key, valid)}")
 
 
-def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, Roles, Target]:
-    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError."""
+def load_policy(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, LanguageModel]:
+    """Config and tuned model of a finished run; the target is not built. Raises CheckpointError, UsageError."""
     record = directory.read_run()
     if not directory.policy_dir.is_dir():
         raise UsageError(
             f"{directory.path}: it has no tuned model yet (status: {record['status']}); finish it with --resume"
         )
     config = parse_config({**record["config"], "device": device})
-    base = build_base(config)
     if config.peft is not None:
-        roles = Roles(base.with_adapter(directory.policy_dir))
-    else:
-        policy = LanguageModel.from_pretrained(directory.policy_dir, device=device, dtype=config.dtype)
-        roles = Roles(policy, base=base)
+        return config, _unchanged_base(directory, config).with_adapter(directory.policy_dir)
+    return config, LanguageModel.from_pretrained(directory.policy_dir, device=device, dtype=config.dtype)
+
+
+def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, Roles, Target]:
+    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError."""
+    config, policy = load_policy(directory, device)
+    roles = Roles(policy) if config.peft is not None else Roles(policy, base=_unchanged_base(directory, config))
     if config.target.python is not None:
         return config, roles, build_own_target(config)
-    fitted = [entry["coefficient"] for entry in record["target"]["features"]]
+    fitted = [entry["coefficient"] for entry in directory.read_run()["target"]["features"]]
     terms = [
         replace(term, coefficient=known["value"] if known else 0.0)
         for term, known in zip(build_terms(config), fitted, strict=True)
     ]
     return config, roles, TiltedTarget(tuple(terms))
+
+
+def _unchanged_base(directory: RunDirectory, config: RunConfig) -> LanguageModel:
+    base = build_base(config)
+    check_same_base(directory, fingerprint(base))
+    return base

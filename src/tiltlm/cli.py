@@ -54,23 +54,27 @@ def tune(
     parsed = load_config(config, overrides or [])
     folder = output_dir or Path(parsed.output_dir or Path("runs") / config.stem)
     console = _console()
-    from tiltlm.job import tune_config
+    from tiltlm.job import finished, tune_config
+    from tiltlm.runs.tables import run_table
 
     _quiet()
-    try:
-        run = tune_config(parsed, folder, resume=resume, console=console)
-    except KeyboardInterrupt:
-        run = None
-    if run is None or run.status == "interrupted":
+    directory = finished(parsed, folder) if resume else None
+    if directory is not None:
+        console.print(f"{folder} is done already; `tiltlm eval` measures it on fresh samples", soft_wrap=True)
+    else:
+        try:
+            run = tune_config(parsed, folder, resume=resume, console=console)
+            directory = run.directory if run.status == "done" else None
+        except KeyboardInterrupt:
+            pass
+    if directory is None:
         again = ["tiltlm", "tune", str(config), *(overrides or []), "--output-dir", str(folder), "--resume"]
         if (folder / "run.json").exists():
             console.print(f"stopped; go on with: {shlex.join(again)}", soft_wrap=True)
         raise typer.Exit(130)
-    from tiltlm.runs.tables import run_table
-
-    console.print(run_table(run.directory.read_run()))
-    typer.echo(f"model   {run.directory.policy_dir}")
-    typer.echo(f"report  {run.directory.report_path}")
+    console.print(run_table(directory.read_run()))
+    typer.echo(f"model   {directory.policy_dir}")
+    typer.echo(f"report  {directory.report_path}")
 
 
 @app.command()
@@ -168,7 +172,7 @@ def sample(
 ) -> None:
     """Write texts of a run's tuned model, or of any model."""
     run = _run_of(source)
-    from tiltlm.build import load_run
+    from tiltlm.build import load_policy
     from tiltlm.lm import LanguageModel
 
     _quiet()
@@ -176,8 +180,8 @@ def sample(
     if run is None:
         model = LanguageModel.from_pretrained(source, device=device)
     else:
-        config, roles, _ = load_run(run, device)
-        model, length = roles.policy, config.max_completion_length
+        config, model = load_policy(run, device)
+        length = config.max_completion_length
     drawn = model.sample(
         n,
         prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,6 +108,10 @@ class RunConfig(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
+
+    def to_json(self) -> dict[str, Any]:
+        """Every key, defaults included: the ``config`` of ``run.json``."""
+        return {**self.model_dump(mode="json"), "training": asdict(self.training)}
 
 
 class _Loader(yaml.SafeLoader):

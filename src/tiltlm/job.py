@@ -1,16 +1,14 @@
-"""The main job: fit a target, tune a model toward it, evaluate on fresh samples, and leave a run directory."""
+"""The main job: fit a target, tune a model toward it, evaluate, publish, and leave a run directory."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from safetensors import SafetensorError
 
 from tiltlm.build import (
     build_base,
@@ -23,17 +21,19 @@ from tiltlm.build import (
     read_prompts,
 )
 from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
-from tiltlm.errors import TiltError, UsageError
 from tiltlm.lm import LanguageModel, Roles
+from tiltlm.lm.fingerprint import fingerprint
+from tiltlm.publish import evaluate, publish
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display, plain_console
-from tiltlm.runs.model_card import model_card
 from tiltlm.runs.report import write_report
+from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, draw_base_sample, fit_target, report_fit
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
-from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
+from tiltlm.training.evaluation import Evaluation
+from tiltlm.training.interrupt import sigterm_interrupts
 from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.trainer import Trainer
 
@@ -103,9 +103,12 @@ def tune(
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
     Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
     """
+    prompts = [text or "" for text in target.base_sample.samples.prompts.texts]
     config = parse_config(
         {
             "model": base.name,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "prompts": prompts if any(prompts) else None,
             "target": _stated_config(target),
             "method": {"name": method, "proposal": proposal},
             "training": training,
@@ -120,7 +123,8 @@ def tune(
     roles = build_roles(config, base)
     stated = Stated(target, target.base_sample, target.report)
     display = Display(plain_console(), goals(stated.report))
-    return _run(config, directory, roles, stated, display, callbacks, resume=False)
+    with sigterm_interrupts():
+        return _run(config, directory, roles, stated, display, callbacks, resume=False)
 
 
 def _stated_config(target: FittedTarget) -> TargetConfig:
@@ -136,27 +140,49 @@ def _stated_config(target: FittedTarget) -> TargetConfig:
     )
 
 
+def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
+    """The run of this config in ``output_dir`` if it is done already, so that there is nothing to resume."""
+    directory = RunDirectory(output_dir)
+    if not directory.run_path.exists() or not is_done(directory):
+        return None
+    check_same_config(directory, config.to_json())
+    if not directory.report_path.exists():
+        write_report(directory)
+    return directory
+
+
 def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, console: Console | None = None) -> Run:
-    """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped."""
+    """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped.
+
+    Ask ``finished`` first: a run that is done would be evaluated and published again. Raises KeyboardInterrupt on
+    Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
+    """
     display = Display(console or plain_console())
     check_names(config)
     directory = RunDirectory(output_dir)
     resume = resume and directory.run_path.exists()
     if resume:
-        _check_same(config, RunDirectory.open(output_dir))
+        check_same_config(RunDirectory.open(output_dir), config.to_json())
     else:
         directory.check_free()
     callbacks = build_callbacks(config)
-    base = build_base(config)
-    # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
-    build_accelerator(config.training, base.device)
-    roles = build_roles(config, base)
-    with roles.use("base") as model:
-        stated = state_target(config, model, display, directory.checkpoint_dir if resume else None)
-    display.goals = goals(stated.report)
-    for warning in stated.report.warnings:
-        display.say(f"note: {warning}")
-    return _run(config, directory, roles, stated, display, callbacks, resume=resume)
+    with sigterm_interrupts():
+        base = build_base(config)
+        # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
+        build_accelerator(config.training, base.device)
+        roles = build_roles(config, base)
+        try:
+            with roles.use("base") as model:
+                stated = state_target(config, model, display, directory.checkpoint_dir if resume else None)
+        except KeyboardInterrupt:
+            if not resume:
+                RunDirectory.create(output_dir, config.to_json(), config.seed)
+            directory.mark_interrupted()
+            raise
+        display.goals = goals(stated.report)
+        for warning in stated.report.warnings:
+            display.say(f"note: {warning}")
+        return _run(config, directory, roles, stated, display, callbacks, resume=resume)
 
 
 def state_target(
@@ -213,28 +239,36 @@ def _run(
         checkpoint_dir=directory.checkpoint_dir,
         callbacks=[recorder, display, *callbacks],
     )
+    with roles.use("base") as base:
+        weights = fingerprint(base)
     if resume:
+        check_same_base(directory, weights)
         trainer.resume()
         directory.truncate_metrics(trainer.step)
         directory.mark_running()
     else:
-        directory = RunDirectory.create(directory.path, _full(config), config.seed)
+        directory = RunDirectory.create(directory.path, config.to_json(), config.seed)
     trackers: Trackers | None = None
     try:
         if not resume:
             save_base_sample(directory.checkpoint_dir, stated.base_sample)
         if config.report_to:
-            trackers = Trackers(config.report_to, _full(config), directory.path)
+            trackers = Trackers(config.report_to, config.to_json(), directory.path)
             trainer.callbacks += (trackers,)
-        directory.write_run(device=str(roles.policy.device), target=stated.report.to_json())
-        with display.training(trainer.step, config.training.max_steps):
+        device, target = str(roles.policy.device), stated.report.to_json()
+        directory.write_run(base_fingerprint=weights, device=device, target=target)
+        began, every = trainer.step, config.training.save_steps
+        with display.training(began, config.training.max_steps):
             outcome = trainer.train()
         final = {"progress": outcome.progress.to_json(), "seconds": outcome.progress.seconds}
         if outcome.status == "interrupted":
             directory.mark_interrupted(**final)
             return Run(directory, "interrupted", roles, stated.report, None, None)
-        before, after = _evaluate(config, roles, stated, display)
-        _publish(directory, config, roles, stated, before, after)
+        if trainer.step > began and not (every and trainer.step % every == 0):
+            trainer.save()  # so that no step has to be taken again should the evaluation be cut short
+        seed = stream(config.seed, "evaluate")
+        before, after = evaluate(config, roles, stated.target, stated.base_sample, seed, display)
+        publish(directory, config, roles, stated.report, before, after)
         directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
     except KeyboardInterrupt:
         directory.mark_interrupted()
@@ -247,66 +281,3 @@ def _run(
             trackers.close()
     write_report(directory)
     return Run(directory, "done", roles, stated.report, before, after)
-
-
-def _evaluate(config: RunConfig, roles: Roles, stated: Stated, display: Display) -> tuple[Evaluation, Evaluation]:
-    wanted = config.evaluation
-    before = evaluate_base(stated.base_sample, stated.target, wanted.samples, wanted.texts)
-    with display.counting("evaluating the tuned model") as progress:
-        after = evaluate_policy(
-            roles,
-            stated.target,
-            wanted.samples,
-            prompts=stated.base_sample.samples.prompts,
-            max_completion_length=stated.base_sample.max_completion_length,
-            seed=stream(config.seed, "evaluate"),
-            top_p=wanted.top_p,
-            texts=wanted.texts,
-            progress=progress,
-        )
-    return before, after
-
-
-def _publish(
-    directory: RunDirectory, config: RunConfig, roles: Roles, stated: Stated, before: Evaluation, after: Evaluation
-) -> None:
-    """Write the texts and the tuned model, the latter whole or not at all."""
-    directory.write_samples([*before.texts, *after.texts])
-    partial = directory.path / "policy.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        roles.policy.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(config.model, _full(config), stated.report, after), "utf-8")
-        shutil.rmtree(directory.policy_dir, ignore_errors=True)
-        os.replace(partial, directory.policy_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TiltError(
-            f"the tuned model could not be written to {directory.policy_dir}: {error}. "
-            f"Free some space and go on with --resume; the checkpoints are safe."
-        ) from error
-
-
-def _full(config: RunConfig) -> dict[str, Any]:
-    """The config with every default, as JSON."""
-    return {**config.model_dump(mode="json"), "training": asdict(config.training)}
-
-
-# What may change between two sittings of one run without changing what it computes.
-CHANGEABLE = ("output_dir", "report_to", "callbacks", "evaluation", "training.save_steps", "training.logging_steps")
-
-
-def _check_same(config: RunConfig, directory: RunDirectory) -> None:
-    def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in nested.items():
-            name = prefix + key
-            result.update(flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-        return {key: value for key, value in result.items() if not key.startswith(CHANGEABLE)}
-
-    then, now = flat(directory.read_run()["config"]), flat(_full(config))
-    changed = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in then | now if then.get(key) != now.get(key)
-    ]
-    if changed:
-        raise UsageError(f"--resume: the config is not the one of {directory.path}: {'; '.join(changed)}")

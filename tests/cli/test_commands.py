@@ -7,8 +7,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import yaml
 from command_line import Command, files_under, write_config
 
 from tiltlm.runs.directory import RUN_FIELDS
+from tiltlm.training.trainer import Trainer
 
 FIGURES = ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess", "entropy", "distinct_1", "self_bleu_5", "perplexity_base")
 WEIGHTS = "policy/model.safetensors"
@@ -418,12 +421,12 @@ class Stops(tiltlm.Callback):
 """
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_says_how_to_go_on_and_does(
-    tiltlm: Command, here: Path, finished_run: Path, signal: str
+    tiltlm: Command, here: Path, finished_run: Path, name: str
 ) -> None:
-    (here / "stops.py").write_text(STOPS.replace("{signal}", signal))
+    (here / "stops.py").write_text(STOPS.replace("{signal}", name))
     folder = "runs/with a space"
     answer = tiltlm("tune", "run.yaml", "callbacks=stops:Stops", "--output-dir", folder)
     assert (answer.code, answer.out) == (130, "")
@@ -438,6 +441,69 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert (here / folder / WEIGHTS).read_bytes() == (finished_run / WEIGHTS).read_bytes()
     assert metrics_of(here / folder) == metrics_of(finished_run)
     assert json.loads((here / folder / "run.json").read_text())["status"] == "done"
+
+
+PHASES = {"sampling the base": "tiltlm.job.draw_base_sample", "evaluating": "tiltlm.publish.evaluate_policy"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_is_stopped_outside_of_training_goes_on_from_there(
+    tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: int
+) -> None:
+    def stopped(*arguments: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    # No checkpoint falls on the last step by itself.
+    words = ("tune", "run.yaml", "training.save_steps=3", "--output-dir", "runs/stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(PHASES[phase], stopped)
+        answer = tiltlm(*words)
+    assert (answer.code, answer.out) == (130, "")
+    hint = "tiltlm tune run.yaml training.save_steps=3 --output-dir runs/stopped --resume"
+    assert answer.err.splitlines()[-1] == f"stopped; go on with: {hint}"
+    record = json.loads((here / "runs" / "stopped" / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("interrupted", None)
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    steps: list[int] = []
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda trainer: steps.append(trainer.step) or step(trainer))
+    answer = tiltlm(*words, "--resume")
+    assert answer.code == 0, answer.err
+    assert len(steps) == (0 if phase == "evaluating" else 4)
+    stopped_run, whole = (files_under(folder) for folder in (here / "runs" / "stopped", finished_run))
+    for name in (WEIGHTS, "samples.jsonl"):
+        assert stopped_run[name] == whole[name]
+    assert metrics_of(here / "runs" / "stopped") == metrics_of(finished_run)
+    now, then = (json.loads(files["run.json"]) for files in (stopped_run, whole))
+    for field in ("status", "target", "evaluation", "progress", "base_fingerprint"):
+        assert now[field] == then[field], field
+
+
+def test_resuming_a_finished_run_says_that_it_is_done_and_draws_nothing(
+    tiltlm: Command, here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("no model is needed")
+
+    monkeypatch.setattr("tiltlm.job.build_base", load)
+    before = files_under(here)
+    answer = tiltlm("tune", "run.yaml", "--output-dir", "runs/done", "--resume")
+    assert answer.code == 0, answer.err
+    assert answer.out.split() == ["model", "runs/done/policy", "report", "runs/done/report.html"]
+    first, *table = answer.err.splitlines()
+    assert first == "runs/done is done already; `tiltlm eval` measures it on fresh samples"
+    assert re.match(r"female +0\.5 +\S+ ± \S+ +\S+ ± \S+$", table[1])
+    assert files_under(here) == before
+
+    # A kill between the end of the run and that of its report.
+    (finished / "report.html").unlink()
+    assert tiltlm("tune", "run.yaml", "--output-dir", "runs/done", "--resume").code == 0
+    assert (finished / "report.html").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")

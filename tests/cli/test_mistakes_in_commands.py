@@ -73,6 +73,10 @@ MISTYPED: dict[str, tuple[tuple[Any, ...], list[str]]] = {
         (*TUNE_AGAIN, "training.learning_rate=0.1", "seed=3", "--resume"),
         ["--resume", "training.learning_rate was 0.002 and is 0.1", "seed was 0 and is 3"],
     ),
+    "another evaluation of a finished run": (
+        (*TUNE_AGAIN, "evaluation.samples=128", "--resume"),
+        ["--resume", "evaluation.samples was 64 and is 128", "is done", "`tiltlm eval`"],
+    ),
     "config that is there already": (("init", "run"), ["run.yaml exists", "NAME"]),
     "config in no folder": (("init", "no/such/folder/run"), ["no/such/folder/run.yaml", "cannot be written"]),
 }
@@ -195,6 +199,17 @@ def broken_file(name: str, content: bytes | None = None) -> Callable[[Path], Non
     return damage
 
 
+def unfinished(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The same in a run that was interrupted: of a finished one no checkpoint is read."""
+
+    def interrupt(run: Path) -> None:
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+        damage(run)
+
+    return interrupt
+
+
 def newer(run: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"schema_version": 99}))
@@ -212,11 +227,19 @@ RESUME = (*TUNE_AGAIN, "--resume")
         (broken_file("run.json", b"{}"), ("report", "runs/done"), ["run.json", "not written by tiltlm"]),
         (newer, ("sample", "runs/done"), ["run.json", "99", "Upgrade"]),
         (broken_file("metrics.jsonl", b"{\n{}\n"), ("report", "runs/done"), ["metrics.jsonl, line 1", "broken"]),
-        (broken_file("checkpoints/step-000004/tensors.pt"), RESUME, ["step-000004", "checksum", "Delete that folder"]),
-        (broken_file("checkpoints/step-000004/state.json", b"{}"), RESUME, ["step-000004", "sha256"]),
-        (broken_file("checkpoints/base_sample.pt"), RESUME, ["base_sample.pt", "damaged", "another output directory"]),
         (
-            broken_file("checkpoints/base_sample.pt", b""),
+            unfinished(broken_file("checkpoints/step-000004/tensors.pt")),
+            RESUME,
+            ["step-000004", "checksum", "Delete that folder"],
+        ),
+        (unfinished(broken_file("checkpoints/step-000004/state.json", b"{}")), RESUME, ["step-000004", "sha256"]),
+        (
+            unfinished(broken_file("checkpoints/base_sample.pt")),
+            RESUME,
+            ["base_sample.pt", "damaged", "another output directory"],
+        ),
+        (
+            unfinished(broken_file("checkpoints/base_sample.pt", b"")),
             RESUME,
             ["base_sample.pt", "damaged (EOFError", "another output"],
         ),

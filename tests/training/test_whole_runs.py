@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from tiltlm.build import load_policy, load_run
 from tiltlm.config import parse_config
-from tiltlm.errors import NumericalError, RunExistsError, UsageError
+from tiltlm.errors import CheckpointError, NumericalError, RunExistsError, UsageError
 from tiltlm.job import Run, tune_config
+from tiltlm.lm import LanguageModel
+from tiltlm.runs.directory import RunDirectory
 from whole_runs import assert_same_run, metrics
 
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -164,7 +168,7 @@ def test_a_run_killed_while_it_was_evaluated_is_finished(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tiltlm.job._evaluate", interrupted)
+    monkeypatch.setattr("tiltlm.job.evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(settings, folder)
     assert record(folder)["status"] == "interrupted"
@@ -239,6 +243,42 @@ def test_what_does_not_change_the_result_may_change_on_resuming(
     tune(changed, folder, resume=True)
     assert record(folder)["evaluation"]["policy"]["samples"] == 30
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-000011", "step-000012"]
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_a_base_that_has_changed_under_its_name_is_refused(
+    settings: dict[str, Any], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: Any
+) -> None:
+    """On resuming and on measuring; and the very same weights, put back, are taken."""
+    mine, folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_folder, mine)
+    settings = {**settings, "model": str(mine), "peft": peft}
+    tune(settings, folder, callbacks=[stopper(monkeypatch, tmp_path, "signal", 2)])
+
+    overwritten = LanguageModel.from_pretrained(mine, device="cpu")
+    with torch.no_grad():
+        overwritten.model.get_input_embeddings().weight[0, 0] += 1e-3
+    overwritten.save_pretrained(mine)
+    before = (folder / "run.json").read_bytes()
+    changed = f"the weights of its base '{mine}' have changed since it began .*another output directory"
+    with pytest.raises(CheckpointError, match=changed):
+        tune(settings, folder, resume=True)
+    assert (folder / "run.json").read_bytes() == before
+
+    shutil.copytree(model_folder, mine, dirs_exist_ok=True)
+    assert tune(settings, folder, resume=True).status == "done"
+    run = RunDirectory.open(folder)
+    _, roles, _ = load_run(run, "cpu")
+    overwritten.save_pretrained(mine)
+    with pytest.raises(CheckpointError, match=changed):
+        load_run(run, "cpu")
+    if peft is None:
+        # A policy with weights of its own needs no base to sample from.
+        one, other = (m.sample(3, seed=0, max_completion_length=4) for m in (load_policy(run, "cpu")[1], roles.policy))
+        assert one.texts == other.texts
+    else:
+        with pytest.raises(CheckpointError, match=changed):
+            load_policy(run, "cpu")
 
 
 def test_a_directory_in_use_is_left_alone(settings: dict[str, Any], reference: dict[str, Path]) -> None:

@@ -32,6 +32,7 @@ RUN_FIELDS = {
     "seed": "the seed that every random generator was derived from",
     "versions": "versions of tiltlm, python and the packages that decide the numbers",
     "git_commit": "commit of the working directory, or null outside a repository",
+    "base_fingerprint": "hash of the base's weights, or null before they were loaded: a run goes on with these only",
     "device": "what the models ran on, or null before they were loaded",
     "target": "the fitted target: its features with base, goal and achieved moments, log Z, ESS, KL(p‖a)",
     "evaluation": "estimates on fresh samples of base and policy; absent until there are any",
@@ -71,6 +72,7 @@ class RunDirectory:
             "seed": seed,
             "versions": installed_versions(),
             "git_commit": git_commit(),
+            "base_fingerprint": None,
             "device": None,
         }
         storage.write_object(run.run_path, record)

@@ -40,5 +40,5 @@ class TrainingArguments:
     ] = True
     bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
-    save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only when stopped")] = 50
+    save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only where it stops")] = 50
     logging_steps: Annotated[int, Field(ge=1, description="report every so many steps to display and trackers")] = 1

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, then stop."""
+"""Ctrl-C and SIGTERM: in training finish the step, then stop; elsewhere stop at once."""
 
 from __future__ import annotations
 
@@ -31,3 +31,21 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within the block, SIGTERM raises KeyboardInterrupt, as Ctrl-C does; further ones are ignored, so that it ends."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,58 @@
+"""How a run ends: both models evaluated on samples, the texts kept, and the tuned model written for others to load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from safetensors import SafetensorError
+
+from tiltlm.config import RunConfig
+from tiltlm.errors import TiltError
+from tiltlm.lm import Roles
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.runs.display import Display
+from tiltlm.runs.model_card import model_card
+from tiltlm.targets import BaseSample, FitReport, Target
+from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
+
+
+def evaluate(
+    config: RunConfig, roles: Roles, target: Target, base_sample: BaseSample, seed: int, display: Display
+) -> tuple[Evaluation, Evaluation]:
+    """The base, on the samples that it gave for the fit, and the tuned model, on fresh ones."""
+    wanted = config.evaluation
+    before = evaluate_base(base_sample, target, wanted.samples, wanted.texts)
+    with display.counting("evaluating the tuned model") as progress:
+        after = evaluate_policy(
+            roles,
+            target,
+            wanted.samples,
+            prompts=base_sample.samples.prompts,
+            max_completion_length=base_sample.max_completion_length,
+            seed=seed,
+            top_p=wanted.top_p,
+            texts=wanted.texts,
+            progress=progress,
+        )
+    return before, after
+
+
+def publish(
+    directory: RunDirectory, config: RunConfig, roles: Roles, report: FitReport, before: Evaluation, after: Evaluation
+) -> None:
+    """Write the texts and the tuned model, the latter whole or not at all. Raises TiltError when the disk is full."""
+    directory.write_samples([*before.texts, *after.texts])
+    partial = directory.path / "policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        roles.policy.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(config.model, config.to_json(), report, after), "utf-8")
+        shutil.rmtree(directory.policy_dir, ignore_errors=True)
+        os.replace(partial, directory.policy_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TiltError(
+            f"the tuned model could not be written to {directory.policy_dir}: {error}. "
+            f"Free some space and go on with --resume; the checkpoints are safe."
+        ) from error
