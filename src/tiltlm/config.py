@@ -82,7 +82,10 @@ class RunConfig(Section):
 
     model: Annotated[str, Field(min_length=1, description="embedded, a local folder, or a hub name")]
     target: TargetConfig
-    prompts: Annotated[str | list[str] | None, Field(description="one string, a list, or a text file of lines")] = None
+    prompts: Annotated[
+        str | list[str] | None,
+        Field(description="one string, a list, or a text file of lines; samples take them in turn"),
+    ] = None
     method: MethodConfig = MethodConfig()
     training: TrainingArguments = TrainingArguments()
     peft: Annotated[dict[str, Any] | None, Field(description="settings of peft.LoraConfig; null: full tuning")] = None

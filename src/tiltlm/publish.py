@@ -22,7 +22,7 @@ def evaluate(
 ) -> tuple[Evaluation, Evaluation]:
     """The base, on the samples that it gave for the fit, and the tuned model, on fresh ones."""
     wanted = config.evaluation
-    before = evaluate_base(base_sample, target, wanted.samples, wanted.texts)
+    before = evaluate_base(base_sample, target, wanted.samples, wanted.texts, seed)
     with display.counting("evaluating the tuned model") as progress:
         after = evaluate_policy(
             roles,

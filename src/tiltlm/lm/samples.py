@@ -84,6 +84,17 @@ class Prompts:
     def ragged(self) -> bool:
         return not bool(self.mask.all())
 
+    def in_fair_order(self, n: int, seed: int) -> Prompts:
+        """The same prompts, shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
+
+        So the samples that are one too few or too many fall on any of the prompts, and never on the last ones alone.
+        """
+        if n % len(self.texts) == 0:
+            return self
+        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        rows = order.to(self.tokens.device)
+        return Prompts(self.tokens[rows], self.mask[rows], tuple(self.texts[i] for i in order.tolist()))
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -85,9 +85,12 @@ def evaluate_policy(
     What is averaged over the target uses both: weighted by the mixture of the two laws, P/(½π + ½a) stays below 2P/a,
     so that a policy that has lost part of the target cannot look close to it.
 
-    With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does.
+    With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does. Prompts take
+    turns; where ``n`` is no multiple of their number, ``seed`` decides which of them have one sample more, or any.
     """
     with torch.no_grad(), roles.use("policy") as policy:
+        prompts = prompts if isinstance(prompts, Prompts) else policy.encode_prompts(prompts)
+        prompts = prompts.in_fair_order(n, seed)
         drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
         samples = policy.sample(n, prompts, seed, **drawing)
         nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
@@ -108,9 +111,15 @@ def evaluate_policy(
     )
 
 
-def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 0) -> Evaluation:
-    """The same for the base, on the first ``n`` of the samples that the target was fitted on; no model is called."""
-    rows = torch.arange(min(n, len(base_sample.samples)))
+def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 0, seed: int = 0) -> Evaluation:
+    """The same for the base, on ``n`` of the samples that the target was fitted on; no model is called.
+
+    With several prompts ``seed`` chooses them, so that the last prompts are as likely among them as the first.
+    """
+    rows = torch.arange(len(base_sample.samples))
+    if len(base_sample.samples.prompts.texts) > 1 and n < len(rows):
+        rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    rows = rows[:n]
     samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
     features = base_sample.features[rows]
     logprob = samples.sequence_logprob.cpu()
