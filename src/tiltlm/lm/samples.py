@@ -84,14 +84,18 @@ class Prompts:
     def ragged(self) -> bool:
         return not bool(self.mask.all())
 
-    def in_fair_order(self, n: int, seed: int) -> Prompts:
-        """The same prompts, shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
+    def fair_order(self, n: int, seed: int) -> Tensor:
+        """Their places [M], shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
 
-        So the samples that are one too few or too many fall on any of the prompts, and never on the last ones alone.
+        So the samples that do not come out even fall on any of the prompts, and not always on the first ones.
         """
-        if n % len(self.texts) == 0:
-            return self
-        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        count = len(self.texts)
+        if n % count == 0:
+            return torch.arange(count)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+    def select(self, order: Tensor) -> Prompts:
+        """The prompts at these places, in this order."""
         rows = order.to(self.tokens.device)
         return Prompts(self.tokens[rows], self.mask[rows], tuple(self.texts[i] for i in order.tolist()))
 

@@ -140,7 +140,7 @@ def draw_base_sample(
 ) -> BaseSample:
     """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them."""
     prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
-    prompts = prompts.in_fair_order(n, seed)
+    prompts = prompts.select(prompts.fair_order(n, seed))
     drawn = base.sample(n, prompts, seed, max_completion_length=max_completion_length, progress=progress)
     return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
 

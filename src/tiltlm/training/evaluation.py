@@ -90,7 +90,7 @@ def evaluate_policy(
     """
     with torch.no_grad(), roles.use("policy") as policy:
         prompts = prompts if isinstance(prompts, Prompts) else policy.encode_prompts(prompts)
-        prompts = prompts.in_fair_order(n, seed)
+        prompts = prompts.select(prompts.fair_order(n, seed))
         drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
         samples = policy.sample(n, prompts, seed, **drawing)
         nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
@@ -116,10 +116,11 @@ def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 
 
     With several prompts ``seed`` chooses them, so that the last prompts are as likely among them as the first.
     """
-    rows = torch.arange(len(base_sample.samples))
-    if len(base_sample.samples.prompts.texts) > 1 and n < len(rows):
-        rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    rows = rows[:n]
+    prompts, prompt_index = base_sample.samples.prompts, base_sample.samples.prompt_index.cpu()
+    count, places = len(prompts.texts), prompts.fair_order(n, seed).argsort()
+    # They were drawn in rounds of all prompts; a round that is not used whole is used in fair order.
+    rounds = torch.arange(len(prompt_index)) // count
+    rows = (rounds * count + places[prompt_index]).argsort()[:n]
     samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
     features = base_sample.features[rows]
     logprob = samples.sequence_logprob.cpu()
