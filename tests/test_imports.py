@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "starter": {"config", "training.arguments"},
     "build": {"errors", "features", "lm", "objectives", "targets", "training", "runs", "config"},
     "publish": {"errors", "lm", "targets", "training", "runs", "config"},
-    "job": {"lm", "targets", "training", "runs", "config", "build", "publish"},
+    "job": {"features", "lm", "targets", "training", "runs", "config", "build", "publish"},
     "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter"},
     "__main__": {"cli"},
 }

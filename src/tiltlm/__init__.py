@@ -56,6 +56,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "features":  # the room of the many small functions that are not listed here
+        return importlib.import_module("tiltlm.features")
     if name not in _HOMES:
         raise AttributeError(f"module 'tiltlm' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -15,6 +15,7 @@ from tiltlm.config import ConstraintConfig, MethodConfig, RewardConfig, RunConfi
 from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
+from tiltlm.features.spec import OBJECT
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.objectives import BUILT_IN, Objective
@@ -48,16 +49,19 @@ def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
     return Roles(base.copy(), base=base)
 
 
-def build_terms(config: RunConfig) -> list[Term]:
-    """The features and moments of the target, not yet fitted. Raises UsageError for what is wrong as stated."""
+def build_terms(config: RunConfig, objects: Sequence[Feature] = ()) -> list[Term]:
+    """The features and moments of the target, not yet fitted. Raises UsageError for what is wrong as stated.
+
+    ``objects`` are features that a run file cannot name, found by their names.
+    """
     constraints = [
-        (_named(f"target.constraints.{i}", constraint), constraint.moment)
+        (_named(f"target.constraints.{i}", constraint, objects), constraint.moment)
         for i, constraint in enumerate(config.target.constraints)
     ]
     reward = config.target.reward
     if reward is None:
         return state_terms(constraints)
-    return state_terms(constraints, reward=_named("target.reward", reward), beta=reward.beta)
+    return state_terms(constraints, reward=_named("target.reward", reward, objects), beta=reward.beta)
 
 
 def build_own_target(config: RunConfig) -> Target:
@@ -137,9 +141,10 @@ def _at(field: str) -> Iterator[None]:
         raise type(error)(f"{field}: {str(error).removeprefix('feature: ').removeprefix('python: ')}") from error
 
 
-def _named(field: str, stated: ConstraintConfig | RewardConfig) -> Feature:
+def _named(field: str, stated: ConstraintConfig | RewardConfig, objects: Sequence[Feature]) -> Feature:
     with _at(f"{field}.feature"):
-        feature = build_feature(stated.feature)
+        known = [feature for feature in objects if stated.feature == {OBJECT: feature.name}]
+        feature = build_feature(known[0] if known else stated.feature)
         return feature.renamed(stated.name) if stated.name is not None else feature
 
 
@@ -181,8 +186,14 @@ def load_policy(directory: RunDirectory, device: str = "auto") -> tuple[RunConfi
     return config, LanguageModel.from_pretrained(directory.policy_dir, device=device, dtype=config.dtype)
 
 
-def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, Roles, Target]:
-    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError."""
+def load_run(
+    directory: RunDirectory | str | Path, device: str = "auto", features: Sequence[Feature] = ()
+) -> tuple[RunConfig, Roles, Target]:
+    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError.
+
+    ``features`` are those that the run was given as objects which its record cannot name; their own names find them.
+    """
+    directory = directory if isinstance(directory, RunDirectory) else RunDirectory.open(directory)
     config, policy = load_policy(directory, device)
     roles = Roles(policy) if config.peft is not None else Roles(policy, base=_unchanged_base(directory, config))
     if config.target.python is not None:
@@ -190,7 +201,7 @@ def load_run(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, 
     fitted = [entry["coefficient"] for entry in directory.read_run()["target"]["features"]]
     terms = [
         replace(term, coefficient=known["value"] if known else 0.0)
-        for term, known in zip(build_terms(config), fitted, strict=True)
+        for term, known in zip(build_terms(config, features), fitted, strict=True)
     ]
     return config, roles, TiltedTarget(tuple(terms))
 

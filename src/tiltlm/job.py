@@ -21,6 +21,8 @@ from tiltlm.build import (
     read_prompts,
 )
 from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
+from tiltlm.features import run_file_form
+from tiltlm.features.spec import OBJECT
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.publish import evaluate, publish
@@ -123,13 +125,19 @@ def tune(
     roles = build_roles(config, base)
     stated = Stated(target, target.base_sample, target.report)
     display = Display(plain_console(), goals(stated.report))
+    for term in target.terms:
+        if run_file_form(term.feature) is None:
+            display.say(
+                f"note: no run file can name the feature '{term.feature.name}', so `tiltlm eval` will not know it; "
+                f"define its function in a module"
+            )
     with sigterm_interrupts():
         return _run(config, directory, roles, stated, display, callbacks, resume=False)
 
 
 def _stated_config(target: FittedTarget) -> TargetConfig:
-    """The run file's form of a target that was stated in Python; a feature without one goes by its name."""
-    stated = [(term.spec or term.feature.name, term) for term in target.terms]
+    """The run file's form of a target that was stated in Python; a feature without one is recorded by its name."""
+    stated = [(run_file_form(term.feature) or {OBJECT: term.feature.name}, term) for term in target.terms]
     rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in stated if term.kind == "reward"]
     return TargetConfig(
         constraints=[

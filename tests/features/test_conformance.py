@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 
 import pytest
@@ -22,6 +23,7 @@ from tiltlm.features import (
     negation,
     pronouns,
     regex,
+    run_file_form,
     sentiment,
     wordlist,
 )
@@ -105,6 +107,14 @@ def test_features_are_immutable_hashable_values_that_survive_pickling(feature: F
     assert feature.name != "other"
     with pytest.raises(AttributeError):
         feature.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("feature", EVERY, ids=lambda feature: feature.name)
+def test_the_run_files_form_of_a_feature_is_json_and_makes_it_again(feature: Feature) -> None:
+    for one in (feature, feature.renamed("other"), pickle.loads(pickle.dumps(feature))):
+        form = json.loads(json.dumps(run_file_form(one)))
+        assert build_feature(form) == one
+        assert ("name" in form) == (one.name != feature.name)
 
 
 @pytest.mark.parametrize("feature", LEXICAL + COMBINED_LEXICAL, ids=lambda feature: feature.name)

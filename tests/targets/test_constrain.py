@@ -194,7 +194,7 @@ def test_short_forms_mappings_and_pairs_state_the_same_target(base: LanguageMode
     two = base.constrain([("contains:a", 0.5)], **arguments)
     assert isinstance(two, FittedTarget)
     assert one.terms[0].coefficient == two.terms[0].coefficient
-    assert one.terms[0].spec == "contains:a"
+    assert one.terms[0].feature == two.terms[0].feature == build_feature({"contains": "a"})
 
 
 def test_moment_one_of_a_number_is_a_moment_not_a_filter() -> None:

@@ -5,7 +5,7 @@ from tiltlm.features.combine import all_of, any_of, negation, threshold
 from tiltlm.features.feature import Batch, Feature, measure
 from tiltlm.features.lexical import builtin_wordlists, contains, length, pronouns, regex, wordlist
 from tiltlm.features.sentiment import sentiment
-from tiltlm.features.spec import FeatureSpec, build_feature
+from tiltlm.features.spec import FeatureSpec, build_feature, run_file_form
 
 __all__ = [
     "Batch",
@@ -24,6 +24,7 @@ __all__ = [
     "pronouns",
     "python_feature",
     "regex",
+    "run_file_form",
     "sentiment",
     "threshold",
     "wordlist",

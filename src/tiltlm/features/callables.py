@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
 
-from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Batch, Feature
+from tiltlm.errors import FeatureError, TiltError, UsageError, nearest
+from tiltlm.features.feature import Batch, Feature, remembers
 
 TRL_NAMES = ("prompts", "completions", "completion_ids")
 
@@ -76,6 +76,7 @@ def feature(
     return callable_feature(function, name=name, binary=binary)
 
 
+@remembers("python")
 def python_feature(
     target: str, args: Mapping[str, Any] | None = None, binary: bool = False, conversational: bool = False
 ) -> Feature:
@@ -101,6 +102,25 @@ def python_feature(
     shown = ", ".join(f"{key}={value!r}" for key, value in (args or {}).items())
     name = _name(found) + (f"({shown})" if shown else "")
     return callable_feature(made, name=name, binary=binary, conversational=conversational)
+
+
+def importable_form(feature: CallableFeature) -> dict[str, Any] | None:
+    """The run file's form of a function that another process can import by its name, decorated or not; else None."""
+    module, name = (getattr(feature.function, key, None) for key in ("__module__", "__qualname__"))
+    try:
+        found = load_object(f"{module}:{name}")
+    except TiltError:
+        return None
+    decorated = isinstance(found, CallableFeature)
+    if module == "__main__" or feature.function is not (found.function if decorated else found):
+        return None
+    plain = found if decorated else callable_feature(found)
+    options = {key: getattr(feature, key) for key in ("binary", "conversational")}
+    options = {key: value for key, value in options.items() if value != getattr(plain, key)}
+    if decorated and options:
+        return None
+    form = {"python": f"{module}:{name}", **options}
+    return form if feature.name == plain.name else {**form, "name": feature.name}
 
 
 def load_object(target: str) -> Any:

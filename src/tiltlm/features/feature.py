@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import json
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from tiltlm.features.combine import Combination, Negation, Threshold
 
 Self = TypeVar("Self", bound="Feature")
+Arguments = ParamSpec("Arguments")
 Span = tuple[int, int]
 
 EXPECTED = "expected one finite number per text"
@@ -65,12 +70,14 @@ class Batch:
 class Feature(ABC):
     """Something measured on a text: φ(x), one finite number per text.
 
-    ``name`` stands in reports; ``binary`` promises that every value is 0 or 1. A subclass says in ``compute`` what is
-    measured and, if it can, in ``evidence`` where.
+    ``name`` stands in reports; ``binary`` promises that every value is 0 or 1; ``spec`` is the run file's form where
+    the feature was made by a function that ``remembers`` it. A subclass says in ``compute`` what is measured and, if it
+    can, in ``evidence`` where.
     """
 
     name: str
     binary: bool
+    spec: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @abstractmethod
     def compute(self, batch: Batch) -> Sequence[float] | Tensor:
@@ -111,9 +118,8 @@ class Feature(ABC):
         """The same feature under another name."""
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"name: expected a word or a few, got {name!r}")
-        renamed = copy.copy(self)
-        object.__setattr__(renamed, "name", name.strip())
-        return renamed
+        spec = None if self.spec is None else {**self.spec, "name": name.strip()}
+        return _changed(self, name=name.strip(), spec=spec)
 
     def threshold(self, at: float, op: str = ">=") -> Threshold:
         """A binary feature: 1 where this one compares so (``>=``, ``>``, ``<=`` or ``<``) with ``at``, else 0."""
@@ -152,6 +158,36 @@ class Feature(ABC):
             else:
                 start = middle
         return None
+
+
+def remembers(kind: str) -> Callable[[Callable[Arguments, Self]], Callable[Arguments, Self]]:
+    """Decorator of a function that makes features: each keeps its call as ``spec``, where JSON can hold it."""
+
+    def decorate(make: Callable[Arguments, Self]) -> Callable[Arguments, Self]:
+        signature = inspect.signature(make)
+
+        @functools.wraps(make)
+        def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Self:
+            feature, given = make(*args, **kwargs), signature.bind(*args, **kwargs).arguments
+            try:
+                arguments = json.loads(json.dumps(given, default=os.fspath))
+            except (TypeError, ValueError):
+                return feature
+            first = next(iter(signature.parameters))
+            short = [*arguments] == [first] and not isinstance(arguments[first], dict)
+            return _changed(feature, spec={kind: arguments[first] if short else arguments})
+
+        return made
+
+    return decorate
+
+
+def _changed(feature: Self, **fields: Any) -> Self:
+    """A copy with other values of these fields."""
+    changed = copy.copy(feature)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def measure(

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Batch, Feature, Span
+from tiltlm.features.feature import Batch, Feature, Span, remembers
 
 FEMALE = ("she", "her", "herself")
 MALE = ("he", "him", "himself")
@@ -80,6 +80,7 @@ class Length(Feature):
         return [float(len(ids)) for ids in batch.completion_ids]
 
 
+@remembers("contains")
 def contains(phrase: str, ignore_case: bool = True) -> Pattern:
     """1 where the text has this word or phrase, on word boundaries, else 0.
 
@@ -90,6 +91,7 @@ def contains(phrase: str, ignore_case: bool = True) -> Pattern:
     return Pattern(name=f"contains '{_shortened(phrase)}'", binary=True, pattern=pattern, whole_words=True)
 
 
+@remembers("wordlist")
 def wordlist(source: str | Path | Sequence[str], ignore_case: bool = True) -> Pattern:
     """1 where the text has at least one word or phrase of a list, on word boundaries, else 0.
 
@@ -108,6 +110,7 @@ def builtin_wordlists() -> list[str]:
     return sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
 
 
+@remembers("regex")
 def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_all: bool = False) -> Pattern:
     """1 where this Python regular expression matches anywhere in the text, else 0.
 
@@ -129,6 +132,7 @@ def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_
     return Pattern(name=f"matches '{_shortened(pattern)}'", binary=True, pattern=compiled, whole_words=False)
 
 
+@remembers("length")
 def length(unit: str = "words") -> Length:
     """The length of the text in ``words`` (split at white space), ``characters`` (code points) or ``tokens``.
 
@@ -140,6 +144,7 @@ def length(unit: str = "words") -> Length:
     return Length(name=f"length in {unit}", binary=False, unit=unit)
 
 
+@remembers("pronouns")
 def pronouns(group: str, possessives: bool = False) -> Pronouns:
     """1 where the text is, by its pronouns, about women (``female``), about men (``male``) or ``neither``.
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Batch, Feature
+from tiltlm.features.feature import Batch, Feature, remembers
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
@@ -29,6 +29,7 @@ class Sentiment(Feature):
         return scores
 
 
+@remembers("sentiment")
 def sentiment(kind: str = "compound") -> Sentiment:
     """The sentiment of the text by VADER (Hutto and Gilbert, ICWSM 2014).
 

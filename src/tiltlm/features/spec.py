@@ -1,4 +1,4 @@
-"""From the run file's form of a feature to the feature."""
+"""From the run file's form of a feature to the feature, and back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tiltlm.errors import UsageError, nearest
-from tiltlm.features.callables import callable_feature, python_feature
-from tiltlm.features.combine import all_of, any_of, negation, threshold
+from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, python_feature
+from tiltlm.features.combine import Combination, Negation, Threshold, all_of, any_of, negation, threshold
 from tiltlm.features.feature import Feature
 from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
 from tiltlm.features.sentiment import sentiment
@@ -26,6 +26,8 @@ MEASURES: dict[str, Callable[..., Feature]] = {
 }
 COMBINATORS = ("all", "any", "not", "threshold")
 KINDS = (*MEASURES, *COMBINATORS)
+# Stands in the record of a run for a feature that no run file can name.
+OBJECT = "object"
 
 
 def build_feature(spec: FeatureSpec) -> Feature:
@@ -44,6 +46,12 @@ def build_feature(spec: FeatureSpec) -> Feature:
         return callable_feature(spec)
     if not isinstance(spec, Mapping):
         raise UsageError(f"feature: expected a mapping such as {{contains: amazing}}, got {spec!r}")
+    if OBJECT in spec:
+        raise UsageError(
+            f"feature: '{spec[OBJECT]}' was given in Python as an object that no run file can name (a lambda, a "
+            f"function of __main__ or of a notebook, an object of a class of your own). Tune with a function that a "
+            f"module defines, or hand it over again in Python: tiltlm.build.load_run(run_dir, features=[...])"
+        )
     kinds = [key for key in spec if key in KINDS]
     if not kinds:
         wrong = next((str(key) for key in spec if key != "name"), "")
@@ -53,6 +61,32 @@ def build_feature(spec: FeatureSpec) -> Feature:
     options = {str(key): value for key, value in spec.items() if key not in (kinds[0], "name")}
     feature = _build(kinds[0], spec[kinds[0]], options)
     return feature.renamed(spec["name"]) if "name" in spec else feature
+
+
+def run_file_form(feature: Feature) -> dict[str, Any] | None:
+    """The spec that ``build_feature`` makes this feature of again, in any process; None where there is none.
+
+    There is none for a lambda, for a function of ``__main__`` or of a notebook, for an object of a user's own class,
+    and for what is made of one of these.
+    """
+    if isinstance(feature, Combination):
+        parts, all_parts = feature.parts, feature.word == "and"
+        plain: Feature = all_of(*parts) if all_parts else any_of(*parts)
+        forms = [run_file_form(part) for part in parts]
+        form: dict[str, Any] = {"all" if all_parts else "any": forms}
+    elif isinstance(feature, Negation):
+        plain, forms = negation(feature.part), [run_file_form(feature.part)]
+        form = {"not": forms[0]}
+    elif isinstance(feature, Threshold):
+        plain, forms = threshold(feature.part, feature.at, feature.op), [run_file_form(feature.part)]
+        form = {"threshold": {"feature": forms[0], "at": feature.at, "op": feature.op}}
+    elif feature.spec is None and isinstance(feature, CallableFeature):
+        return importable_form(feature)
+    else:
+        return None if feature.spec is None else dict(feature.spec)
+    if None in forms:
+        return None
+    return form if plain.name == feature.name else {**form, "name": feature.name}
 
 
 def _short_form(spec: str) -> tuple[str, str]:

@@ -119,7 +119,7 @@ def state_terms(
     if reward is not None:
         if not (beta > 0 and math.isfinite(beta)):
             raise UsageError(f"beta: {beta} must be a finite number above 0; the target is a(x)·exp(r(x)/beta)")
-        terms.append(Term(_feature(reward), "reward", coefficient=1 / beta, spec=_spec(reward)))
+        terms.append(Term(_feature(reward), "reward", coefficient=1 / beta))
     if not terms:
         raise UsageError("target: give at least one constraint or a reward")
     names = [term.feature.name for term in terms]
@@ -231,10 +231,6 @@ def _feature(feature: Feature | str) -> Feature:
     return build_feature(feature) if isinstance(feature, str) else feature
 
 
-def _spec(feature: Feature | str) -> str | None:
-    return feature if isinstance(feature, str) else None
-
-
 def _term(given: Feature | str, moment: float) -> Term:
     feature = _feature(given)
     if isinstance(moment, bool) or not isinstance(moment, int | float) or not math.isfinite(moment):
@@ -246,7 +242,7 @@ def _term(given: Feature | str, moment: float) -> Term:
             f"feature '{feature.name}': for moment 0 ask for its opposite with moment 1.0 (not: {feature.name})"
         )
     kind: Kind = "filter" if feature.binary and moment == 1 else "moment"
-    return Term(feature, kind, float(moment), spec=_spec(given))
+    return Term(feature, kind, float(moment))
 
 
 def _check_filter(name: str, values: Tensor) -> None:

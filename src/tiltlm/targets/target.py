@@ -32,15 +32,13 @@ class Term:
     """One factor of a target.
 
     A ``filter`` keeps only texts whose binary feature is 1; a ``moment`` multiplies by exp(coefficient · φ), where the
-    coefficient was fitted so that E_p[φ] = ``goal``; a ``reward`` does so with coefficient 1/β. ``spec`` is the run
-    file's form of the feature where it was given as one.
+    coefficient was fitted so that E_p[φ] = ``goal``; a ``reward`` does so with coefficient 1/β.
     """
 
     feature: Feature
     kind: Kind
     goal: float | None = None
     coefficient: float = 0.0
-    spec: str | None = None
 
 
 @dataclass(frozen=True)

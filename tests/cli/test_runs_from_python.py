@@ -1,0 +1,103 @@
+"""A run stated in Python is a run like any other: the command line measures it, whatever its features were made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Command, assert_one_error
+
+import tiltlm
+from tiltlm.build import load_run
+from tiltlm.training.evaluation import evaluate_policy
+
+MEASURES = """
+import tiltlm
+
+@tiltlm.feature(binary=True)
+def about_games(texts):
+    return [float("game" in text) for text in texts]
+
+def words(texts):
+    return [float(len(text.split())) for text in texts]
+"""
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+PROMPTS = ["the team", "she is a", "he"]
+
+
+@pytest.fixture
+def base(tiny: Path) -> tiltlm.LanguageModel:
+    return tiltlm.LanguageModel.from_pretrained(tiny, device="cpu", dtype="float64")
+
+
+def tuned(base: tiltlm.LanguageModel, constraints: Any, folder: str, **further: Any) -> tuple[Any, tiltlm.Run]:
+    target = base.constrain(constraints, samples=150, max_completion_length=10, prompts=PROMPTS, **further)
+    return target, tiltlm.tune(base, target, output_dir=folder, max_steps=2, batch_size=20, evaluation_samples=30)
+
+
+def test_features_given_as_objects_are_found_again(
+    tiltlm: Command, here: Path, base: tiltlm.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "measures.py").write_text(MEASURES)
+    monkeypatch.syspath_prepend(str(here))
+    import measures  # type: ignore[import-not-found]
+
+    from tiltlm.features import callable_feature, pronouns, wordlist
+
+    constraints = {
+        "contains:good": 0.3,
+        pronouns("female").renamed("about women"): 0.5,
+        measures.about_games | wordlist(["team"]): 0.6,
+    }
+    stated, run = tuned(base, constraints, "from-python", reward=callable_feature(measures.words), beta=3.0)
+    del sys.modules["measures"]
+    record = run.directory.read_run()
+    assert [entry["feature"] for entry in record["config"]["target"]["constraints"]] == [
+        {"contains": "good"},
+        {"pronouns": "female", "name": "about women"},
+        {"any": [{"python": "measures:about_games"}, {"wordlist": ["team"]}]},
+    ]
+    answer = tiltlm("eval", "from-python", "--samples", 60, "--device", "cpu", "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert [*found["moments"]] == [*record["evaluation"]["policy"]["moments"]]
+
+    # The very model, target, prompts and dtype that the run had: the same seed gives the same figures.
+    config, roles, target = load_run("from-python", "cpu")
+    assert (config.prompts, config.dtype) == (PROMPTS, "float64")
+    assert roles.policy.model.dtype == torch.float64
+    same = [
+        evaluate_policy(one, aim, 60, prompts=PROMPTS, max_completion_length=10, seed=1).to_json()
+        for one, aim in ((roles, target), (run.roles, stated))
+    ]
+    assert same[0]["moments"] == same[1]["moments"]
+    for figure in ("kl_p_pi", "kl_pi_a", "log_z"):
+        assert same[0][figure]["value"] == pytest.approx(same[1][figure]["value"], abs=1e-9)
+
+
+def test_an_object_that_has_no_name_is_recorded_as_such(
+    tiltlm: Command, here: Path, base: tiltlm.LanguageModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tiltlm.features import Feature, callable_feature
+
+    def made(function: Callable[[list[str]], list[float]]) -> Feature:
+        return callable_feature(function, name="wordy", binary=True)
+
+    wordy = made(lambda texts: [float(len(text.split()) > 5) for text in texts])
+    tuned(base, {wordy: 0.7}, "unnamed")
+    assert "note: no run file can name the feature 'wordy', so `tiltlm eval` will not know it" in capfd.readouterr().err
+    answer = tiltlm("eval", "unnamed", "--samples", 20, "--device", "cpu")
+    assert_one_error(answer.err, ["target.constraints.0.feature: 'wordy'", "a module defines", "features=[...]"])
+    assert answer.code == 2
+    # Neither the texts nor the report need the feature.
+    assert tiltlm("sample", "unnamed", "-n", 2, "--device", "cpu").code == 0
+    assert tiltlm("report", "unnamed").code == 0
+
+    _, roles, target = load_run("unnamed", "cpu", features=[wordy])
+    assert evaluate_policy(roles, target, 20, max_completion_length=10).moments["wordy"].value >= 0
