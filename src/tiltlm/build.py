@@ -27,7 +27,7 @@ from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal import ProposalRule, proposal_rule
 
-DEFAULT_PROPOSAL = {"dpg": "on_policy", "gdc": "kl", "gdc++": "on_policy"}
+DEFAULT_PROPOSAL = {"dpg": "on_policy", "gdc": "kl", "gdc++": "on_policy", "guided": "guided"}
 
 
 def build_base(config: RunConfig) -> LanguageModel:
@@ -78,9 +78,7 @@ def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
     """The objective and its proposal rule. Raises UsageError for unknown names."""
     objective: Any
     if config.name in BUILT_IN:
-        if config.args:
-            raise UsageError(f"method.args: {config.name} takes no arguments, got {config.args}; leave them out")
-        objective = BUILT_IN[config.name]()
+        objective = _built_in(config.name, config.args)
     elif ":" in config.name:
         objective = _built("method.name", config.name, config.args)
         if not isinstance(objective, Objective):
@@ -89,6 +87,16 @@ def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
         raise UsageError(f"method.name: '{config.name}' is not known; {nearest(config.name, BUILT_IN)}, module:name")
     rule = config.proposal or DEFAULT_PROPOSAL.get(config.name, "on_policy")
     return objective, proposal_rule(rule, config.check_steps)
+
+
+def _built_in(name: str, args: dict[str, Any]) -> Objective:
+    valid = [parameter for parameter in inspect.signature(BUILT_IN[name]).parameters if parameter != "name"]
+    for key in args:
+        if not valid:
+            raise UsageError(f"method.args: {name} takes no arguments, got {args}; leave them out")
+        if key not in valid:
+            raise UsageError(f"method.args: {name} has no '{key}'; {nearest(str(key), valid)}")
+    return BUILT_IN[name](**args)
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:

@@ -10,7 +10,7 @@ import torch
 from tiltlm.errors import UsageError
 from tiltlm.estimation import Estimate
 from tiltlm.lm import LanguageModel
-from tiltlm.training.proposal import RULES, UNKNOWN_DISTANCES, Closer, Distances, Interval, OnPolicy, proposal_rule
+from tiltlm.training.proposal import RULES, UNKNOWN_DISTANCES, Closer, Constant, Distances, Interval, proposal_rule
 from tiny_world import World, build_trainer, near
 
 
@@ -49,7 +49,7 @@ def test_the_published_rule_is_kl_with_ten_batches_more() -> None:
     assert proposal_rule("published", 7) == Closer("kl", 7, 10)
     assert proposal_rule("tv", 7) == Closer("tv", 7, 0)
     assert proposal_rule("interval", 7) == Interval(7)
-    assert proposal_rule("on_policy") == OnPolicy()
+    assert proposal_rule("on_policy") == Constant()
 
 
 def test_an_unknown_rule_is_an_error_with_the_nearest() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
+from tiltlm.features.automaton import Automaton, together
 from tiltlm.features.feature import Batch, Feature, Span
 
 COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -35,12 +36,20 @@ class Combination(Feature):
         """The spans of all parts; meant for a text on which the combination fires."""
         return merged(span for part in self.parts for span in part.evidence(text))
 
+    def automaton(self) -> Automaton | None:
+        """Those of the parts, side by side."""
+        return together(part.automaton() for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Negation(Feature):
     """1 where its binary part is 0, and 0 where it is 1; there is nothing to point at."""
 
     part: Feature
+
+    def automaton(self) -> Automaton | None:
+        """That of the part."""
+        return self.part.automaton()
 
     def compute(self, batch: Batch) -> Tensor:
         return 1.0 - self.part.values(batch)
@@ -53,6 +62,10 @@ class Threshold(Feature):
     part: Feature
     at: float
     op: str
+
+    def automaton(self) -> Automaton | None:
+        """That of the part."""
+        return self.part.automaton()
 
     def compute(self, batch: Batch) -> Tensor:
         return COMPARISONS[self.op](self.part.values(batch), self.at).double()

@@ -19,6 +19,7 @@ from torch import Tensor
 from tiltlm.errors import FeatureError, TiltError, UsageError
 
 if TYPE_CHECKING:
+    from tiltlm.features.automaton import Automaton
     from tiltlm.features.combine import Combination, Negation, Threshold
 
 Self = TypeVar("Self", bound="Feature")
@@ -86,6 +87,10 @@ class Feature(ABC):
     def evidence(self, text: str) -> list[Span]:
         """Character spans (start, end) that made the feature fire, sorted, without overlap; none by default."""
         return []
+
+    def automaton(self) -> Automaton | None:
+        """What a prefix already says of the value, for guided sampling; None where it cannot be read off characters."""
+        return None
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
+from tiltlm.features.automaton import Automaton, Phrases, WordCount
 from tiltlm.features.feature import Batch, Feature, Span, remembers
 
 FEMALE = ("she", "her", "herself")
@@ -18,6 +19,8 @@ MALE = ("he", "him", "himself")
 POSSESSIVES = {"female": "hers", "male": "his"}
 GROUPS = ("female", "male", "neither")
 UNITS = ("words", "characters", "tokens")
+# A text is as good as decided when one group is ahead by so many.
+MOST_PRONOUNS = 3
 APOSTROPHES = "['\u2019]"
 
 
@@ -27,6 +30,14 @@ class Pattern(Feature):
 
     pattern: re.Pattern[str]
     whole_words: bool
+    phrases: tuple[str, ...] = ()
+
+    def automaton(self) -> Automaton | None:
+        """Whether a phrase has been read, and how much of one; None for a regular expression."""
+        if not self.whole_words:
+            return None
+        ignore_case = bool(self.pattern.flags & re.IGNORECASE)
+        return Phrases(tuple((phrase, 1) for phrase in self.phrases), ignore_case, absorbing=True)
 
     def compute(self, batch: Batch) -> list[float]:
         if not self.whole_words:
@@ -46,8 +57,15 @@ class Pronouns(Feature):
     """1 where a text has more pronouns of its group than of the other; ``neither``: where it has as many of both."""
 
     group: str
+    possessives: bool
     female: re.Pattern[str]
     male: re.Pattern[str]
+
+    def automaton(self) -> Automaton:
+        """By how many female pronouns outnumber male ones; the same for all groups."""
+        words = {1: _pronouns("female", self.possessives), -1: _pronouns("male", self.possessives)}
+        pairs = tuple((word, weight) for weight, group in words.items() for word in group)
+        return Phrases(pairs, ignore_case=True, most=MOST_PRONOUNS)
 
     def compute(self, batch: Batch) -> list[float]:
         return [float(self._majority(text) == self.group) for text in batch.texts]
@@ -79,6 +97,10 @@ class Length(Feature):
             raise FeatureError(f"feature '{self.name}' counts token ids; pass completion_ids along with the texts")
         return [float(len(ids)) for ids in batch.completion_ids]
 
+    def automaton(self) -> Automaton | None:
+        """The words so far; None for characters and tokens, whose number the position tells well enough."""
+        return WordCount() if self.unit == "words" else None
+
 
 @remembers("contains")
 def contains(phrase: str, ignore_case: bool = True) -> Pattern:
@@ -87,8 +109,8 @@ def contains(phrase: str, ignore_case: bool = True) -> Pattern:
     White space in the phrase stands for any white space. Raises UsageError for an empty phrase.
     """
     phrase = _text("contains.phrase", phrase)
-    pattern = phrase_pattern([phrase], _flag("contains.ignore_case", ignore_case))
-    return Pattern(name=f"contains '{_shortened(phrase)}'", binary=True, pattern=pattern, whole_words=True)
+    name = f"contains '{_shortened(phrase)}'"
+    return _whole_phrases(name, [phrase], _flag("contains.ignore_case", ignore_case))
 
 
 @remembers("wordlist")
@@ -100,8 +122,12 @@ def wordlist(source: str | Path | Sequence[str], ignore_case: bool = True) -> Pa
     file that cannot be read, and an empty list.
     """
     name, entries = _read_wordlist(source)
-    pattern = phrase_pattern(entries, _flag("wordlist.ignore_case", ignore_case))
-    return Pattern(name=name, binary=True, pattern=pattern, whole_words=True)
+    return _whole_phrases(name, entries, _flag("wordlist.ignore_case", ignore_case))
+
+
+def _whole_phrases(name: str, phrases: Sequence[str], ignore_case: bool) -> Pattern:
+    pattern = phrase_pattern(phrases, ignore_case)
+    return Pattern(name=name, binary=True, pattern=pattern, whole_words=True, phrases=tuple(phrases))
 
 
 def builtin_wordlists() -> list[str]:
@@ -159,9 +185,14 @@ def pronouns(group: str, possessives: bool = False) -> Pronouns:
         name="neither gender" if group == "neither" else group,
         binary=True,
         group=group,
-        female=phrase_pattern([*FEMALE, *([POSSESSIVES["female"]] if more else [])], ignore_case=True),
-        male=phrase_pattern([*MALE, *([POSSESSIVES["male"]] if more else [])], ignore_case=True),
+        possessives=more,
+        female=phrase_pattern(_pronouns("female", more), ignore_case=True),
+        male=phrase_pattern(_pronouns("male", more), ignore_case=True),
     )
+
+
+def _pronouns(group: str, possessives: bool) -> tuple[str, ...]:
+    return (FEMALE if group == "female" else MALE) + ((POSSESSIVES[group],) if possessives else ())
 
 
 def phrase_pattern(phrases: Iterable[str], ignore_case: bool) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
+from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.samples import Law, Prompts, Samples
 from tiltlm.lm.sampling import accepts, positions, sample_batch
@@ -143,13 +144,14 @@ class LanguageModel:
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
+        guide: Guide | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Draw ``n`` completions in all, the prompts taken in turn, with their log-probabilities.
 
         ``seed`` or ``generator`` fixes the draw (neither: a fresh seed); ``batch_size`` limits the rows decoded at
-        once (default: what fits a fixed memory bound); ``progress`` is told the number drawn so far and ``n``.
-        Raises UsageError for settings out of range.
+        once (default: what fits a fixed memory bound); ``guide`` reweights each next token, before the law's settings;
+        ``progress`` is told the number drawn so far and ``n``. Raises UsageError for settings out of range.
         """
         law = Law(temperature, top_k, top_p)
         for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
@@ -164,6 +166,7 @@ class LanguageModel:
         elif seed is not None:
             raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
         index = torch.arange(n, device=self.device) % len(prompts.texts)
+        guide = self.placed(guide) if guide is not None else None
         limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
         parts = []
         for rows in torch.split(index, -(-n // -(-n // limit))):
@@ -176,8 +179,9 @@ class LanguageModel:
                 pad_id=self.pad_id,
                 law=law,
                 generator=generator,
+                guide=guide,
             )
-            parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer))
+            parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer, guide))
             if progress is not None:
                 progress(sum(map(len, parts)), n)
         return Samples.concatenate(parts)
@@ -201,11 +205,14 @@ class LanguageModel:
                 start = stop
         return pieces
 
-    def log_probabilities(self, samples: Samples, law: Law | None = None) -> Tensor:
+    def log_probabilities(self, samples: Samples, law: Law | None = None, guide: Guide | None = None) -> Tensor:
         """Log-probabilities [N, T, V] over the vocabulary at every completed position, with gradient if enabled.
 
-        For one chunk at a time: the caller bounds N.
+        Under the law and the guide of ``samples``, or else under ``law`` with ``guide``. For one chunk at a time: the
+        caller bounds N.
         """
+        if law is None:
+            law, guide = samples.law, samples.guide
         tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
         width = samples.tokens.shape[1]
         inputs = torch.cat([tokens, samples.tokens[:, :-1]], dim=1)
@@ -219,13 +226,15 @@ class LanguageModel:
         if accepts(self.model, "logits_to_keep"):
             arguments["logits_to_keep"] = width
         logits = self.model(**arguments).logits[:, -width:]
-        return (samples.law if law is None else law).log_probabilities(logits)
+        if guide is not None:
+            logits = logits + self.placed(guide).sequence_log_weights(samples.tokens)
+        return law.log_probabilities(logits)
 
     def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
-        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law of ``samples``.
+        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
 
-        Another ``law`` may be given. Sum over the last axis for sequences. Runs in chunks of bounded memory; under
-        ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
+        Another ``law`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
+        memory; under ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
         """
         if not len(samples):
             return torch.zeros_like(samples.proposal_logprob)
@@ -249,6 +258,11 @@ class LanguageModel:
         adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
+
+    def placed(self, guide: Guide) -> Guide:
+        """The guide where the logits are, as precise as they are but no less than float32."""
+        precise = next(self.model.parameters()).dtype == torch.float64
+        return guide.to(self.device, torch.float64 if precise else torch.float32)
 
     @property
     def vocab_size(self) -> int:

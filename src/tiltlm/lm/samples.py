@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
+from tiltlm.lm.guide import Guide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ class Samples:
 
     ``tokens`` [N, T] are right-padded; ``mask`` [N, T] marks the sampled ones, EOS included; ``proposal_logprob``
     [N, T] is the log-probability (nats) of each sampled token under the law that it was drawn from, 0 where masked;
-    ``prompt_index`` [N] points into ``prompts``.
+    ``prompt_index`` [N] points into ``prompts``. ``law`` and ``guide`` (None: unguided) made the law of each token.
     """
 
     tokens: Tensor
@@ -116,6 +117,7 @@ class Samples:
     prompts: Prompts
     law: Law
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False, compare=False)
+    guide: Guide | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError
+from tiltlm.lm.guide import Guide
 from tiltlm.lm.samples import Law, Prompts
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def sample_batch(
     pad_id: int,
     law: Law,
     generator: torch.Generator,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one completion for each entry of ``prompt_index`` [N].
 
@@ -111,10 +113,16 @@ def sample_batch(
     logprob: Tensor | None = None
     alive = torch.arange(n, device=device)
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
+    states = guide.begin(n) if guide is not None else None
     decoder = Decoder(model, prompts.tokens[prompt_index], prompts.mask[prompt_index])
     for t in range(max_new_tokens):
-        log_probabilities = law.log_probabilities(decoder.logits())
+        logits = decoder.logits()
+        if guide is not None and states is not None:
+            logits = logits + guide.log_weights(states, t)
+        log_probabilities = law.log_probabilities(logits)
         drawn = draw(log_probabilities, generator)
+        if guide is not None and states is not None:
+            states = guide.advance(states, drawn)
         if logprob is None:
             logprob = torch.zeros((n, max_new_tokens), dtype=log_probabilities.dtype, device=device)
         rows = alive[open_rows]
@@ -130,6 +138,7 @@ def sample_batch(
             kept = open_rows.nonzero().squeeze(-1)
             if decoder.keep(kept):
                 alive, open_rows = alive[kept], open_rows[kept]
+                states = states[kept] if states is not None else None
     assert logprob is not None
     if not bool(logprob.isfinite().all()):
         raise NumericalError(

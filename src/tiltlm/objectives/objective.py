@@ -15,6 +15,7 @@ class Record:
     All are log-probabilities in nats: of the policy π, the base a, the proposal q that drew the samples, and the
     target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number. The N sequences may be
     part of a batch, as many as fit in memory: a coefficient may depend on its own row and ``log_z`` alone.
+    ``guide_logprob`` [N] is there where a guide g is distilled.
     """
 
     policy_logprob: Tensor
@@ -22,6 +23,7 @@ class Record:
     proposal_logprob: Tensor
     target_logscore: Tensor
     log_z: float
+    guide_logprob: Tensor | None = None
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from tiltlm.targets.constrain import (
 )
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget
+from tiltlm.targets.twist import Twist
 
 __all__ = [
     "BaseSample",
@@ -22,6 +23,7 @@ __all__ = [
     "Target",
     "Term",
     "TiltedTarget",
+    "Twist",
     "constrain",
     "draw_base_sample",
     "fit_moments",

@@ -29,8 +29,8 @@ class ProposalRule(Protocol):
     """Decides, before each step's update, whether q ← π."""
 
     @property
-    def on_policy(self) -> bool:
-        """Whether every batch is drawn from the policy itself."""
+    def first(self) -> str:
+        """The proposal that a run begins with: ``policy`` (of each moment), ``base``, or ``guided``."""
 
     @property
     def extra_batches(self) -> int:
@@ -44,10 +44,10 @@ class ProposalRule(Protocol):
 
 
 @dataclass(frozen=True)
-class OnPolicy:
-    """Samples are always drawn from the policy; no proposal is kept."""
+class Constant:
+    """Samples are always drawn from the policy as it is, or from the base as the guide leads it; none is kept."""
 
-    on_policy: bool = True
+    first: str = "policy"
     extra_batches: int = 0
 
     def due(self, step: int) -> bool:
@@ -62,7 +62,7 @@ class Interval:
     """q ← π every ``check_steps`` steps, unconditionally."""
 
     check_steps: int = 10
-    on_policy: bool = False
+    first: str = "base"
     extra_batches: int = 0
 
     def due(self, step: int) -> bool:
@@ -84,7 +84,7 @@ class Closer:
     metric: str = "kl"
     check_steps: int = 10
     extra_batches: int = 0
-    on_policy: bool = False
+    first: str = "base"
 
     def due(self, step: int) -> bool:
         return step % self.check_steps == 0
@@ -96,13 +96,13 @@ class Closer:
 
 # The published algorithm estimates both distances on this many further batches of q.
 PUBLISHED_EXTRA_BATCHES = 10
-RULES = ("on_policy", "interval", "kl", "tv", "published")
+RULES = ("on_policy", "interval", "kl", "tv", "published", "guided")
 
 
 def proposal_rule(name: str, check_steps: int = 10) -> ProposalRule:
     """The rule of this name. Raises UsageError for an unknown one."""
-    if name == "on_policy":
-        return OnPolicy()
+    if name in ("on_policy", "guided"):
+        return Constant("policy" if name == "on_policy" else "guided")
     if name == "interval":
         return Interval(check_steps)
     if name in ("kl", "tv"):

@@ -22,6 +22,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "generator": trainer.generator.get_state(),
+        "leaning": trainer.guidance.leaning if trainer.guidance else None,
     }
     numbers = {
         "partition": trainer.partition.to_json(),
@@ -47,6 +48,8 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(tensors["scaler"])
     trainer.generator.set_state(tensors["generator"])
+    if trainer.guidance:
+        trainer.guidance.lean(tensors["leaning"])
     trainer.partition = Partition.from_json(numbers["partition"])
     trainer.queue.position, trainer.source = numbers["queue"], numbers["source"]
     trainer.step, trainer.sequences = numbers["step"], numbers["sequences"]

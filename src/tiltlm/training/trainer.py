@@ -17,7 +17,7 @@ from torch import Tensor
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition
 from tiltlm.lm import Law, Roles, Samples, token_logprob
-from tiltlm.objectives import Objective, Record
+from tiltlm.objectives import Guided, Objective
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.acceleration import build_accelerator
@@ -25,10 +25,12 @@ from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.batch import Batch, FitSampleQueue, in_turn
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
+from tiltlm.training.pulling import pull_chunk
 from tiltlm.training.state import pack, unpack
 
 
@@ -72,7 +74,13 @@ class Trainer:
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
         self.queue = FitSampleQueue(base_sample if args.reuse_fit_samples else None)
-        self.source = "policy" if rule.on_policy else "base"
+        self.source = rule.first
+        # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
+        self.distills = isinstance(objective, Guided)
+        self.guidance: Guidance | None = None
+        if self.distills or self.source == "guided":
+            with roles.use("base") as base:
+                self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0))
         self.step = 0
         self.sequences = self.forward_passes = len(base_sample.samples)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -104,6 +112,8 @@ class Trainer:
             self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
         replaced = self._follow(batch, scores)
+        if self.guidance:
+            self.guidance.follow(scores, batch.features)
         rate = float(self.scheduler.get_last_lr()[0])
         with self._phase("step"):
             norm = self.update()
@@ -115,13 +125,15 @@ class Trainer:
         return reused if reused is not None else self._fresh_batch()
 
     def _fresh_batch(self) -> Batch:
-        role: Any = self.source if self.source in ("base", "policy") else "proposal"
+        role: Any = {"base": "base", "guided": "base", "policy": "policy"}.get(self.source, "proposal")
+        guide = self.guidance.guide if self.guidance and self.source == "guided" else None
         with self._phase("sample"), self.roles.use(role) as model, self.accelerator.autocast():
             samples = model.sample(
                 self.args.batch_size,
                 in_turn(self.prompts, self.sequences),
                 generator=self.generator,
                 max_completion_length=self.max_completion_length,
+                guide=guide,
             ).trimmed()
         self.sequences += len(samples)
         self.forward_passes += len(samples)
@@ -139,41 +151,23 @@ class Trainer:
             with self._phase("policy"), torch.set_grad_enabled(backward):
                 with self.accelerator.autocast():
                     law = self.roles.policy.log_probabilities(chunk, Law())
-                tokens = token_logprob(law, chunk)
-                scores = Scores.of(chunk, tokens, law, base_tokens, base_law)
+                scores = Scores.of(chunk, token_logprob(law, chunk), law, base_tokens, base_law)
                 scores = scores.with_target(self.target.log_score(scores.base_logprob.cpu(), features))
                 if backward:
-                    coefficients = self._coefficients(scores, log_z).to(tokens)
-                    pulled = tokens.sum(-1) if coefficients.ndim == 1 else tokens
-                    self.accelerator.backward(-(coefficients * pulled).sum() / n)
+                    guide = self.guidance.guide if self.guidance and self.distills else None
+                    pulled = pull_chunk(self.objective, chunk, scores, law, base_law, guide, log_z)
+                    self.accelerator.backward(-pulled.sum() / n)
             parts.append(scores)
-        self.forward_passes += n if batch.from_base else 2 * n
+        self.forward_passes += n if batch.from_base and not self.distills else 2 * n
         return Scores.concatenate(parts, torch.cat(order).argsort())
 
     def _base_scores(self, chunk: Samples, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        if batch.from_base:
+        if batch.from_base and not self.distills:
             return chunk.proposal_logprob, None
         with self._phase("base"), torch.no_grad(), self.roles.use("base") as model:
             with self.accelerator.autocast():
                 law = model.log_probabilities(chunk, Law())
             return token_logprob(law, chunk), law
-
-    def _coefficients(self, scores: Scores, log_z: float) -> Tensor:
-        record = Record(
-            policy_logprob=scores.policy_logprob,
-            base_logprob=scores.base_logprob,
-            proposal_logprob=scores.proposal_logprob,
-            target_logscore=scores.target_logscore,
-            log_z=log_z,
-        )
-        coefficients = self.objective.coefficients(record)
-        if not bool(torch.isfinite(coefficients).all()):
-            raise NumericalError(
-                f"step {self.step}: {self.objective.name} gave a coefficient that is not finite; the policy's "
-                f"log-probabilities run from {float(scores.policy_logprob.min()):.3g} to "
-                f"{float(scores.policy_logprob.max()):.3g}. Lower training.learning_rate or set training.max_grad_norm."
-            )
-        return coefficients
 
     def update(self) -> float:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""

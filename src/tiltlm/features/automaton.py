@@ -1,0 +1,129 @@
+"""Automata: what a prefix of a text already says of a feature, as a small state that reads one character at a time.
+
+Guided sampling looks these states up. It stays exact whatever they are, so an automaton may leave out rare subtleties
+of the feature that it stands for; the more it tells of the value to come, the closer the guided law is to the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+# Any hashable value; automata agree on nothing else.
+State = Any
+
+
+class Automaton(Protocol):
+    """A deterministic automaton over characters, with states that are equal where they mean the same."""
+
+    @property
+    def start(self) -> State:
+        """The state before the first character."""
+
+    def step(self, state: State, character: str) -> State:
+        """The state after one more character."""
+
+    def coarse(self, state: State) -> State:
+        """A state that stands in for one seen too seldom: what has been counted, without what is half read."""
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Counts whole words and phrases: ``weights`` pairs each with what it adds; the sum is kept within ±``most``.
+
+    A state is (sum so far, place in the tree of beginnings); the place is the beginning itself, "" between words and
+    None within a word that no phrase begins like. With ``absorbing`` nothing is read once the sum has reached ``most``.
+    """
+
+    weights: tuple[tuple[str, int], ...]
+    ignore_case: bool
+    most: int = 1
+    absorbing: bool = False
+    _beginnings: frozenset[str] = field(init=False, repr=False, compare=False)
+    _values: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = {self._plain(" ".join(phrase.split())): value for phrase, value in self.weights}
+        beginnings = frozenset(phrase[:i] for phrase in values for i in range(len(phrase) + 1))
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_beginnings", beginnings)
+
+    @property
+    def start(self) -> State:
+        return 0, ""
+
+    def step(self, state: State, character: str) -> State:
+        total, place = state
+        if self.absorbing and total == self.most:
+            return state
+        character = self._plain(" " if character.isspace() else character)
+        inside = character.isalnum() or character == "_"
+        if not inside and place in self._values:
+            total = max(-self.most, min(self.most, total + self._values[place]))
+            if self.absorbing and total == self.most:
+                return total, ""
+        return total, self._place(place, character, inside)
+
+    def coarse(self, state: State) -> State:
+        total, place = state
+        return total, "" if place is None or place == "" or place.endswith(" ") else None
+
+    def _place(self, place: str | None, character: str, inside: bool) -> str | None:
+        """The longest end of what was read, from a word's first letter on, that begins a phrase."""
+        if place is None:
+            return None if inside else ""
+        read = place + character
+        while read not in self._beginnings:
+            _, space, read = read.partition(" ")
+            if not space:
+                return None if inside else ""
+        return read
+
+    def _plain(self, text: str) -> str:
+        text = text.replace("\u2019", "'")
+        return text.lower() if self.ignore_case else text
+
+
+@dataclass(frozen=True)
+class WordCount:
+    """Counts words, up to ``most``: a state is (words begun, whether within one)."""
+
+    most: int = 100
+
+    @property
+    def start(self) -> State:
+        return 0, False
+
+    def step(self, state: State, character: str) -> State:
+        words, within = state
+        if character.isspace():
+            return words, False
+        return (words if within else min(self.most, words + 1)), True
+
+    def coarse(self, state: State) -> State:
+        return state
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several automata side by side."""
+
+    parts: tuple[Automaton, ...]
+
+    @cached_property
+    def start(self) -> State:
+        return tuple(part.start for part in self.parts)
+
+    def step(self, state: State, character: str) -> State:
+        return tuple(part.step(s, character) for part, s in zip(self.parts, state, strict=True))
+
+    def coarse(self, state: State) -> State:
+        return tuple(part.coarse(s) for part, s in zip(self.parts, state, strict=True))
+
+
+def together(automata: Iterable[Automaton | None]) -> Automaton | None:
+    """One automaton for all that are there; None where none is."""
+    parts = tuple(dict.fromkeys(part for part in automata if part is not None))
+    return None if not parts else parts[0] if len(parts) == 1 else Together(parts)

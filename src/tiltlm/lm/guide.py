@@ -1,0 +1,59 @@
+"""A guide: a small state per row that reweights the next token, so that a model writes what is wanted more often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a prefix still promises: log ψ for S states of what was read, at each number of tokens read.
+
+    ``transitions`` [S, V] gives the state after a token, S + s where the token ends the text in state s; ``log_twist``
+    [T + 1, 2S] gives log ψ(state, tokens read) up to a constant. Every row begins in ``start``. A guided model
+    draws v with probability proportional to a(v|x_<t) ψ(x_<t v), normalized at each token, so its log-probabilities
+    are exact whatever ψ is. Source: twisted sampling, Zhao et al. 2024 (arXiv 2404.17546).
+    """
+
+    transitions: Tensor
+    log_twist: Tensor
+    start: int = 0
+
+    def log_weights(self, states: Tensor, t: int) -> Tensor:
+        """log ψ of every next token [N, V] for rows in ``states`` [N] that have read ``t`` tokens (any, if ended)."""
+        after = self.log_twist[min(t + 1, len(self.log_twist) - 1)]
+        states = states % len(self.transitions)
+        if len(states) < len(self.transitions):
+            return after[self.transitions[states]]
+        # Rows share states: look each state's tokens up once.
+        return after[self.transitions].index_select(0, states)
+
+    def begin(self, n: int) -> Tensor:
+        """The states [n] of rows that have read nothing."""
+        return torch.full((n,), self.start, dtype=torch.long, device=self.transitions.device)
+
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The states [N] after ``tokens`` [N]; a row that has ended stays as it is."""
+        open_rows = states < len(self.transitions)
+        after = self.transitions[torch.where(open_rows, states, 0), tokens]
+        return torch.where(open_rows, after, states)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """The states [N, T] before each of ``tokens`` [N, T]."""
+        state, before = self.begin(len(tokens)), []
+        for column in tokens.unbind(-1):
+            before.append(state)
+            state = self.advance(state, column)
+        return torch.stack(before, 1)
+
+    def sequence_log_weights(self, tokens: Tensor) -> Tensor:
+        """log ψ of every next token [N, T, V] at each position of ``tokens`` [N, T]."""
+        columns = self.states(tokens).unbind(-1)
+        return torch.stack([self.log_weights(column, t) for t, column in enumerate(columns)], 1)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
+        """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""
+        return replace(self, transitions=self.transitions.to(device), log_twist=self.log_twist.to(device, dtype))

@@ -1,0 +1,59 @@
+"""Guided distillation: the law of a guide teaches every token, and each whole sample corrects it.
+
+For any law g whose next-token law is known, E_q[w ∇ log π(x)] with w = P/(Z q) splits into
+
+    E_q[Σ_t (g/q)(x_<t) Σ_v g(v|x_<t) ∇ log π(v|x_<t)]  +  E_q[(w − (g/q)(x)) ∇ log π(x)]
+
+The first part distills g, with no noise over tokens; the second corrects what g gets wrong about p, and its noise is
+that of P/g. With g = π the first part is zero and the second is GDC++.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError
+from tiltlm.objectives.dpg import target_weight
+from tiltlm.objectives.objective import Record
+
+
+def prefix_weights(guide_tokens: Tensor, proposal_tokens: Tensor) -> Tensor:
+    """(g/q)(x_<t) [N, T], the weight of the prefix before each token, from token log-probabilities [N, T]."""
+    log_ratio = guide_tokens - proposal_tokens
+    return (log_ratio.cumsum(-1) - log_ratio).exp()
+
+
+def distillation(guide_law: Tensor, policy_law: Tensor, weights: Tensor) -> Tensor:
+    """Σ_t weight_t Σ_v g(v|x_<t) log π(v|x_<t) [N], from log-probabilities [N, T, V] and weights [N, T]."""
+    # A token that the guide rules out weighs 0, and 0 · −inf is no number.
+    expected = torch.where(guide_law > -torch.inf, guide_law.exp() * policy_law, 0.0).sum(-1)
+    return (weights * expected).sum(-1)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """c = κ (P/(Z q) − g/q) beside the distillation of the guide's law g.
+
+    ``correction`` κ = 1 is unbiased for the gradient of KL(p‖π), κ = 0 distills g alone. ``feedback`` lets the guide
+    lean: each step moves its coefficients by that share of what the policy's moments lack, in units of their variance.
+    """
+
+    name: str = "guided"
+    correction: float = 1.0
+    feedback: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("correction", "feedback"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UsageError(f"method.args.{name}: {value!r} must be a number from 0 to 1")
+
+    def coefficients(self, record: Record) -> Tensor:
+        """κ (P/(Z q) − g/q) [N]."""
+        assert record.guide_logprob is not None
+        on_guide = (record.guide_logprob - record.proposal_logprob).exp()
+        # Without a correction no weight is taken, and none can overflow.
+        return self.correction * (target_weight(record) - on_guide) if self.correction else torch.zeros_like(on_guide)

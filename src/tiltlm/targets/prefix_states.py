@@ -1,0 +1,122 @@
+"""From characters to tokens: the states that a target's automata reach on the tokens of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltlm.features import Feature
+from tiltlm.features.automaton import Automaton, State, together
+from tiltlm.lm import Guide, LanguageModel, Samples
+
+# States beyond these are merged with coarser ones: each costs a row of the vocabulary.
+MOST_STATES = 512
+
+
+@dataclass(frozen=True)
+class PrefixStates:
+    """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s."""
+
+    transitions: Tensor
+    start: int = 0
+
+    def guide(self, log_twist: Tensor) -> Guide:
+        """A guide over these states, from log ψ [T + 1, 2S]."""
+        return Guide(self.transitions, log_twist, self.start)
+
+
+def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates | None:
+    """The states that ``samples`` visit most, closed under every token; None where no feature has an automaton."""
+    automaton = together(feature.automaton() for feature in features)
+    if automaton is None:
+        return None
+    vocabulary = TokenTree(token_texts(model))
+    visits = Counter[State]()
+    stepped: dict[tuple[State, int], State] = {}
+    for ids in samples.completion_ids:
+        state = automaton.start
+        for token in ids:
+            visits[state] += 1
+            key = state, token
+            if key not in stepped:
+                stepped[key] = read(automaton, state, vocabulary.texts[token])
+            state = stepped[key]
+    kept = [automaton.start, *(s for s, _ in visits.most_common(MOST_STATES) if s != automaton.start)]
+    kept += [c for c in dict.fromkeys(map(automaton.coarse, kept)) if c not in set(kept)]
+    index = {state: i for i, state in enumerate(kept)}
+    memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
+    rows: list[list[int]] = []
+    while len(rows) < len(kept):
+        reached = vocabulary.read_all(automaton, kept[len(rows)], memo)
+        for state in dict.fromkeys(reached):
+            if state not in index:
+                coarse = automaton.coarse(state)
+                if coarse not in index:
+                    index[coarse] = len(kept)
+                    kept.append(coarse)
+                index[state] = index[coarse]
+        rows.append([index[state] for state in reached])
+    transitions = torch.tensor(rows)
+    ends = torch.arange(len(kept))[:, None] + len(kept)
+    transitions[:, model.eos_ids] = ends
+    return PrefixStates(transitions)
+
+
+def token_texts(model: LanguageModel) -> list[str]:
+    """The characters that each token of the vocabulary adds to a text; "" for special ones."""
+    decode, special = model.tokenizer.decode, set(model.tokenizer.all_special_ids)
+    # After another token, because some tokenizers drop the space in front of the first.
+    anchor = next(i for i in range(model.vocab_size) if i not in special and decode([i]).strip())
+    before = decode([anchor])
+    known = min(model.vocab_size, len(model.tokenizer))
+    texts = [decode([anchor, i]).removeprefix(before) if i not in special else "" for i in range(known)]
+    return texts + [""] * (model.vocab_size - known)
+
+
+def read(automaton: Automaton, state: State, text: str) -> State:
+    """The state after all characters of ``text``."""
+    for character in text:
+        state = automaton.step(state, character)
+    return state
+
+
+class TokenTree:
+    """All tokens of a vocabulary as one tree of their characters, so that shared beginnings are read once."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+        self.children: list[dict[str, int]] = [{}]
+        self.tokens: list[list[int]] = [[]]
+        for token, text in enumerate(texts):
+            node = 0
+            for character in text:
+                if character not in self.children[node]:
+                    self.children[node][character] = len(self.children)
+                    self.children.append({})
+                    self.tokens.append([])
+                node = self.children[node][character]
+            self.tokens[node].append(token)
+
+    def read_all(
+        self, automaton: Automaton, state: State, memo: dict[tuple[State, int], list[tuple[int, State]]]
+    ) -> list[State]:
+        """The state after each token, from ``state``; ``memo`` keeps what one subtree gives from one state."""
+        reached: list[State] = [state] * len(self.texts)
+        for token, after in self._subtree(automaton, state, 0, memo):
+            reached[token] = after
+        return reached
+
+    def _subtree(
+        self, automaton: Automaton, state: State, node: int, memo: dict[tuple[State, int], list[tuple[int, State]]]
+    ) -> list[tuple[int, State]]:
+        key = state, node
+        if key not in memo:
+            found = [(token, state) for token in self.tokens[node]]
+            for character, child in self.children[node].items():
+                found += self._subtree(automaton, automaton.step(state, character), child, memo)
+            memo[key] = found
+        return memo[key]

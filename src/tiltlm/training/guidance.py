@@ -1,0 +1,55 @@
+"""Guidance: the guide of a run, and how it leans where the policy's moments lag behind their goals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tiltlm.estimation import moment_under_policy
+from tiltlm.lm import Guide, LanguageModel
+from tiltlm.targets import BaseSample, Target, TiltedTarget, Twist
+from tiltlm.training.metrics import Scores
+
+# Nats that a coefficient may lean: a guide too far from the target gives weights that teach nothing.
+MOST_LEANING = 2.0
+
+
+class Guidance:
+    """The guide toward ``target``, from the samples that it was fitted on.
+
+    With ``feedback`` above 0 the moments' coefficients, in the guide alone, move at each step by feedback · (goal −
+    E_π[φ]) / Var_p(φ): distillation closes the last part of a gap slowly, and a guide that leans closes it sooner. The
+    target, and every distance to it, stays what it is. Raises UsageError for features that say nothing of a prefix.
+    """
+
+    def __init__(self, base: LanguageModel, target: Target, base_sample: BaseSample, feedback: float) -> None:
+        self.base, self.features, self.feedback = base, base_sample.features, feedback
+        self.twist = Twist.of(base, target, base_sample)
+        logprob = base_sample.samples.sequence_logprob.cpu()
+        self.log_tilt = target.log_score(logprob, base_sample.features).double() - logprob
+        terms = target.terms if isinstance(target, TiltedTarget) else ()
+        self.moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
+        self.goals = torch.tensor([float(terms[k].goal or 0.0) for k in self.moments], dtype=torch.float64)
+        weights = self.log_tilt.softmax(0)
+        centred = self.features[:, self.moments].double() - self.goals
+        self.variances = (weights[:, None] * centred.square()).sum(0)
+        self.leaning = torch.zeros(len(self.moments), dtype=torch.float64)
+        self.guide = self._leant()
+
+    def follow(self, scores: Scores, features: Tensor) -> None:
+        """Lean by what a batch with ``features`` [N, K] says of the policy before its update."""
+        if not (self.feedback and self.moments):
+            return
+        columns = features[:, self.moments].unbind(-1)
+        reached = [moment_under_policy(c, scores.policy_logprob, scores.proposal_logprob).value for c in columns]
+        lacking = (self.goals - torch.tensor(reached, dtype=torch.float64)) / self.variances
+        self.lean(self.leaning + self.feedback * lacking.nan_to_num(0.0))
+
+    def lean(self, leaning: Tensor) -> None:
+        """Set how far each moment's coefficient leans [K'], in nats."""
+        self.leaning = leaning.clamp(-MOST_LEANING, MOST_LEANING)
+        self.guide = self._leant()
+
+    def _leant(self) -> Guide:
+        guide = self.twist.guide(self.log_tilt + self.features[:, self.moments].double() @ self.leaning)
+        return self.base.placed(guide)
