@@ -18,10 +18,10 @@ from tiltlm.features.callables import load_object
 from tiltlm.features.spec import OBJECT
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.lm.fingerprint import fingerprint
-from tiltlm.objectives import BUILT_IN, Objective
+from tiltlm.objectives import BUILT_IN, Guided, Objective
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base
-from tiltlm.targets import Target, Term, TiltedTarget, state_terms
+from tiltlm.targets import Target, Term, TiltedTarget, prefix_automaton, state_terms
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
@@ -111,12 +111,13 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
 def check_names(config: RunConfig) -> None:
     """Everything that can be wrong as written, before any work begins. Raises UsageError."""
     build_scheduler(build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training), config.training)
-    build_method(config.method)
+    objective, rule = build_method(config.method)
     check_trackers(config.report_to)
     if config.peft is not None:
         _check_peft(config.peft)
-    if config.target.python is None:
-        build_terms(config)
+    target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
+    if isinstance(objective, Guided) or rule.first == "guided":
+        prefix_automaton(target.features)
     read_prompts(config.prompts)
 
 

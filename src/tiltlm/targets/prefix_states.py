@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiltlm.errors import UsageError
 from tiltlm.features import Feature
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import Guide, LanguageModel, Samples
@@ -29,11 +30,21 @@ class PrefixStates:
         return Guide(self.transitions, log_twist, self.start)
 
 
-def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates | None:
-    """The states that ``samples`` visit most, closed under every token; None where no feature has an automaton."""
+def prefix_automaton(features: Sequence[Feature]) -> Automaton:
+    """The automata of all features that have one. Raises UsageError where none has."""
     automaton = together(feature.automaton() for feature in features)
     if automaton is None:
-        return None
+        names = ", ".join(f"'{feature.name}'" for feature in features)
+        raise UsageError(
+            f"method: a guide needs a feature that can be read off a prefix (words, phrases, pronouns, word counts, "
+            f"and combinations of them), and {names} cannot; choose another method or proposal, e.g. gdc++ with on_policy"
+        )
+    return automaton
+
+
+def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
+    """The states that ``samples`` visit most, closed under every token. Raises UsageError where there are none."""
+    automaton = prefix_automaton(features)
     vocabulary = TokenTree(token_texts(model))
     visits = Counter[State]()
     stepped: dict[tuple[State, int], State] = {}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.errors import UsageError
 from tiltlm.lm import Guide, LanguageModel
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.targets.prefix_states import PrefixStates, prefix_states
@@ -41,12 +40,6 @@ class Twist:
         """
         samples, length = base_sample.samples, base_sample.max_completion_length
         states = prefix_states(model, target.features, samples)
-        if states is None:
-            names = ", ".join(f"'{feature.name}'" for feature in target.features)
-            raise UsageError(
-                f"method: a guided proposal needs a feature that can be read off a prefix (words, phrases, pronouns, "
-                f"word counts, and combinations of them), and {names} cannot; choose another proposal, e.g. on_policy"
-            )
         tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
         guide, cells = states.guide(torch.zeros(1, 2 * len(states.transitions))), 2 * len(states.transitions)
         state, visited = guide.begin(len(samples)), torch.full((len(samples), length + 1), (length + 1) * cells)
