@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def tune(
     target: FittedTarget,
     *,
     output_dir: str | os.PathLike[str],
-    method: str = "gdc++",
+    method: str | Mapping[str, Any] = "gdc++",
     proposal: str | None = None,
     peft: dict[str, Any] | None = None,
     seed: int = 0,
@@ -101,6 +101,8 @@ def tune(
     **training: Any,
 ) -> Run:
     """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
+
+    ``method`` is a name, or the run file's mapping, such as ``{"name": "guided", "args": {"correction": 0}}``.
 
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
     Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
@@ -112,7 +114,7 @@ def tune(
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "prompts": prompts if any(prompts) else None,
             "target": _stated_config(target),
-            "method": {"name": method, "proposal": proposal},
+            "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
             "training": training,
             "peft": peft,
             "seed": seed,

@@ -37,7 +37,7 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
         names = ", ".join(f"'{feature.name}'" for feature in features)
         raise UsageError(
             f"method: a guide needs a feature that can be read off a prefix (words, phrases, pronouns, word counts, "
-            f"and combinations of them), and {names} cannot; choose another method or proposal, e.g. gdc++ with on_policy"
+            f"and combinations of them), and {names} cannot; choose another method, e.g. gdc++"
         )
     return automaton
 
