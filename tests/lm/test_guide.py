@@ -1,0 +1,208 @@
+"""Guided sampling: whatever the guide, its law sums to 1, is the one that scores, and is the one that is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_sampling import chi_squared, settings
+from torch import Tensor
+
+from enumerable import LAWS, PROMPTS, TOKENS, tiny_model
+from tiltlm.exact import enumerate_completions
+from tiltlm.lm import Guide, LanguageModel, Law, Samples, sampling
+
+LENGTH = 4
+
+
+def random_guide(model: LanguageModel, states: int = 3, rows: int = LENGTH + 1, seed: int = 0, start: int = 1) -> Guide:
+    """Transitions at random and log ψ at random, of about the logits' own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    transitions = torch.randint(states, (states, model.vocab_size), generator=generator)
+    transitions[:, model.eos_ids] = torch.arange(states)[:, None] + states
+    return Guide(transitions, 1.5 * torch.randn(rows, 2 * states, generator=generator, dtype=torch.float64), start)
+
+
+@torch.no_grad()
+def guided(model: LanguageModel, guide: Guide, prompts=None, law: Law | None = None) -> Samples:
+    """Every completion of every prompt with its log-probabilities under the guided law."""
+    listed = enumerate_completions(model, prompts, max_completion_length=LENGTH, law=law)
+    listed = replace(listed, guide=guide)
+    return replace(listed, proposal_logprob=model.logprob(listed))
+
+
+@torch.no_grad()
+def by_hand(model: LanguageModel, guide: Guide, ids: list[int], prompt: list[int]) -> float:
+    """log g of one completion, token by token, from the definition."""
+    total, state = 0.0, guide.start
+    for t, token in enumerate(ids):
+        logits = model.model(torch.tensor([prompt + ids[:t]])).logits[0, -1]
+        law = logits.softmax(-1) * torch.stack([guide.log_twist[t + 1, s] for s in guide.transitions[state]]).exp()
+        total += float((law[token] / law.sum()).log())
+        state = int(guide.transitions[state, token])
+    return total
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_guided_law_of_every_prompt_sums_to_one(tokens, law):
+    model = tiny_model("gpt2", tokens)
+    truth = guided(model, random_guide(model), PROMPTS["several"], LAWS[law])
+    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, law=LAWS[law])
+    mass = torch.zeros(4, dtype=torch.float64).index_add_(0, truth.prompt_index, truth.sequence_logprob.exp())
+    assert float((mass - 1).abs().max()) < 1e-9
+    assert float((truth.sequence_logprob.exp() - plain.sequence_logprob.exp()).abs().sum()) > 0.1
+
+
+@pytest.mark.parametrize("tokens", ["several_eos", "no_bos"])
+def test_the_guided_law_is_that_of_its_definition(tokens):
+    model = tiny_model("gpt2", tokens)
+    guide = random_guide(model)
+    truth = guided(model, guide, "a b")
+    prompt = truth.prompts.tokens[0].tolist()
+    for row in range(0, len(truth), len(truth) // 60):
+        expected = by_hand(model, guide, truth.completion_ids[row], prompt)
+        assert float(truth.sequence_logprob[row]) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt"])
+def test_sampled_logprobs_equal_rescored_ones(architecture, tokens):
+    model = tiny_model(architecture, tokens)
+    guide, changes = random_guide(model, states=5, rows=9), 0.0
+    for prompts in PROMPTS.values():
+        for law in LAWS.values():
+            samples = model.sample(60, prompts, 1, max_completion_length=8, guide=guide, **settings(law))
+            assert samples.guide is not None
+            with torch.no_grad():
+                rescored, unguided = model.logprob(samples), model.logprob(samples, law=law)
+            torch.testing.assert_close(samples.proposal_logprob, rescored, rtol=0, atol=1e-12)
+            changes = max(changes, float((unguided - rescored).abs().max()))
+    assert changes > 0.1
+
+
+@pytest.mark.parametrize("prompts", ["none", "several"])
+@pytest.mark.parametrize("law", LAWS)
+def test_frequencies_follow_the_enumerated_guided_law(law, prompts):
+    model = tiny_model("gpt2", "several_eos")
+    guide = random_guide(model)
+    samples = model.sample(4000, PROMPTS[prompts], 4, max_completion_length=LENGTH, guide=guide, **settings(LAWS[law]))
+    assert chi_squared(samples, guided(model, guide, PROMPTS[prompts], LAWS[law])) > 1e-4
+
+
+def test_frequencies_reject_another_guide():
+    model = tiny_model("gpt2", "several_eos")
+    guide = random_guide(model)
+    samples = model.sample(4000, seed=4, max_completion_length=LENGTH, guide=guide)
+    little = replace(guide, log_twist=guide.log_twist + 0.3 * random_guide(model, seed=1).log_twist)
+    for other in (little, replace(guide, start=2), replace(guide, log_twist=guide.log_twist.roll(1, 0))):
+        assert chi_squared(samples, guided(model, other)) < 1e-6
+
+
+@pytest.mark.parametrize("prompts", ["none", "several"])
+def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch, prompts):
+    model = tiny_model("llama", "pad_is_eos")
+    guide = random_guide(model, states=4)
+    truth = guided(model, guide, PROMPTS[prompts])
+    assert float(truth.sequence_logprob.exp()[truth.lengths < LENGTH].sum()) > 0.5 * len(truth.prompts.texts)
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(sampling, "COMPACT_BELOW", share)
+        samples = model.sample(3000, PROMPTS[prompts], 7, max_completion_length=LENGTH, guide=guide)
+        assert chi_squared(samples, truth) > 1e-4
+        with torch.no_grad():
+            torch.testing.assert_close(samples.proposal_logprob, model.logprob(samples), rtol=0, atol=1e-12)
+
+
+def test_more_states_than_rows_give_the_same_law_as_fewer():
+    """The two ways to look log ψ up, by row and by state, are one."""
+    model = tiny_model("gpt2", "several_eos")
+    guide = random_guide(model, states=7)
+    for t in range(LENGTH + 3):
+        few, many = torch.tensor([6, 0, 3]), torch.tensor([6, 0, 3] * 3)
+        torch.testing.assert_close(guide.log_weights(few, t).repeat(3, 1), guide.log_weights(many, t), rtol=0, atol=0)
+        after = guide.log_twist[min(t + 1, LENGTH)]
+        expected = [[float(after[s]) for s in guide.transitions[row]] for row in few.tolist()]
+        assert guide.log_weights(few, t).tolist() == expected
+    one, all_rows = guided(model, guide, PROMPTS["several"]), []
+    for row in range(0, len(one), 97):
+        alone = one.select(torch.tensor([row]))
+        with torch.no_grad():
+            all_rows.append(float((model.logprob(alone) - alone.proposal_logprob).abs().max()))
+    assert max(all_rows) < 1e-12
+
+
+@pytest.mark.parametrize("constant", [0.0, -37.5])
+def test_a_constant_twist_changes_nothing(constant):
+    model = tiny_model("gpt2", "several_eos")
+    guide = random_guide(model)
+    # A constant at each number of tokens read, the same for states that are open and that have ended.
+    flat = replace(guide, log_twist=constant + torch.arange(LENGTH + 1.0)[:, None].expand_as(guide.log_twist))
+    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH)
+    torch.testing.assert_close(guided(model, flat, PROMPTS["several"]).proposal_logprob, plain.proposal_logprob)
+    one, other = (model.sample(200, PROMPTS["several"], 3, max_completion_length=LENGTH, guide=g) for g in (flat, None))
+    assert one.completion_ids == other.completion_ids
+    torch.testing.assert_close(one.proposal_logprob, other.proposal_logprob)
+
+
+def test_a_twist_of_minus_infinity_forbids():
+    model = tiny_model("gpt2", "pad_is_eos")
+    transitions = torch.zeros(1, 5, dtype=torch.long)
+    transitions[:, model.eos_ids] = 1
+    # No text may end: only full length is left.
+    twist = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64).expand(LENGTH + 1, 2)
+    samples = model.sample(300, seed=0, max_completion_length=LENGTH, guide=Guide(transitions, twist))
+    assert samples.lengths.tolist() == [LENGTH] * 300
+    assert bool(torch.isfinite(samples.proposal_logprob).all())
+
+
+def test_states_are_those_before_each_token_and_stay_after_the_end():
+    model = tiny_model("gpt2", "pad_is_eos")
+    guide = random_guide(model, states=3)
+    tokens = torch.tensor([[1, 2, 3, 4], [4, 0, 2, 1], [0, 0, 0, 0]])
+    states = guide.states(tokens)
+    assert states.shape == tokens.shape
+    for row, before in zip(tokens.tolist(), states.tolist(), strict=True):
+        state = guide.start
+        for token, found in zip(row, before, strict=True):
+            assert found == state
+            if state < 3:
+                state = int(guide.transitions[state, token])
+    assert states[1, 2:].min() >= 3
+    assert states[2].tolist() == [1, 4, 4, 4]
+
+
+def test_another_law_is_scored_without_the_guide_or_with_one_that_is_given():
+    model = tiny_model("gpt2", "several_eos")
+    guide = random_guide(model)
+    samples = model.sample(50, PROMPTS["several"], 5, max_completion_length=LENGTH, guide=guide)
+    with torch.no_grad():
+        own = model.log_probabilities(samples)
+        given = model.log_probabilities(samples, Law(), guide)
+        plain = model.log_probabilities(replace(samples, guide=None))
+        torch.testing.assert_close(own, given, rtol=0, atol=0)
+        torch.testing.assert_close(model.log_probabilities(samples, Law()), plain, rtol=0, atol=0)
+    weights: Tensor = guide.sequence_log_weights(samples.tokens)
+    torch.testing.assert_close(own, (plain + weights).log_softmax(-1), rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_a_guided_law_is_that_of_the_model_within_it():
+    """Σ g ∇ log g = 0, and no gradient reaches the guide."""
+    model = tiny_model("gpt2", "several_eos").copy()
+    truth = guided(model, random_guide(model), "a b")
+    logprob = model.logprob(truth).sum(-1)
+    mass = truth.sequence_logprob.exp()
+    weight = model.model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+    zero = torch.autograd.grad((mass * logprob).sum(), weight, retain_graph=True)[0]
+    some = torch.autograd.grad((mass * logprob)[:20].sum(), weight)[0]
+    assert float(zero.abs().max()) < 1e-10 < 1e-3 < float(some.abs().max())
+
+
+def test_what_is_selected_trimmed_or_joined_keeps_its_guide():
+    model = tiny_model("gpt2", "several_eos")
+    samples = model.sample(30, "a", 6, max_completion_length=LENGTH, guide=random_guide(model), batch_size=7)
+    short = samples.select(samples.lengths < LENGTH).trimmed()
+    assert short.tokens.shape[1] < LENGTH
+    for part in (short, Samples.concatenate([short, samples])):
+        with torch.no_grad():
+            torch.testing.assert_close(model.logprob(part), part.proposal_logprob, rtol=0, atol=1e-12)
