@@ -42,14 +42,15 @@ def test_a_rule_replaces_the_proposal_by_its_own_measure(name: str, distances: D
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_is_asked_every_so_many_steps(name: str) -> None:
     due = [step for step in range(1, 13) if proposal_rule(name, check_steps=4).due(step)]
-    assert due == ([] if name == "on_policy" else [4, 8, 12])
+    assert due == ([] if name in ("on_policy", "guided") else [4, 8, 12])
 
 
 def test_the_published_rule_is_kl_with_ten_batches_more() -> None:
     assert proposal_rule("published", 7) == Closer("kl", 7, 10)
     assert proposal_rule("tv", 7) == Closer("tv", 7, 0)
     assert proposal_rule("interval", 7) == Interval(7)
-    assert proposal_rule("on_policy") == Constant()
+    assert proposal_rule("on_policy") == Constant("policy")
+    assert proposal_rule("guided") == Constant("guided")
 
 
 def test_an_unknown_rule_is_an_error_with_the_nearest() -> None:

@@ -107,7 +107,10 @@ class Trainer:
         self.step += 1
         batch = self.draw()
         # A batch must not normalize itself: that would correlate Z with the weights that it divides.
-        scores = self.pull(batch, self.partition.log_z.value)
+        try:
+            scores = self.pull(batch, self.partition.log_z.value)
+        except NumericalError as error:
+            raise NumericalError(f"step {self.step}: {error}") from error
         if not batch.reused:
             self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
