@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tiltlm.lm import LanguageModel, Law
+from tiltlm.lm import Guide, LanguageModel, Law
 
 POSITIONS = 24
 
@@ -129,3 +129,11 @@ def tiny_model(
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, *further]
     precise = torch.float32 if architecture in FLOAT32_ONLY else torch.float64
     return LanguageModel(model.to(dtype or precise), tokenizer, name=f"{architecture}, {tokens}")
+
+
+def random_guide(model: LanguageModel, states: int = 3, rows: int = 5, seed: int = 0, start: int = 1) -> Guide:
+    """Transitions at random and log ψ at random, of about the logits' own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    transitions = torch.randint(states, (states, model.vocab_size), generator=generator)
+    transitions[:, model.eos_ids] = torch.arange(states)[:, None] + states
+    return Guide(transitions, 1.5 * torch.randn(rows, 2 * states, generator=generator, dtype=torch.float64), start)

@@ -9,19 +9,11 @@ import torch
 from test_sampling import chi_squared, settings
 from torch import Tensor
 
-from enumerable import LAWS, PROMPTS, TOKENS, tiny_model
+from enumerable import LAWS, PROMPTS, TOKENS, random_guide, tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.lm import Guide, LanguageModel, Law, Samples, sampling
 
 LENGTH = 4
-
-
-def random_guide(model: LanguageModel, states: int = 3, rows: int = LENGTH + 1, seed: int = 0, start: int = 1) -> Guide:
-    """Transitions at random and log ψ at random, of about the logits' own spread."""
-    generator = torch.Generator().manual_seed(seed)
-    transitions = torch.randint(states, (states, model.vocab_size), generator=generator)
-    transitions[:, model.eos_ids] = torch.arange(states)[:, None] + states
-    return Guide(transitions, 1.5 * torch.randn(rows, 2 * states, generator=generator, dtype=torch.float64), start)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ from tiltlm.objectives.objective import Record
 def prefix_weights(guide_tokens: Tensor, proposal_tokens: Tensor) -> Tensor:
     """(g/q)(x_<t) [N, T], the weight of the prefix before each token, from token log-probabilities [N, T]."""
     log_ratio = guide_tokens - proposal_tokens
-    return (log_ratio.cumsum(-1) - log_ratio).exp()
+    # Shifted, not subtracted: after a token that the guide rules out the weight is 0, and −inf − −inf is no number.
+    return torch.nn.functional.pad(log_ratio.cumsum(-1)[..., :-1], (1, 0)).exp()
 
 
 def distillation(guide_law: Tensor, policy_law: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,236 @@
+"""Guided distillation: whatever the guide and the proposal, its gradient is that of KL(p‖π), in full and on average."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_sampled_gradients import as_if_uniform
+from torch import Tensor
+
+from enumerable import random_guide
+from tiltlm.errors import UsageError
+from tiltlm.exact import weighted_gradient
+from tiltlm.lm import Guide, LanguageModel, Law, Samples
+from tiltlm.objectives import Guided, distillation, prefix_weights
+from tiltlm.training import trainer as trainer_module
+from tiltlm.training.batch import Batch
+from tiltlm.training.trainer import Trainer
+from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, tiny_world, true_gradient
+
+PROPOSALS = ("uniform", "guided", "another guide", "base", "policy")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return tiny_world()
+
+
+@torch.no_grad()
+def drawn_from(model: LanguageModel, samples: Samples, guide: Guide | None = None) -> Samples:
+    """The same completions as if this model, with this guide, had drawn them."""
+    guided = replace(samples, guide=guide, law=Law())
+    return replace(guided, proposal_logprob=model.logprob(guided))
+
+
+def as_if_from(world: World, trainer: Trainer, proposal: str) -> Batch:
+    """All completions, with the log-probabilities of a proposal."""
+    assert trainer.guidance is not None
+    samples = {
+        "uniform": lambda: as_if_uniform(world.samples),
+        "guided": lambda: drawn_from(world.base, world.samples, trainer.guidance.guide),
+        "another guide": lambda: drawn_from(world.base, world.samples, random_guide(world.base, seed=7)),
+        "base": lambda: drawn_from(world.base, world.samples),
+        "policy": lambda: drawn_from(trainer.roles.policy, world.samples),
+    }[proposal]()
+    assert float(samples.sequence_logprob.exp().sum()) == pytest.approx(1, abs=1e-9)
+    return Batch(samples, world.truth.features, {"base": "base", "guided": "guided"}.get(proposal, "step 3"))
+
+
+def expected(trainer: Trainer, batch: Batch, log_z: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The mean gradient under the batch's law: each completion pulls as often as it is drawn."""
+    pull_chunk, n = trainer_module.pull_chunk, len(batch.samples)
+
+    def weighed(objective: Any, samples: Samples, *args: Any) -> Tensor:
+        mass = samples.sequence_logprob.exp() * n
+        return torch.where(mass > 0, mass * pull_chunk(objective, samples, *args), 0.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "pull_chunk", weighed)
+        trainer.pull(batch, log_z)
+    return gradient(trainer)
+
+
+def wrongly_guided(world: World, method: Guided, **settings: Any) -> Trainer:
+    """A trainer with a policy beside the base and a guide that knows nothing of the target."""
+    trainer = build_trainer(world, policy=near(world.base), method=method, rule="guided", **settings)
+    assert trainer.guidance is not None
+    trainer.guidance.guide = random_guide(world.base, states=4)
+    return trainer
+
+
+@pytest.mark.parametrize("pieces", [None, 7])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_corrected_it_is_exact_even_with_a_wrong_guide(
+    world: World, proposal: str, pieces: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = wrongly_guided(world, Guided(), per_device_train_batch_size=pieces)
+    found = expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch)
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert truth.norm() > 0.1
+    assert float((found - truth).abs().max()) < 1e-10
+
+
+def test_corrected_it_is_exact_with_lora_and_its_own_guide(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer(world, method="guided", rule="guided", lora=True)
+    found = expected(trainer, as_if_from(world, trainer, "guided"), world.truth.log_z, monkeypatch)
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert truth.norm() > 0.1
+    assert float((found - truth).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_without_correction_it_distills_the_guide(world: World, proposal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = wrongly_guided(world, Guided(correction=0))
+    found = expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch)
+    guide = trainer.guidance.guide  # type: ignore[union-attr]
+    g = drawn_from(world.base, world.samples, guide).sequence_logprob.exp()
+    truth = flat(weighted_gradient(trainer.roles.policy, world.samples, -g), trainer)
+    assert truth.norm() > 0.1
+    assert float((found - truth).abs().max()) < 1e-10
+    target = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert float((truth - target).norm()) > 0.1 * float(target.norm())
+
+
+@pytest.mark.parametrize("proposal", ["guided", "base"])
+def test_a_correction_in_part_lies_between(world: World, proposal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for correction in (0.0, 0.25, 1.0):
+        trainer = wrongly_guided(world, Guided(correction=correction))
+        found.append(expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch))
+    none, some, whole = found
+    assert float((some - 0.75 * none - 0.25 * whole).abs().max()) < 1e-10
+
+
+def test_a_wrong_log_z_only_scales_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's share comes out even whatever Z is."""
+    trainer = wrongly_guided(world, Guided())
+    batch = as_if_from(world, trainer, "guided")
+    found = expected(trainer, batch, world.truth.log_z + 0.7, monkeypatch)
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert float((found * math.exp(0.7) - truth).abs().max()) < 1e-10
+
+
+def prefix_guide(world: World) -> Guide:
+    """The guide of the target's own law: a state for every prefix, ψ its exact promise, −inf where there is none."""
+    rows, eos_ids = world.samples.completion_ids, world.base.eos_ids
+    open_prefixes = {tuple(row[:t]) for row in rows for t in range(len(row) + 1) if not set(row[:t]) & set(eos_ids)}
+    states = {prefix: i for i, prefix in enumerate(sorted(open_prefixes))}
+    # Behind what promises nothing: some law, whichever.
+    nowhere, s = len(states), len(states) + 1
+    transitions = torch.full((s, world.base.vocab_size), nowhere)
+    for prefix, state in states.items():
+        for token in range(world.base.vocab_size):
+            transitions[state, token] = states.get((*prefix, token), nowhere)
+    transitions[:, eos_ids] = torch.arange(s)[:, None] + s
+    above, below = torch.zeros(2 * s).double(), torch.zeros(2 * s).double()
+    for row, a, score in zip(rows, world.truth.base_logprob.exp(), world.truth.target_logscore.exp(), strict=True):
+        passed = [states[tuple(row[:t])] for t in range(len(row))]
+        for state in (*passed, int(transitions[passed[-1], row[-1]])):
+            above[state] += score
+            below[state] += a
+    twist = (above / below).nan_to_num(1.0).log()
+    transitions[twist[:s] == -math.inf] = nowhere
+    transitions[:, eos_ids] = torch.arange(s)[:, None] + s
+    twist[s : 2 * s][twist[:s] == -math.inf] = 0.0
+    return Guide(transitions, twist.expand(LENGTH + 1, 2 * s), states[()])
+
+
+def test_with_the_targets_own_guide_the_samples_have_nothing_to_correct(world: World) -> None:
+    guide = prefix_guide(world)
+    p = drawn_from(world.base, world.samples, guide).sequence_logprob
+    reachable = world.truth.logprob > -math.inf
+    assert 0 < int(reachable.sum()) < len(p)
+    assert float((p - world.truth.logprob)[reachable].abs().max()) < 1e-9
+    assert float(p[~reachable].exp().sum()) < 1e-12
+    found = []
+    for correction in (0.0, 1.0):
+        trainer = build_trainer(
+            world, policy=near(world.base), method=Guided(correction=correction), rule="guided", batch_size=50
+        )
+        trainer.guidance.guide = guide  # type: ignore[union-attr]
+        batch = trainer.draw()
+        trainer.pull(batch, world.truth.log_z)
+        found.append(gradient(trainer))
+    assert float((found[0] - found[1]).abs().max()) < 1e-9 < 0.1 < float(found[0].norm())
+
+
+@pytest.mark.parametrize("proposal", ["uniform", "base"])
+def test_a_guide_that_forbids_tokens_is_exact_too(world: World, proposal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proposals draw what the guide rules out, and such prefixes weigh nothing in its distillation."""
+    trainer = wrongly_guided(world, Guided())
+    trainer.guidance.guide = prefix_guide(world)  # type: ignore[union-attr]
+    found = expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch)
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert float((found - truth).abs().max()) < 1e-9
+
+
+def test_where_the_guide_is_the_policy_it_is_gdc_plus_plus(world: World) -> None:
+    """Then the guide has nothing to teach, sample by sample, and g/q is π/q."""
+    found: dict[str, Tensor] = {}
+    for name in ("guided", "gdc++"):
+        trainer = build_trainer(world, method=name, rule="kl", check_steps=99, batch_size=30)
+        if trainer.guidance:
+            guide = trainer.guidance.guide
+            trainer.guidance.guide = replace(guide, log_twist=torch.zeros_like(guide.log_twist))
+        trainer.pull(trainer.draw(), world.truth.log_z)
+        found[name] = gradient(trainer)
+    assert found["gdc++"].norm() > 0.1
+    assert float((found["guided"] - found["gdc++"]).abs().max()) < 1e-10
+
+
+def test_weights_of_prefixes_are_products_of_the_tokens_before() -> None:
+    guide = torch.tensor([[0.5, 0.25, 0.8], [1.0, 0.0, 0.3]]).double().log()
+    proposal = torch.tensor([[0.25, 0.5, 0.1], [0.5, 0.5, 0.6]]).double().log()
+    weights = prefix_weights(guide, proposal)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 0.0]]).double())
+
+
+def test_the_distillation_is_a_weighted_sum_of_cross_entropies_by_hand() -> None:
+    guide = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]]).double().log()
+    policy = torch.tensor([[[0.25, 0.75, 0.0], [0.3, 0.3, 0.4]]]).double().log()
+    first = 0.5 * math.log(0.25) + 0.5 * math.log(0.75)
+    second = 0.1 * math.log(0.3) + 0.2 * math.log(0.3) + 0.7 * math.log(0.4)
+    found = distillation(guide, policy, torch.tensor([[1.0, 3.0]]).double())
+    assert found.tolist() == pytest.approx([first + 3 * second])
+
+
+@pytest.mark.parametrize("field", ["correction", "feedback"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, True, "1", math.nan, None])
+def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^method.args.{field}: "):
+        Guided(**{field: value})
+
+
+@pytest.fixture(params=["gdc++", "dpg"])
+def objective(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_guided_proposal_serves_the_other_objectives(
+    world: World, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(world, policy=near(world.base), method=objective, rule="guided")
+    assert trainer.source == "guided"
+    assert not trainer.distills
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    batch = trainer.draw()
+    assert batch.source == "guided"
+    assert not batch.from_base
+    with torch.no_grad():
+        torch.testing.assert_close(world.base.logprob(batch.samples), batch.samples.proposal_logprob)
+    found = expected(trainer, as_if_from(world, trainer, "guided"), world.truth.log_z, monkeypatch)
+    assert float((found - truth).abs().max()) < 1e-10
