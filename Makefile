@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-gpu check bench
+.PHONY: demo test test-slow test-gpu check bench golden
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,3 +30,6 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py
+
+golden: $(INSTALLED)  ## write the golden curves anew, after a change that is meant to move them
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/curves.py
