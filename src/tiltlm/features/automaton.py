@@ -6,7 +6,7 @@ of the feature that it stands for; the more it tells of the value to come, the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -46,9 +46,11 @@ class Phrases:
 
     def __post_init__(self) -> None:
         values = {self._plain(" ".join(phrase.split())): value for phrase, value in self.weights}
-        beginnings = frozenset(phrase[:i] for phrase in values for i in range(len(phrase) + 1))
-        object.__setattr__(self, "_values", values)
-        object.__setattr__(self, "_beginnings", beginnings)
+        beginnings = {phrase[:i] for phrase in values for i in range(len(phrase) + 1)}
+        # A beginning may end with a shorter phrase: "new york", on the way to "new york city", with "york".
+        ends = {read: next((end for end in _ends(read) if end in values), None) for read in beginnings}
+        object.__setattr__(self, "_values", {read: values[end] for read, end in ends.items() if end is not None})
+        object.__setattr__(self, "_beginnings", frozenset(beginnings))
 
     @property
     def start(self) -> State:
@@ -59,7 +61,7 @@ class Phrases:
         if self.absorbing and total == self.most:
             return state
         character = self._plain(" " if character.isspace() else character)
-        inside = character.isalnum() or character == "_"
+        inside = _inside(character)
         if not inside and place in self._values:
             total = max(-self.most, min(self.most, total + self._values[place]))
             if self.absorbing and total == self.most:
@@ -68,22 +70,31 @@ class Phrases:
 
     def coarse(self, state: State) -> State:
         total, place = state
-        return total, "" if place is None or place == "" or place.endswith(" ") else None
+        return total, None if place is None or _inside(place[-1:]) else ""
 
     def _place(self, place: str | None, character: str, inside: bool) -> str | None:
         """The longest end of what was read, from a word's first letter on, that begins a phrase."""
-        if place is None:
-            return None if inside else ""
-        read = place + character
-        while read not in self._beginnings:
-            _, space, read = read.partition(" ")
-            if not space:
-                return None if inside else ""
-        return read
+        if place is not None:
+            # White space may be as long as it likes.
+            read = place if character == " " and place.endswith(" ") else place + character
+            for end in _ends(read):
+                if end in self._beginnings:
+                    return end
+        return None if inside else ""
 
     def _plain(self, text: str) -> str:
         text = text.replace("\u2019", "'")
         return text.lower() if self.ignore_case else text
+
+
+def _inside(character: str) -> bool:
+    """Whether a word goes on with it; \\w in a regular expression."""
+    return character.isalnum() or character == "_"
+
+
+def _ends(read: str) -> Iterator[str]:
+    """What was read, and each end of it before which no word is cut, the longest first."""
+    return (read[i:] for i in range(len(read)) if i == 0 or not _inside(read[i - 1]))
 
 
 @dataclass(frozen=True)

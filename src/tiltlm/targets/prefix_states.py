@@ -72,8 +72,7 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
                 index[state] = index[coarse]
         rows.append([index[state] for state in reached])
     transitions = torch.tensor(rows)
-    ends = torch.arange(len(kept))[:, None] + len(kept)
-    transitions[:, model.eos_ids] = ends
+    transitions[:, model.eos_ids] += len(kept)
     return PrefixStates(transitions)
 
 
