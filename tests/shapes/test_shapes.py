@@ -1,0 +1,100 @@
+"""Every function of tensors keeps its shapes, on sizes that are all different, so that no two axes can be mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import signatures as shaped
+import torch
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+from tiltlm.features import build_feature
+from tiltlm.lm import Guide, Law
+from tiltlm.objectives import BUILT_IN
+from tiltlm.targets import Term, TiltedTarget
+from tiltlm.targets.target import Kind
+from tiltlm.training import pulling
+from tiny_world import build_trainer, tiny_world
+
+N, T, V, K, S = 11, 5, 13, 3, 7
+KINDS: tuple[Kind, ...] = ("filter", "moment", "reward")
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def logs(*shape: int) -> Tensor:
+    return -1 - torch.rand(shape, generator=GENERATOR)
+
+
+def laws(*shape: int) -> Tensor:
+    return logs(*shape).log_softmax(-1)
+
+
+def whole(below: int, *shape: int) -> Tensor:
+    return torch.randint(below, shape, generator=GENERATOR)
+
+
+def guide(length: int = T) -> tuple[Tensor, Tensor]:
+    """Transitions and log ψ of a guide."""
+    return whole(2 * S, S, V), logs(length + 1, 2 * S)
+
+
+def target() -> TiltedTarget:
+    return TiltedTarget(tuple(Term(build_feature({"contains": kind}), kind, coefficient=0.5) for kind in KINDS))
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "log_importance_weights": lambda: shaped.log_importance_weights(logs(N), logs(N)),
+    "self_normalize": lambda: shaped.self_normalize(logs(N)),
+    "from_one_sample": lambda: shaped.from_one_sample(*(logs(N) for _ in range(4)), torch.rand(N)),
+    **{
+        name: lambda objective=objective: shaped.coefficients(objective(), *(logs(N) for _ in range(5)))
+        for name, objective in BUILT_IN.items()
+    },
+    "prefix_weights": lambda: shaped.prefix_weights(logs(N, T), logs(N, T)),
+    "distillation": lambda: shaped.distillation(laws(N, T, V), laws(N, T, V), logs(N, T).exp()),
+    "the model's own law": lambda: shaped.log_probabilities(Law(), logs(N, T, V)),
+    "a warped law": lambda: shaped.log_probabilities(Law(0.7, top_k=5, top_p=0.9), logs(N, V)),
+    "log_score": lambda: shaped.log_score(target(), logs(N), torch.ones(N, K)),
+    "fit_moments": lambda: shaped.fit_moments(logs(101, K), logs(101), [-1.5, -1.4, -1.6]),
+    "begin": lambda: shaped.begin(Guide(*guide()), N),
+    "advance": lambda: shaped.advance(Guide(*guide()), whole(2 * S, N), whole(V, N)),
+    "log_weights, fewer rows than states": lambda: shaped.log_weights(whole(2 * S, 2), 1, *guide()),
+    "log_weights, more rows than states": lambda: shaped.log_weights(whole(2 * S, N), T, *guide()),
+    "sequence_log_weights": lambda: shaped.sequence_log_weights(whole(V, N, T), *guide()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_are_those_that_the_signature_states(case: str) -> None:
+    CASES[case]()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: shaped.distillation(laws(N, T, V), laws(N, T, V), logs(T, N)),
+        lambda: shaped.distillation(laws(N, V, T), laws(N, T, V), logs(N, T)),
+        lambda: shaped.sequence_log_weights(whole(V, N, T), *guide(T + 1)),
+        lambda: shaped.log_score(target(), logs(N), torch.ones(K, N)),
+        lambda: shaped.log_importance_weights(logs(N, 1), logs(N)),
+    ],
+)
+def test_swapped_and_missing_axes_are_noticed(mistake: Callable[[], Any]) -> None:
+    with pytest.raises(TypeCheckError):
+        mistake()
+
+
+@pytest.mark.parametrize("name", ["prefix_weights", "distillation"])
+def test_training_calls_with_the_shapes_that_the_signature_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def call(*args: Tensor) -> Tensor:
+        calls.append(args)
+        return getattr(shaped, name)(*args)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(pulling, name, call)
+    build_trainer(tiny_world(), method="guided", rule="guided", batch_size=50).train_step()
+    assert calls
