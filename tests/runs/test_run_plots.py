@@ -70,12 +70,18 @@ def test_one_point_alone_can_be_drawn() -> None:
 
 
 def test_many_steps_are_averaged_and_the_error_shrinks_with_them() -> None:
-    noisy = [Point(i, 0.5, 0.1) for i in range(3000)]
+    noisy = [Point(i, 0.5, 0.1) for i in range(700)]
     plot = drawn(noisy)
-    assert plot.note == "Each point is the mean of 10 steps."
+    assert plot.averaged == 10
     assert len(plot.svg) < 60_000
     # Two standard errors of a mean of ten, 0.2/√10, not of one.
     assert max(tick_values(plot)) < 0.6
+
+
+def test_the_unit_stands_above_the_axis() -> None:
+    plot = line_plot("test", "a test", [Series(0, decay(20))], unit="nats")
+    assert plot is not None
+    assert re.findall(r"<text[^>]*>(nats)</text>", plot.svg) == ["nats"]
 
 
 def test_the_svg_is_one_element_with_ids_of_its_own() -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tiltlm.errors import UsageError
+from tiltlm.runs.charts import how_to_read, positions
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.report import duration, write_report
+from tiltlm.runs.summary import summarize
 
 MakeRun = Callable[..., RunDirectory]
 
@@ -76,9 +78,10 @@ def test_a_finished_run_shows_everything_that_was_promised(make_run: MakeRun) ->
     page = page_of(make_run())
     words = Reader(page).words
     for expected in (
-        "The target is met.",
+        "Both goals are met.",
         "Wanted: a mean of 0.235 for “female” and 0.235 for “male”; everything else as the base model writes it.",
-        "within 0.03 of its goal, or within two standard errors",
+        "within two standard errors of it, or within 0.03 and nearer to it than to the base",
+        "Line and band: the batches of training, ± two standard errors. Ring: the base. Dot and bar: the evaluation",
         "0.032 ± 0.004",
         "from 0.192 ± 0.005 at the start",
         "0.159 ± 0.004",
@@ -117,6 +120,23 @@ def test_evidence_is_marked_in_its_features_colour(make_run: MakeRun) -> None:
     assert (
         '<mark class="series-0" title="female">she</mark> met <mark class="series-1" title="male">him</mark>.' in page
     )
+
+
+def test_steps_that_draw_nothing_are_spread_over_what_they_train_on() -> None:
+    steps = [{"sequences": drawn} for drawn in (800, 800, 800, 800, 900, 1000, 1000)]
+    assert positions(steps) == [200, 400, 600, 800, 900, 950, 1000]
+    assert "are spread over these" in how_to_read([], summarize({}, []), steps)
+    assert "spread" not in how_to_read([], summarize({}, []), steps[3:6])
+    assert positions([{"sequences": 5}, {}, {"sequences": 9}, {"sequences": 9}])[2:] == [7, 9]
+
+
+def test_a_text_of_the_base_has_no_probability_under_a_model_that_was_not_there_yet(make_run: MakeRun) -> None:
+    run = make_run()
+    record = {"prompt": None, "features": {}, "evidence": [], "base_logprob": -7.0, "policy_logprob": -7.5}
+    run.write_samples([record | {"model": "base", "text": "one"}, record | {"model": "policy", "text": "two"}])
+    _, base, tuned, _ = Reader(page_of(run)).words.split("log a ")
+    assert base.startswith("−7 ")
+    assert tuned.startswith("−7, log π −7.5 ")
 
 
 def test_overlapping_evidence_is_marked_for_both_features(make_run: MakeRun) -> None:
@@ -171,7 +191,7 @@ def test_features_of_other_kinds_and_scales_get_plots_of_their_own(make_run: Mak
     assert "length in words over training" in words
     assert "male over training" in words
     assert "under p 0.235 ± 0.006" in words
-    assert "The target is not met." in words
+    assert "The goal is not met." in words
 
 
 def test_a_record_with_gaps_is_no_error(make_run: MakeRun) -> None:

@@ -70,13 +70,51 @@ def test_an_estimate_shows_as_many_decimals_as_its_error_deserves(value: Any, se
 
 def test_verdict_counts_moments_and_filters_but_no_rewards() -> None:
     both = summarize(record_of(("female", "moment", 0.5, 0.49), ("calm", "reward", None, 0.1)), [])
-    assert both.verdict == "The target is met."
+    assert both.verdict == "The goal is met."
     assert [feature.met for feature in both.features] == [True, None]
     half = summarize(record_of(("female", "moment", 0.5, 0.3), ("sports", "filter", None, 0.99)), [])
     assert half.verdict == "1 of 2 goals are met."
     assert half.features[1].goal == 1.0
-    assert summarize(record_of(("female", "moment", 0.5, 0.3)), []).verdict == "The target is not met."
+    assert summarize(record_of(("female", "moment", 0.5, 0.3)), []).verdict == "The goal is not met."
     assert summarize(record_of(("calm", "reward", None, 0.3)), []).verdict == "The model was tilted; no goal was set."
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"),
+    [
+        ((0.5, 0.5), "Both goals are met."),
+        ((0.3, 0.3), "Neither goal is met."),
+        ((0.5, 0.5, 0.5), "All 3 goals are met."),
+        ((0.3, 0.3, 0.3), "None of 3 goals is met."),
+        ((0.5, 0.3, 0.5), "2 of 3 goals are met."),
+    ],
+)
+def test_the_verdict_is_a_sentence(means: tuple[float, ...], verdict: str) -> None:
+    features = [(f"feature {i}", "moment", 0.5, mean) for i, mean in enumerate(means)]
+    assert summarize(record_of(*features), []).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "se", "met"),
+    [
+        # A goal of 0.02 is within 0.03 of a base that never writes it.
+        (0.001, 0.002, 0.001, False),
+        (0.001, 0.018, 0.001, True),
+        (0.001, 0.018, 0.004, True),
+        # A moment that was to stay where it is has stayed.
+        (0.021, 0.022, 0.001, True),
+        (None, 0.002, 0.001, True),
+    ],
+)
+def test_a_goal_close_to_the_base_is_met_only_by_coming_closer(base: Any, value: float, se: float, met: bool) -> None:
+    assert is_met(Measured(value, se), 0.02, Measured.read(base)) is met
+
+
+def test_the_distance_to_the_goal_has_a_sign() -> None:
+    features = summarize(
+        record_of(("a", "moment", 0.5, 0.48), ("b", "moment", 0.5, 0.53), ("r", "reward", None, 1)), []
+    )
+    assert [feature.off_text for feature in features.features] == ["−0.020", "+0.030", ""]
 
 
 def test_the_statement_names_filters_moments_and_rewards() -> None:

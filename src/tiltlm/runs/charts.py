@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 from tiltlm.runs.plots import ACCENT, PALETTE_SIZE, Plot, Point, Series, line_plot
@@ -41,7 +42,7 @@ def moment_charts(summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> lis
     for number, group in enumerate(groups):
         series = [_moment_series(feature, summary, metrics) for feature in group]
         floor = 0.0 if group[0].in_unit_interval else None
-        plot = line_plot(f"moments-{number}", "Moments of the policy over training", series, floor=floor)
+        plot = line_plot(f"moments-{number}", "Moments of the policy over training", series, unit="mean", floor=floor)
         if plot is None:
             continue
         legend = [Legend(one.index % PALETTE_SIZE, one.name, one.aim_text) for one in group]
@@ -63,6 +64,19 @@ def _moment_series(feature: FeatureSummary, summary: Summary, metrics: Sequence[
     )
 
 
+def how_to_read(charts: Sequence[Chart], summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What the marks in all charts stand for, in words."""
+    averaged = max((chart.plot.averaged for chart in charts), default=1)
+    line = f"means over {averaged} batches" if averaged > 1 else "the batches"
+    parts = [f"Line and band: {line} of training, ± two standard errors. Ring: the base."]
+    if summary.evaluated:
+        parts.append("Dot and bar: the evaluation on fresh samples, ± two standard errors.")
+    counts = [record.get("sequences") for record in metrics]
+    if any(one == other is not None for one, other in pairwise(counts)):
+        parts.append("Steps that train on sequences drawn before, such as those of the fit, are spread over these.")
+    return " ".join(parts)
+
+
 def distance_charts(
     summary: Summary, metrics: Sequence[Mapping[str, Any]], base: Mapping[str, Any], batch_size: float
 ) -> list[Chart]:
@@ -82,18 +96,21 @@ def distance_charts(
             "kl-p-pi",
             "KL(p‖π): still to go",
             f"From the target to the policy, in nats. Dashed: {apart_text}, where it began.",
+            "nats",
             Series(ACCENT, _points(metrics, "kl_p_pi"), level=apart, start=apart, end=end(summary.kl_p_pi)),
         ),
         _distance_chart(
             "kl-pi-a",
             "KL(π‖a): gone so far",
-            f"From the policy to the base, in nats. Dashed: {apart_text}, the target's own distance from the base.",
+            f"From the policy to the base, in nats. Dashed: {apart_text}, the target’s own distance from the base.",
+            "nats",
             Series(ACCENT, _points(metrics, "kl_pi_a"), level=apart, start=0.0, end=end(summary.kl_pi_a)),
         ),
         _distance_chart(
             "tv-p-pi",
             "TV(p, π): total variation",
             "The probability that policy and target place differently: 0 when equal, 1 when disjoint.",
+            "total variation",
             Series(
                 ACCENT,
                 _points(metrics, "tv_p_pi"),
@@ -105,7 +122,8 @@ def distance_charts(
         _distance_chart(
             "ess",
             "ESS: effective sample size",
-            f"How many of a step's sequences count towards the target after weighting by p/q.{whole}",
+            f"How many of a step’s sequences count towards the target after weighting by p/q.{whole}",
+            "sequences",
             Series(ACCENT, _points(metrics, "ess"), level=batch_size),
         ),
     ]
@@ -113,22 +131,36 @@ def distance_charts(
 
 
 def _distance_chart(
-    name: str, title: str, explanation: str, series: Series, ceiling: float | None = None
+    name: str, title: str, explanation: str, unit: str, series: Series, ceiling: float | None = None
 ) -> Chart | None:
-    plot = line_plot(name, title, [series], floor=0.0, ceiling=ceiling)
+    plot = line_plot(name, title, [series], unit=unit, floor=0.0, ceiling=ceiling)
     return Chart(title, explanation, plot) if plot is not None else None
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], *keys: str) -> list[Point]:
     """The estimate under a path of keys in every step's record, with NaN where a step has none."""
     points = []
-    for record in metrics:
+    for record, position in zip(metrics, positions(metrics), strict=True):
         found: Any = record
         for key in keys:
             found = (found or {}).get(key)
         measured = Measured.read(found)
-        points.append(Point(Measured.read(record.get("sequences")).value, measured.value, measured.se))
+        points.append(Point(position, measured.value, measured.se))
     return points
+
+
+def positions(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Where each step stands among the sequences drawn.
+
+    Steps that draw none would all stand at one place. They train on what was drawn before in the order of drawing, so
+    they are spread over it, evenly.
+    """
+    placed, before = [], 0.0
+    for drawn, group in groupby(Measured.read(record.get("sequences")).value for record in metrics):
+        steps = len(list(group))
+        placed += [before + (drawn - before) * nth / steps for nth in range(1, steps + 1)]
+        before = drawn if math.isfinite(drawn) else before
+    return placed
 
 
 def _end(summary: Summary, metrics: Sequence[Mapping[str, Any]], measured: Measured) -> Point | None:

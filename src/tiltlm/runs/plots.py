@@ -12,7 +12,7 @@ from typing import Any
 PALETTE_SIZE = 8  # How many series colours the page's style sheet defines, beside
 ACCENT = PALETTE_SIZE  # the colour of a plot that has one series only.
 
-_MOST_POINTS = 300  # More would be narrower than a pixel, and only make the file heavy.
+_MOST_POINTS = 75  # More, each as noisy as one batch, would be a thicket in which no trend can be seen.
 _WIDTH, _HEIGHT = 380, 240  # In SVG units; about one pixel each on a phone, a little more on a desk.
 
 # matplotlib draws in these, and the SVG gets the page's variables instead, so that one picture suits light and dark.
@@ -45,31 +45,36 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG element to put into a page, and what a reader must be told about it (often nothing)."""
+    """An SVG element to put into a page, how many steps a point is the mean of, and a note on what is cut off."""
 
     svg: str
+    averaged: int
     note: str
 
 
 def line_plot(
-    name: str, label: str, series: Sequence[Series], *, floor: float | None = None, ceiling: float | None = None
+    name: str,
+    label: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> Plot | None:
     """Series against sequences drawn, with bands of two standard errors; None if there is nothing finite to draw.
 
-    ``name`` makes the element's ids unique in the page and ``label`` is read out by screen readers: both are ours,
-    never a user's text. The axis starts at ``floor`` unless estimates fall below it, and never passes ``ceiling``.
+    ``name`` makes the element's ids unique in the page, ``label`` is read out by screen readers, and ``unit`` stands
+    above the y axis: all are ours, never a user's text. The axis starts at
+    ``floor`` unless estimates fall below it, and never passes ``ceiling``.
     """
     series = [_finite(one) for one in series]
     if not any(one.points for one in series):
         return None
     thinned, group = _thin(series)
     low, high = _limits(thinned, floor, ceiling)
-    svg = _draw(name, thinned, low, high)
-    notes = [_note_on_cut(thinned, low, high)]
-    if group > 1:
-        notes.append(f"Each point is the mean of {group} steps.")
+    svg = _draw(name, thinned, low, high, unit)
     attributes = f'role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-    return Plot(_inline(svg, name, attributes), " ".join(note for note in notes if note))
+    return Plot(_inline(svg, name, attributes), group, _note_on_cut(thinned, low, high))
 
 
 def compact_count(number: float) -> str:
@@ -154,7 +159,7 @@ def _note_on_cut(series: Sequence[Series], low: float, high: float) -> str:
     return " ".join(notes)
 
 
-def _draw(name: str, series: Sequence[Series], low: float, high: float) -> str:
+def _draw(name: str, series: Sequence[Series], low: float, high: float, unit: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -178,6 +183,10 @@ def _draw(name: str, series: Sequence[Series], low: float, high: float) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: compact_count(x)))
         axes.set_xlabel("sequences drawn", color=_INK, fontsize=11, labelpad=6)
+        if unit:
+            # Above the column of labels, for which the empty title makes room.
+            axes.set_title(" ", fontsize=11, pad=8)
+            figure.text(0.0, 1.0, unit, color=_INK, fontsize=11, verticalalignment="top")
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return stream.getvalue()

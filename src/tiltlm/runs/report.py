@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiltlm.runs import storage
-from tiltlm.runs.charts import distance_charts, moment_charts
+from tiltlm.runs.charts import distance_charts, how_to_read, moment_charts
 from tiltlm.runs.directory import RUN_FIELDS, RunDirectory
 from tiltlm.runs.plots import PALETTE_SIZE, compact_count
 from tiltlm.runs.samples_view import pair_samples
@@ -22,8 +22,8 @@ _PHASES = {
     "sample": "sampling",
     "features": "measuring features",
     "base": "scoring under the base",
-    "policy": "scoring under the policy",
-    "step": "gradient step",
+    "policy": "scoring under the policy, with gradient",
+    "step": "optimizer step",
 }
 
 _PRESERVED = {
@@ -89,6 +89,8 @@ def render_report(
     evaluation = run.get("evaluation") or {}
     colors = {feature.name: feature.index % PALETTE_SIZE for feature in summary.features}
     batch_size = Measured.read(((run.get("config") or {}).get("training") or {}).get("batch_size")).value
+    moments = moment_charts(summary, metrics)
+    distances = distance_charts(summary, metrics, evaluation.get("base") or {}, batch_size)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -107,8 +109,9 @@ def render_report(
         has_top_p=any(feature.top_p.known for feature in summary.features),
         colors=colors,
         strips=_strips(summary.features),
-        moment_charts=moment_charts(summary, metrics),
-        distance_charts=distance_charts(summary, metrics, evaluation.get("base") or {}, batch_size),
+        moment_charts=moments,
+        distance_charts=distances,
+        how_to_read=how_to_read([*moments, *distances], summary, metrics),
         phases=_phases(metrics, Measured.read(run.get("seconds")).value),
         preserved=_preserved(evaluation),
         pairs=pair_samples(samples, MOST_SAMPLES),
@@ -164,7 +167,7 @@ def _strip(feature: FeatureSummary, low: float, high: float) -> Strip:
 
 
 def _phases(metrics: Sequence[Mapping[str, Any]], total: float) -> list[Phase]:
-    """Seconds by phase over all steps, and what the run spent outside its steps."""
+    """Seconds by phase over all steps, and what else the training took."""
     seconds: dict[str, float] = {}
     for record in metrics:
         for phase, spent in (record.get("seconds") or {}).items():
@@ -172,7 +175,7 @@ def _phases(metrics: Sequence[Mapping[str, Any]], total: float) -> list[Phase]:
     named = {_PHASES.get(phase, phase): spent for phase, spent in seconds.items() if spent > 0}
     rest = total - sum(named.values()) if math.isfinite(total) else 0.0
     if rest > 0:
-        named["fitting, evaluating, saving"] = rest
+        named["estimating, saving"] = rest
     whole = sum(named.values())
     return [Phase(phase, spent, 100 * spent / whole) for phase, spent in named.items()]
 

@@ -80,6 +80,14 @@ class FeatureSummary:
         return f"under p {self.achieved}" if self.achieved.known else ""
 
     @property
+    def off_text(self) -> str:
+        """How far the tuned model is above (+) or below (−) the goal; empty where there is none."""
+        if self.goal is None or not self.tuned.known:
+            return ""
+        off = Measured(self.tuned.value - self.goal, self.tuned.se)
+        return f"{'+' if off.value > 0 else ''}{off.value_text}"
+
+    @property
     def in_unit_interval(self) -> bool:
         """Whether all its means can be read as shares."""
         means = [self.base.value, self.achieved.value, self.tuned.value, self.aim]
@@ -130,15 +138,20 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
     )
 
 
-def is_met(measured: Measured, goal: float | None) -> bool | None:
-    """Whether a moment is within 0.03 of its goal or within two standard errors; None where that cannot be said."""
+def is_met(measured: Measured, goal: float | None, base: Measured | None = None) -> bool | None:
+    """Whether a moment has reached its goal; None where that cannot be said.
+
+    It has within two standard errors, or within 0.03 if it is nearer to the goal than to where the ``base`` is: of a
+    goal that is itself no further than that from the base, 0.03 would say nothing.
+    """
     if goal is None or not measured.known:
         return None
-    allowed = MET_WITHIN
-    if math.isfinite(measured.se):
-        allowed = max(allowed, MET_WITHIN_STANDARD_ERRORS * measured.se)
+    off = abs(measured.value - goal)
     # A moment that lies on the bound is met, whatever binary fractions make of it.
-    return abs(measured.value - goal) <= allowed + 1e-12
+    if math.isfinite(measured.se) and off <= MET_WITHIN_STANDARD_ERRORS * measured.se + 1e-12:
+        return True
+    moved = base is None or not base.known or off < abs(measured.value - base.value)
+    return moved and off <= MET_WITHIN + 1e-12
 
 
 def plain_number(number: float) -> str:
@@ -151,17 +164,18 @@ def _feature(record: Mapping[str, Any], index: int, latest: Mapping[str, Any], *
     # Inside the support of p every text passes a filter, and a reward is tilted by, not aimed at.
     goal = {"filter": 1.0, "reward": None}.get(kind, record.get("goal"))
     tuned = Measured.read((latest.get("moments") or {}).get(name))
+    base = Measured.read(record.get("base"))
     return FeatureSummary(
         name=name,
         kind=kind,
         index=index,
         goal=goal,
-        base=Measured.read(record.get("base")),
+        base=base,
         achieved=Measured.read(record.get("achieved")),
         coefficient=Measured.read(record.get("coefficient")),
         tuned=tuned,
         top_p=Measured.read((latest.get("moments_top_p") or {}).get(name)),
-        met=is_met(tuned, goal) if judged else None,
+        met=is_met(tuned, goal, base) if judged else None,
     )
 
 
@@ -171,10 +185,12 @@ def _verdict(features: Sequence[FeatureSummary], *, evaluated: bool, failed: boo
     judged = [feature.met for feature in features if feature.met is not None]
     if not judged:
         return "The model was tilted; no goal was set."
+    if len(judged) == 1:
+        return "The goal is met." if judged[0] else "The goal is not met."
     if all(judged):
-        return "The target is met."
+        return "Both goals are met." if len(judged) == 2 else f"All {len(judged)} goals are met."
     if not any(judged):
-        return "The target is not met."
+        return "Neither goal is met." if len(judged) == 2 else f"None of {len(judged)} goals is met."
     return f"{sum(judged)} of {len(judged)} goals are met."
 
 
