@@ -43,7 +43,7 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
-    """The states that ``samples`` visit most, closed under every token. Raises UsageError where there are none."""
+    """The states that ``samples`` visit most, with coarser ones. Raises UsageError where there are none."""
     automaton = prefix_automaton(features)
     vocabulary = TokenTree(token_texts(model))
     visits = Counter[State]()
@@ -56,21 +56,17 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
             if key not in stepped:
                 stepped[key] = read(automaton, state, vocabulary.texts[token])
             state = stepped[key]
+        visits[state] += 1
     kept = [automaton.start, *(s for s, _ in visits.most_common(MOST_STATES) if s != automaton.start)]
-    kept += [c for c in dict.fromkeys(map(automaton.coarse, kept)) if c not in set(kept)]
+    kept += [c for c in dict.fromkeys(map(automaton.coarse, visits)) if c not in set(kept)]
     index = {state: i for i, state in enumerate(kept)}
     memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
     rows: list[list[int]] = []
-    while len(rows) < len(kept):
-        reached = vocabulary.read_all(automaton, kept[len(rows)], memo)
-        for state in dict.fromkeys(reached):
-            if state not in index:
-                coarse = automaton.coarse(state)
-                if coarse not in index:
-                    index[coarse] = len(kept)
-                    kept.append(coarse)
-                index[state] = index[coarse]
-        rows.append([index[state] for state in reached])
+    for i, state in enumerate(kept):
+        reached = vocabulary.read_all(automaton, state, memo)
+        # Where hardly any sample has been there is nothing to tell: the state stays as it is.
+        known = {s: index.get(s, index.get(automaton.coarse(s), i)) for s in dict.fromkeys(reached)}
+        rows.append([known[s] for s in reached])
     transitions = torch.tensor(rows)
     transitions[:, model.eos_ids] += len(kept)
     return PrefixStates(transitions)

@@ -1,0 +1,217 @@
+"""From characters to tokens: transitions are steps over what the tokens write, also where states are merged."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from enumerable import TOKENS, tiny_model
+from tiltlm.errors import UsageError
+from tiltlm.exact import enumerate_completions
+from tiltlm.features import Feature, all_of, contains, length, negation, pronouns, regex, threshold, wordlist
+from tiltlm.features.automaton import Automaton, State, together
+from tiltlm.lm import LanguageModel, Samples
+from tiltlm.targets.prefix_states import PrefixStates, TokenTree, prefix_states, token_texts
+
+# What a byte that is only part of a character decodes to; its state is a guess.
+PART = "\ufffd"
+
+FEATURES: dict[str, list[Feature]] = {
+    "pronouns": [pronouns("female"), pronouns("male")],
+    "words of a list": [wordlist("science")],
+    "phrases": [wordlist(["he was", "was born", "in the", "of"]), negation(contains("New York"))],
+    "words and length": [all_of(contains("the"), threshold(length("words"), 8, "<="))],
+}
+TINY: dict[str, list[Feature]] = {
+    "a": [contains("a")],
+    "a b": [contains("a b"), negation(contains("b"))],
+    "length": [length("words")],
+    "both": [threshold(length("words"), 2), wordlist(["b a", "a a", "b b b"])],
+}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LanguageModel:
+    return LanguageModel.from_pretrained("embedded", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(embedded: LanguageModel) -> Samples:
+    """Samples of the embedded model whose every character is whole."""
+    drawn = embedded.sample(150, seed=0, max_completion_length=12)
+    texts = [embedded.tokenizer.decode(ids) for ids in drawn.completion_ids]
+    return drawn.select(torch.tensor([text.isascii() for text in texts]))
+
+
+def automaton_of(features: list[Feature]) -> Automaton:
+    automaton = together(feature.automaton() for feature in features)
+    assert automaton is not None
+    return automaton
+
+
+def read(automaton: Automaton, text: str) -> State:
+    state = automaton.start
+    for character in text:
+        state = automaton.step(state, character)
+    return state
+
+
+def visited(automaton: Automaton, samples: Samples) -> set[State]:
+    """The states of all prefixes of the samples."""
+    decode = samples.tokenizer.decode
+    prefixes = {tuple(ids[:t]) for ids in samples.completion_ids for t in range(len(ids) + 1)}
+    return {read(automaton, decode(list(prefix), skip_special_tokens=True)) for prefix in prefixes}
+
+
+def follow(states: PrefixStates, tokens: torch.Tensor) -> torch.Tensor:
+    """The state before each token, and the last one [N, T + 1]."""
+    guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
+    before = guide.states(tokens)
+    return torch.cat([before, guide.advance(before[:, -1], tokens[:, -1])[:, None]], 1)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_transitions_are_steps_over_the_decoded_text(embedded: LanguageModel, samples: Samples, name: str) -> None:
+    """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
+    automaton, states = automaton_of(FEATURES[name]), prefix_states(embedded, FEATURES[name], samples)
+    before = follow(states, samples.tokens)
+    chance = random.Random(0)
+    prefixes = [(i, t) for i, ids in enumerate(samples.completion_ids) for t in range(len(ids))]
+    decode = embedded.tokenizer.decode
+
+    seen = visited(automaton, samples)
+    seen |= set(map(automaton.coarse, seen))
+    paired: dict[int, State] = {}
+    frequent = [embedded.tokenizer.encode(f" {w}")[0] for w in ("he", "she", "her", "in", "the", "was", "New", "born")]
+    for i, t in chance.sample(prefixes, 400):
+        ids = samples.completion_ids[i][:t]
+        for token in [*chance.sample(range(embedded.vocab_size), 6), *frequent]:
+            if token in embedded.eos_ids or PART in decode([token]):
+                continue
+            state = read(automaton, decode([*ids, token], skip_special_tokens=True))
+            state = state if state in seen else automaton.coarse(state)
+            reached = int(states.transitions[before[i, t], token])
+            if state not in seen:
+                assert reached == before[i, t]
+                continue
+            assert paired.setdefault(reached, state) == state, decode([*ids, token])
+    assert len(set(paired.values())) == len(paired) > 4
+    assert max(paired) < len(states.transitions)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_an_end_keeps_the_state(embedded: LanguageModel, samples: Samples, name: str) -> None:
+    states = prefix_states(embedded, FEATURES[name], samples)
+    s = len(states.transitions)
+    assert states.transitions.shape == (s, embedded.vocab_size)
+    for eos in embedded.eos_ids:
+        assert states.transitions[:, eos].tolist() == list(range(s, 2 * s))
+    others = states.transitions[:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
+    assert 0 <= int(others.min()) <= int(others.max()) < s
+    # A special token writes nothing.
+    assert states.transitions[:, 0].tolist() == list(range(s))
+
+
+@pytest.mark.parametrize("features", TINY)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_last_state_of_every_completion_settles_the_values(tokens: str, features: str) -> None:
+    """Also where one of several EOS tokens is a word itself."""
+    model = tiny_model("gpt2", tokens)
+    # States are those of longer texts too, so that none is left out because it is only ever the last.
+    states = prefix_states(model, TINY[features], enumerate_completions(model, max_completion_length=5))
+    listed = enumerate_completions(model, max_completion_length=4)
+    last = follow(states, listed.tokens)[:, -1].tolist()
+    values = torch.stack([f(listed.texts, completion_ids=listed.completion_ids) for f in TINY[features]], 1)
+    found: dict[int, list[float]] = {}
+    for text, ids, state, value in zip(listed.texts, listed.completion_ids, last, values.tolist(), strict=True):
+        assert found.setdefault(state, value) == value, text
+        assert (state >= len(states.transitions)) == (ids[-1] in model.eos_ids)
+    assert len({tuple(value) for value in found.values()}) > 1
+
+
+def test_the_texts_of_tokens_join_to_the_text(embedded: LanguageModel, samples: Samples) -> None:
+    texts = token_texts(embedded)
+    assert len(texts) == embedded.vocab_size
+    for ids, text in zip(samples.completion_ids, samples.texts, strict=True):
+        assert "".join(texts[i] for i in ids) == text
+    assert [texts[i] for i in embedded.tokenizer.all_special_ids] == ["", ""]
+    tiny = tiny_model("gpt2", "several_eos")
+    assert [text.strip() for text in token_texts(tiny)] == ["a", "b", "", ".", "", ""]
+    assert len({len(text) for text in token_texts(tiny)}) > 1
+
+
+def test_an_embedding_without_a_token_writes_nothing() -> None:
+    model = tiny_model("gpt2", "pad_is_eos").copy()
+    model.model.resize_token_embeddings(8)
+    assert token_texts(model)[5:] == ["", "", ""]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
+    automaton = automaton_of(FEATURES[name])
+    letters = "hes wa\nNYork"
+    chance = random.Random(0)
+    texts = [
+        "",
+        " he",
+        " her",
+        "he",
+        "he",
+        *("".join(chance.choices(letters, k=chance.randrange(6))) for _ in range(80)),
+    ]
+    tree, memo = TokenTree(texts), {}
+    for before in ("", "he", "s", "he was", "New", "the ", "Ne"):
+        state = read(automaton, before)
+        assert tree.read_all(automaton, state, memo) == [read(automaton, before + text) for text in texts]
+
+
+@pytest.mark.parametrize(("name", "most"), [("phrases", 1), ("phrases", 4), ("phrases", 12), ("words and length", 4)])
+def test_too_many_states_are_merged_and_the_guide_still_samples(
+    embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prefix_states(embedded, FEATURES[name], samples)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", most)
+    states = prefix_states(embedded, FEATURES[name], samples)
+    s = len(states.transitions)
+    assert s < len(whole.transitions)
+    assert states.transitions[:, embedded.eos_ids[0]].tolist() == list(range(s, 2 * s))
+    others = states.transitions[:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
+    assert 0 <= int(others.min()) <= int(others.max()) < s
+    generator = torch.Generator().manual_seed(0)
+    guide = states.guide(torch.randn(13, 2 * s, generator=generator))
+    drawn = embedded.sample(40, seed=1, max_completion_length=12, guide=guide)
+    with torch.no_grad():
+        torch.testing.assert_close(embedded.logprob(drawn), drawn.proposal_logprob, rtol=0, atol=1e-4)
+
+
+def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
+    embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 1)
+    for features in FEATURES.values():
+        automaton = automaton_of(features)
+        states = prefix_states(embedded, features, samples)
+        assert len(states.transitions) == len({automaton.start, *map(automaton.coarse, visited(automaton, samples))})
+
+
+def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2", "pad_is_eos")
+    listed = enumerate_completions(model, max_completion_length=4)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 2)
+    states = prefix_states(model, TINY["both"], listed)
+    twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        law = model.logprob(replace(listed, guide=states.guide(twist))).sum(-1).exp()
+    assert float(law.sum()) == pytest.approx(1, abs=1e-9)
+    assert float((law - listed.sequence_logprob.exp()).abs().sum()) > 0.05
+
+
+def test_without_any_automaton_the_features_are_named() -> None:
+    model = tiny_model("gpt2", "pad_is_eos")
+    listed = enumerate_completions(model, max_completion_length=2)
+    with pytest.raises(UsageError, match=r"^method: .*'matches 'a\+'', 'length in tokens' cannot"):
+        prefix_states(model, [regex("a+"), length("tokens")], listed)
+    assert len(prefix_states(model, [regex("a+"), contains("a")], listed).transitions) > 1
