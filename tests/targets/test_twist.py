@@ -1,0 +1,209 @@
+"""The twist: it comes near the exact promise of a prefix, and a guide made of it brings the base near the target."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from enumerable import tiny_model
+from tiltlm.errors import UsageError
+from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
+from tiltlm.features import Feature, contains, length, negation, regex, wordlist
+from tiltlm.lm import Guide, LanguageModel, Law
+from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample
+from tiltlm.targets.twist import FLOOR
+
+LENGTH = 5
+MANY = 20_000
+
+TARGETS: dict[str, TiltedTarget] = {
+    "filter": TiltedTarget((Term(contains("a"), "filter"),)),
+    "rare filter": TiltedTarget((Term(contains("b b"), "filter"),)),
+    "without": TiltedTarget((Term(negation(contains("d")), "filter"),)),
+    "moment": TiltedTarget((Term(contains("c"), "moment", 0.8, 2.5),)),
+    "reward": TiltedTarget((Term(length("words"), "reward", coefficient=0.8),)),
+    "several": TiltedTarget(
+        (
+            Term(negation(contains("c")), "filter"),
+            Term(wordlist(["a b", "b a"]), "moment", 0.5, 1.6),
+            Term(length("words"), "reward", coefficient=-0.4),
+        )
+    ),
+}
+
+
+@cache
+def base() -> LanguageModel:
+    return tiny_model("gpt2", "pad_is_eos")
+
+
+@cache
+def drawn(name: str, n: int = MANY, seed: int = 3) -> BaseSample:
+    return draw_base_sample(base(), TARGETS[name].features, n, None, LENGTH, seed=seed)
+
+
+@cache
+def truth(name: str) -> ExactTarget:
+    return exact_target(base(), TARGETS[name], enumerate_completions(base(), max_completion_length=LENGTH))
+
+
+@cache
+def twist(name: str) -> Twist:
+    return Twist.of(base(), TARGETS[name], drawn(name))
+
+
+def guide(name: str, sample: BaseSample | None = None) -> Guide:
+    sample = sample or drawn(name)
+    log_tilt = TARGETS[name].log_tilt(sample.features)
+    return Twist.of(base(), TARGETS[name], sample).guide(log_tilt)
+
+
+@torch.no_grad()
+def guided(name: str, with_guide: Guide) -> Tensor:
+    """log g [N] of every completion."""
+    listed = replace(truth(name).samples, guide=with_guide, law=Law())
+    return base().logprob(listed).sum(-1)
+
+
+def promises(name: str) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+    """E_a[P/a | state after t tokens] and the probability of being there, by enumeration."""
+    known, own = truth(name), twist(name).states
+    states = own.guide(torch.zeros(1, 2 * len(own.transitions)))
+    above: dict[tuple[int, int], float] = defaultdict(float)
+    below: dict[tuple[int, int], float] = defaultdict(float)
+    scores = known.target_logscore.exp().tolist()
+    for ids, a, p in zip(known.samples.completion_ids, known.base_logprob.exp().tolist(), scores, strict=True):
+        state = states.begin(1)
+        for t in range(len(ids) + 1):
+            above[t, int(state)] += p
+            below[t, int(state)] += a
+            if t < len(ids):
+                state = states.advance(state, torch.tensor([ids[t]]))
+    return {key: above[key] / below[key] for key in below}, below
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_with_many_samples_the_twist_is_the_exact_promise(name: str) -> None:
+    """Up to a constant, in states and positions that samples visit often; the values at neighbours are mixed in."""
+    exact, visits = promises(name)
+    own = guide(name)
+    z = math.exp(truth(name).log_z)
+    error = total = 0.0
+    for (t, state), value in exact.items():
+        found = float(own.log_twist[t, state].exp())
+        error += visits[t, state] * abs(found - value / z)
+        total += visits[t, state] * value / z
+        # No text goes on from a final state, so that it knows its value and not an average.
+        if (state >= len(own.transitions) or t == LENGTH) and visits[t, state] > 0.003:
+            assert found == pytest.approx(max(value / z, FLOOR), rel=0.12, abs=0.02)
+    assert total == pytest.approx(LENGTH + 1, rel=0.6)
+    assert error < 0.1 * total
+
+
+KL_SHARE = {"filter": 0.06, "rare filter": 0.05, "without": 0.04, "moment": 0.1, "reward": 0.2, "several": 0.03}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_guided_law_is_much_nearer_to_the_target_than_the_base(name: str) -> None:
+    known = truth(name)
+    before = exact_kl(known.logprob, known.base_logprob)
+    after = exact_kl(known.logprob, guided(name, guide(name)))
+    assert before > 0.05
+    assert 0 <= after < KL_SHARE[name] * before
+
+
+def test_few_samples_help_too_and_more_help_more() -> None:
+    known = truth("several")
+    kls = [exact_kl(known.logprob, guided("several", guide("several", drawn("several", n)))) for n in (100, 1000, MANY)]
+    assert exact_kl(known.logprob, known.base_logprob) > 1.5 * kls[0]
+    assert kls[0] > kls[1] > kls[2]
+
+
+@pytest.mark.parametrize("name", ["filter", "rare filter", "without"])
+def test_a_filter_is_met_far_more_often(name: str) -> None:
+    known = truth(name)
+    hits = known.features[:, 0] > 0
+    by_base, by_guide = (float(law.exp()[hits].sum()) for law in (known.base_logprob, guided(name, guide(name))))
+    assert by_base < 0.95
+    # So many times fewer texts fail.
+    assert 1 - by_guide < 0.05 * (1 - by_base)
+    samples = base().sample(500, seed=0, max_completion_length=LENGTH, guide=guide(name))
+    assert float(TARGETS[name].features[0](samples.texts).mean()) == pytest.approx(by_guide, abs=0.03)
+
+
+def test_whatever_the_samples_the_guide_reaches_all_of_the_target() -> None:
+    """A state that no sample of the target passed may still lead there."""
+    few = drawn("several", 30, seed=1)
+    own = guide("several", few)
+    assert bool(torch.isfinite(own.log_twist).all())
+    assert float(own.log_twist.min()) >= math.log(FLOOR) - 1e-12
+    assert math.isfinite(exact_kl(truth("several").logprob, guided("several", own)))
+
+
+def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
+    own, sample = twist("several"), drawn("several")
+    s = len(own.states.transitions)
+    assert own.visited.shape == (MANY, LENGTH + 1)
+    assert own.length == LENGTH
+    nothing = (LENGTH + 1) * 2 * s
+    follow = own.states.guide(torch.zeros(1, 2 * s))
+    for row in range(0, MANY, 401):
+        ids, state = sample.samples.completion_ids[row], follow.begin(1)
+        expected = [int(state)]
+        for t, token in enumerate(ids):
+            state = follow.advance(state, torch.tensor([token]))
+            expected.append((t + 1) * 2 * s + int(state))
+        expected += [nothing] * (LENGTH - len(ids))
+        assert own.visited[row].tolist() == expected
+
+
+def test_a_constant_in_the_tilt_is_no_matter_and_the_same_samples_give_the_same_guide() -> None:
+    tilt = TARGETS["several"].log_tilt(drawn("several").features)
+    one, again, more = (twist("several").guide(t) for t in (tilt, tilt, tilt + 123.0))
+    other = guide("several")
+    assert torch.equal(one.log_twist, again.log_twist)
+    assert torch.equal(one.log_twist, other.log_twist)
+    assert torch.equal(one.transitions, other.transitions)
+    torch.testing.assert_close(one.log_twist, more.log_twist, rtol=0, atol=1e-9)
+
+
+def test_no_tilt_is_no_guide() -> None:
+    own = twist("several").guide(torch.zeros(MANY, dtype=torch.float64))
+    torch.testing.assert_close(own.log_twist, torch.zeros_like(own.log_twist), rtol=0, atol=1e-9)
+    torch.testing.assert_close(guided("several", own), truth("several").base_logprob, rtol=0, atol=1e-9)
+
+
+def test_samples_that_all_end_early_leave_the_full_length_open() -> None:
+    """Positions that no sample reached still have a value for every state."""
+    sample = drawn("filter", 2000)
+    short = sample.samples.lengths <= 3
+    few = BaseSample(sample.samples.select(short).trimmed(), sample.features[short], LENGTH)
+    own = guide("filter", few)
+    assert own.log_twist.shape[0] == LENGTH + 1
+    assert bool(torch.isfinite(own.log_twist).all())
+    assert float(guided("filter", own).exp()[truth("filter").features[:, 0] > 0].sum()) > 0.9
+
+
+def test_features_that_say_nothing_of_a_prefix_are_named() -> None:
+    features: list[Feature] = [regex("b+"), length("characters")]
+    target = TiltedTarget(tuple(Term(f, "reward", coefficient=0.1) for f in features))
+    sample = draw_base_sample(base(), features, 50, None, LENGTH, seed=0)
+    with pytest.raises(UsageError, match=r"^method: .*'matches 'b\+'', 'length in characters' cannot"):
+        Twist.of(base(), target, sample)
+
+
+def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
+    """Its part of the tilt is averaged over, and the guided law is still nearer."""
+    target = TiltedTarget((Term(contains("a"), "filter"), Term(length("characters"), "reward", coefficient=0.1)))
+    sample = draw_base_sample(base(), target.features, MANY, None, LENGTH, seed=0)
+    known = exact_target(base(), target, truth("filter").samples)
+    own = Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    with torch.no_grad():
+        law = base().logprob(replace(known.samples, guide=own)).sum(-1)
+    assert exact_kl(known.logprob, law) < 0.4 * exact_kl(known.logprob, known.base_logprob)
