@@ -17,7 +17,8 @@ from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_tar
 from tiltlm.features import Feature, contains, length, negation, regex, wordlist
 from tiltlm.lm import Guide, LanguageModel, Law
 from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample
-from tiltlm.targets.twist import FLOOR
+from tiltlm.targets.prefix_states import PrefixStates
+from tiltlm.targets.twist import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
 
 LENGTH = 5
 MANY = 20_000
@@ -161,6 +162,28 @@ def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
             expected.append((t + 1) * 2 * s + int(state))
         expected += [nothing] * (LENGTH - len(ids))
         assert own.visited[row].tolist() == expected
+
+
+def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> None:
+    """One open state, four samples: means by hand, nearer positions weighing more."""
+    transitions = torch.tensor([[0, 1]])
+    cells, nothing = torch.tensor([0, 2, 4, 6]), 8
+    ends_after = [1, 1, 2, 3]
+    visited = cells.repeat(4, 1)
+    for row, t in enumerate(ends_after):
+        visited[row, t] += 1
+        visited[row, t + 1 :] = nothing
+    tilt = torch.tensor([0.4, 0.8, 2.0, 0.8], dtype=torch.float64)
+    own = Twist(PrefixStates(transitions), visited, 3).guide(tilt.log())
+    counts, sums = [4, 2, 1], [4.0, 2.8, 0.8]
+    anywhere = (sum(sums) + 1) / (sum(counts) + 1)
+    for t in range(3):
+        near = [NEIGHBOUR ** abs(t - u) for u in range(3)]
+        above, below = (sum(x * w for x, w in zip(xs, near, strict=True)) for xs in (sums, counts))
+        expected = (above + PRIOR_SAMPLES * anywhere) / (below + PRIOR_SAMPLES)
+        assert float(own.log_twist[t, 0].exp()) == pytest.approx(expected)
+    assert float(own.log_twist[3, 0].exp()) == pytest.approx(1.0)
+    assert own.log_twist[:, 1].exp().tolist() == pytest.approx([1.0] * 4)
 
 
 def test_a_constant_in_the_tilt_is_no_matter_and_the_same_samples_give_the_same_guide() -> None:
