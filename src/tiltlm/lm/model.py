@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltlm.errors import UsageError
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
-from tiltlm.lm.samples import Law, Prompts, Samples
+from tiltlm.lm.samples import Law, Prompts, Samples, token_logprob
 from tiltlm.lm.sampling import accepts, positions, sample_batch
 
 if TYPE_CHECKING:
@@ -297,9 +297,3 @@ class LanguageModel:
 def _check_whole(name: str, value: int | None, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
         raise UsageError(f"{name}: {value!r} must be a whole number, at least {least}")
-
-
-def token_logprob(log_probabilities: Tensor, samples: Samples) -> Tensor:
-    """The entries [N, T] of ``log_probabilities`` [N, T, V] at the sampled tokens, 0 where masked."""
-    chosen = log_probabilities.gather(-1, samples.tokens[..., None]).squeeze(-1)
-    return torch.where(samples.mask, chosen, torch.zeros_like(chosen))

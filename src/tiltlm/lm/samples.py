@@ -175,4 +175,10 @@ class Samples:
         return replace(parts[0], **joined)
 
 
-__all__ = ["Law", "Prompts", "Samples"]
+def token_logprob(log_probabilities: Tensor, samples: Samples) -> Tensor:
+    """The entries [N, T] of ``log_probabilities`` [N, T, V] at the sampled tokens, 0 where masked."""
+    chosen = log_probabilities.gather(-1, samples.tokens[..., None]).squeeze(-1)
+    return torch.where(samples.mask, chosen, torch.zeros_like(chosen))
+
+
+__all__ = ["Law", "Prompts", "Samples", "token_logprob"]
