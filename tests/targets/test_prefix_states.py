@@ -168,7 +168,7 @@ def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
         assert tree.read_all(automaton, state, memo) == [read(automaton, before + text) for text in texts]
 
 
-@pytest.mark.parametrize(("name", "most"), [("phrases", 1), ("phrases", 4), ("phrases", 12), ("words and length", 4)])
+@pytest.mark.parametrize(("name", "most"), [("phrases", 1), ("phrases", 4), ("phrases", 12), ("pronouns", 4)])
 def test_too_many_states_are_merged_and_the_guide_still_samples(
     embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
