@@ -152,6 +152,15 @@ def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch):
             torch.testing.assert_close(samples.proposal_logprob, model.logprob(samples), rtol=0, atol=1e-12)
 
 
+def test_rows_of_one_prompt_share_its_reading(monkeypatch):
+    model = tiny_model("llama", "several_eos").copy()
+    rows = count_rows(model, monkeypatch)
+    samples = model.sample(40, PROMPTS["several"], seed=3, max_completion_length=8)
+    assert rows[0] == len(PROMPTS["several"]) < rows[1] <= 40
+    with torch.no_grad():
+        torch.testing.assert_close(samples.proposal_logprob, model.logprob(samples), rtol=0, atol=1e-12)
+
+
 def test_sampling_stops_when_every_row_has_ended(monkeypatch):
     model = tiny_model("gpt2", "pad_is_eos").copy()
     with torch.no_grad():

@@ -78,7 +78,7 @@ class Decoder:
         self.fresh = self.tokens if self.cache is None else tokens[:, None]
 
     def keep(self, rows: Tensor) -> bool:
-        """Drop all rows but these [n]; False where the model's cache cannot do so."""
+        """Take these rows [n], in this order, for all; False where the model's cache cannot do so."""
         if self.cache is not None:
             # Not batch_select_indices: it forgets the states of linear-attention layers.
             if not hasattr(self.cache, "reorder_cache"):
@@ -86,6 +86,22 @@ class Decoder:
             self.cache.reorder_cache(rows)
         self.tokens, self.mask, self.fresh = self.tokens[rows], self.mask[rows], self.fresh[rows]
         return True
+
+
+def prefill(model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor) -> tuple[Decoder, Tensor]:
+    """A decoder that has read the prompt of each row [N], and the logits [N, V] of the first token.
+
+    Rows of one prompt share its reading, where the model's cache can be spread over them.
+    """
+    shared, row = prompt_index.unique(return_inverse=True)
+    # One token is read as quickly for all rows.
+    if prompts.tokens.shape[1] > 1 and len(shared) < len(prompt_index):
+        decoder = Decoder(model, prompts.tokens[shared], prompts.mask[shared])
+        logits = decoder.logits()
+        if decoder.keep(row):
+            return decoder, logits[row]
+    decoder = Decoder(model, prompts.tokens[prompt_index], prompts.mask[prompt_index])
+    return decoder, decoder.logits()
 
 
 @torch.no_grad()
@@ -114,9 +130,8 @@ def sample_batch(
     alive = torch.arange(n, device=device)
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
-    decoder = Decoder(model, prompts.tokens[prompt_index], prompts.mask[prompt_index])
+    decoder, logits = prefill(model, prompts, prompt_index)
     for t in range(max_new_tokens):
-        logits = decoder.logits()
         if guide is not None and states is not None:
             logits = logits + guide.log_weights(states, t)
         log_probabilities = law.log_probabilities(logits)
@@ -139,6 +154,8 @@ def sample_batch(
             if decoder.keep(kept):
                 alive, open_rows = alive[kept], open_rows[kept]
                 states = states[kept] if states is not None else None
+        if t + 1 < max_new_tokens:
+            logits = decoder.logits()
     assert logprob is not None
     if not bool(logprob.isfinite().all()):
         raise NumericalError(
