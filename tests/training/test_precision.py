@@ -13,6 +13,7 @@ import torch
 
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import LanguageModel
+from tiltlm.objectives import Record
 from tiltlm.training.acceleration import build_accelerator
 from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.trainer import Trainer
@@ -170,12 +171,21 @@ def test_a_resumed_run_goes_on_with_its_scale(world: World, tmp_path: Path) -> N
     assert torch.equal(weights(second), weights(whole))
 
 
+class Overwhelming:
+    """Coefficients that float32 holds and whose gradients it does not."""
+
+    name = "overwhelming"
+
+    def coefficients(self, record: Record) -> torch.Tensor:
+        return torch.full_like(record.policy_logprob, 1e38)
+
+
 @pytest.mark.usefixtures("fp16_on_a_cpu")
 def test_a_run_in_which_no_scale_helps_fails_and_does_not_skip_every_step(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World,
 ) -> None:
     trainer = fp16(world)
-    monkeypatch.setattr(trainer, "_coefficients", lambda scores, log_z: torch.full_like(scores.policy_logprob, 1e38))
+    trainer.objective = Overwhelming()
     for _ in range(int(math.log2(SCALE)) + 1):
         trainer.train_step()
     with pytest.raises(NumericalError, match=r"gradient is not finite; lower training\.learning_rate"):
