@@ -93,7 +93,7 @@ def prefill(model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor) -> t
 
     Rows of one prompt share its reading, where the model's cache can be spread over them.
     """
-    shared, row = prompt_index.unique(return_inverse=True)
+    shared, row = torch.unique(prompt_index, return_inverse=True)
     # One token is read as quickly for all rows.
     if prompts.tokens.shape[1] > 1 and len(shared) < len(prompt_index):
         decoder = Decoder(model, prompts.tokens[shared], prompts.mask[shared])
