@@ -57,8 +57,8 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
                 stepped[key] = read(automaton, state, vocabulary.texts[token])
             state = stepped[key]
         visits[state] += 1
-    kept = [automaton.start, *(s for s, _ in visits.most_common(MOST_STATES) if s != automaton.start)]
-    kept += [c for c in dict.fromkeys(map(automaton.coarse, visits)) if c not in set(kept)]
+    often = (state for state, _ in visits.most_common(MOST_STATES))
+    kept = list(dict.fromkeys([automaton.start, *often, *map(automaton.coarse, visits)]))
     index = {state: i for i, state in enumerate(kept)}
     memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
     rows: list[list[int]] = []
