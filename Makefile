@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH_BIN ?= $(BIN)
 
 .PHONY: demo test test-slow test-gpu check bench golden
 
@@ -28,8 +29,15 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/sampling.py
+bench: $(INSTALLED)  ## all benchmarks in turn, with TRL, which nothing else needs; BENCH_ARGS=--quick for tiny sizes
+	$(BENCH_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BENCH_BIN)/python benchmarks/sampling.py $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/sampling.py --dtype auto $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/step.py --dtype auto $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/off_policy.py $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/memory.py $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
 golden: $(INSTALLED)  ## write the golden curves anew, after a change that is meant to move them
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/curves.py

@@ -1,69 +1,89 @@
-"""Sampling with log-probabilities: ours against transformers' generate(), side by side in one run.
+"""Sampling with log-probabilities: ours against transformers' generate(), with and without its scores.
 
-    python benchmarks/sampling.py [--samples 512] [--length 40] [--rounds 5]
+    python benchmarks/sampling.py [--dtype auto] [--case embedded:512 gpt2:32 gpt2:128] [--rounds 5]
 
-A B A B ..., each timed whole; prints the median of the ratios. Both draw from the plain law of the embedded model in
-float32; generate() returns its scores, from which the log-probabilities of its tokens are read.
+All draw from the plain law, after BOS alone. The embedded model ends its sequences when it likes, as both sides draw
+them; the GPT-2 shape has random weights and no EOS that it could draw, so all its sequences have the full length. With
+scores generate() returns what the log-probabilities of its tokens are read from, which ours always has. With --dtype
+auto ours stands against generate() of the float32 model and of a model in bfloat16.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-
-import torch
-
-from tiltlm.lm import LanguageModel
+from models import Case, add_cases, folder_of
+from side_by_side import Side, Turns, add_dtype, count_positions, parser, show, take_turns, tally
 
 
-def ours(model: LanguageModel, n: int, length: int, seed: int) -> None:
-    samples = model.sample(n, seed=seed, max_completion_length=length)
-    assert len(samples) == n
+def ours(turns: Turns, folder: str, n: int, length: int, dtype: str) -> None:
+    from tiltlm.lm import LanguageModel
+
+    model = LanguageModel.from_pretrained(folder, device="cpu", dtype=dtype)
+    count_positions(model.vocab_size)
+    seeds = iter(range(10**6))
+
+    def step() -> None:
+        samples = model.sample(n, seed=next(seeds), max_completion_length=length)
+        tally.drawn(len(samples), int(samples.mask.sum()))
+
+    turns.serve(step)
 
 
-def theirs(model: LanguageModel, n: int, length: int, seed: int, scores: bool) -> None:
-    torch.manual_seed(seed)
-    prompts = torch.full((n, 1), model.start_id)
-    output = model.model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=length,
-        pad_token_id=model.pad_id,
-        return_dict_in_generate=True,
-        output_scores=scores,
-    )
-    if scores:
-        model.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+def generate(turns: Turns, folder: str, n: int, length: int, dtype: str, scores: bool) -> None:
+    import torch
+    from sides import load
+
+    model, tokenizer = load(folder, dtype)
+    prompts = torch.full((n, 1), tokenizer.bos_token_id)
+    torch.manual_seed(0)
+
+    def step() -> None:
+        output = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_scores=scores,
+        )
+        if scores:
+            model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+        ended = (output.sequences[:, 1:] == tokenizer.eos_token_id).cumsum(-1)
+        # All before the first EOS, and that one.
+        tally.drawn(n, int((ended == 0).sum() + (ended[:, -1] > 0).sum()))
+
+    turns.serve(step)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--length", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    model = LanguageModel.from_pretrained("embedded", device="cpu")
-    print(f"{args.samples} sequences of up to {args.length} tokens, {torch.get_num_threads()} threads, float32")
-    for scores in (False, True):
-        ratios = []
-        for round_number in range(args.rounds + 1):
-            began = time.perf_counter()
-            ours(model, args.samples, args.length, round_number)
-            between = time.perf_counter()
-            theirs(model, args.samples, args.length, round_number, scores)
-            done = time.perf_counter()
-            if round_number > 0:  # the first warms up
-                ratios.append((done - between) / (between - began))
-        name = "generate() with scores" if scores else "generate()"
-        print(
-            f"{name} / ours: median {statistics.median(ratios):.2f}, "
-            f"from {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds"
-        )
+    arguments = parser(__doc__, rounds=5)
+    add_dtype(arguments)
+    add_cases(arguments, "embedded:512", "gpt2:32", "gpt2:128")
+    args = arguments.parse_args()
+    if args.quick:
+        args.case, args.length, args.rounds = [Case("embedded", 4), Case("tiny", 4)], 5, 2
+    dtypes = ["float32"] if args.dtype == "float32" else ["float32", "bfloat16"]
+    for case in args.case:
+        with folder_of(case.model) as folder:
+            sizes = {"folder": folder, "n": case.n, "length": args.length}
+            mine = Side("ours", ours, case.n, {**sizes, "dtype": args.dtype})
+            others = [
+                Side(
+                    f"generate() {dtype}" + (" with scores" if scores else ""),
+                    generate,
+                    case.n,
+                    {**sizes, "dtype": dtype, "scores": scores},
+                )
+                for dtype in dtypes
+                for scores in (False, True)
+            ]
+            first, *rest = take_turns([mine, *others], args.rounds)
+        what = f"sampling, {case} of up to {args.length} tokens, {args.dtype}"
+        show(what, [(result, first) for result in rest])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The models that the benchmarks run on: the embedded one, and shapes with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 of this shape."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    positions: int = 1024
+
+
+# GPT2Config's default: 124M parameters.
+GPT2 = Shape(50257, 768, 12)
+TINY = Shape(300, 32, 2, positions=64)
+SHAPES = {"gpt2": GPT2, "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the number of sequences at a time, written ``gpt2:32``."""
+
+    model: str
+    n: int
+
+    @staticmethod
+    def parse(text: str) -> Case:
+        model, _, n = text.partition(":")
+        if model not in (EMBEDDED, *SHAPES) or not n.isdigit():
+            raise argparse.ArgumentTypeError(f"{text!r}: write MODEL:SEQUENCES, with {EMBEDDED}, {', '.join(SHAPES)}")
+        return Case(model, int(n))
+
+    def __str__(self) -> str:
+        names = {EMBEDDED: "embedded model", "gpt2": "GPT-2 124M shape", "tiny": "a tiny model"}
+        return f"{names[self.model]}, {self.n} sequences"
+
+
+def add_cases(parser: argparse.ArgumentParser, *cases: str) -> None:
+    """The option ``--case``, with these as its default."""
+    parser.add_argument(
+        "--case",
+        type=Case.parse,
+        nargs="+",
+        metavar="MODEL:SEQUENCES",
+        default=[Case.parse(case) for case in cases],
+        help=f"embedded or gpt2, with the number of sequences at a time ({' '.join(cases)})",
+    )
+    parser.add_argument("--length", type=int, default=40, help="tokens of a completion at most (40)")
+
+
+@contextlib.contextmanager
+def folder_of(model: str | Shape) -> Iterator[str]:
+    """A folder with this model and its tokenizer, as any library loads them."""
+    from tiltlm.lm.embedded import embedded_path
+
+    if model == EMBEDDED:
+        yield str(embedded_path())
+        return
+    with tempfile.TemporaryDirectory(prefix="tiltlm-bench-") as folder:
+        save_random_model(SHAPES[model] if isinstance(model, str) else model, Path(folder))
+        yield folder
+
+
+def save_random_model(shape: Shape, folder: Path) -> None:
+    """Save a GPT-2 with random weights and without dropout, whose completions all have the greatest length.
+
+    With random weights a sequence ends at random or never, so lengths would differ from side to side. The EOS of the
+    tokenizer is therefore a token that the model does not have: everything looks for it and nothing can draw it.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    words = {"<bos>": 0} | {_word(i): i for i in range(1, shape.vocabulary)} | {"<never>": shape.vocabulary}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<bos>", eos_token="<never>", padding_side="left"
+    )
+    fast.save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_positions=shape.positions,
+        n_embd=shape.hidden,
+        n_layer=shape.layers,
+        n_head=max(1, shape.hidden // 64),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def _word(number: int) -> str:
+    """A pseudo-word for a token: its number in base 26, in letters."""
+    letters = ""
+    while number:
+        number, digit = divmod(number, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters

@@ -1,0 +1,308 @@
+"""A harness that measures sides of a comparison in turn: A B A B, each in a process of its own, the others idle."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+@dataclass
+class Tally:
+    """What a process did so far: positions that went through a model, sequences and tokens that were drawn."""
+
+    positions: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+    def drawn(self, sequences: int, tokens: int) -> None:
+        """Count drawn sequences, and their tokens without padding."""
+        self.sequences += sequences
+        self.tokens += tokens
+
+
+# Of this process. Every side counts into it in the same way.
+tally = Tally()
+_counted: set[int] = set()
+
+
+def count_positions(vocabulary: int) -> None:
+    """Count every position that any model of this process reads, padding included, from now on.
+
+    Each forward pass looks its tokens up in the one embedding that has ``vocabulary`` rows, whoever calls it and
+    however the model is wrapped. What gradient checkpointing computes again is not counted.
+    """
+    if vocabulary in _counted:
+        return
+    _counted.add(vocabulary)
+    import torch
+
+    original = torch.nn.Embedding.forward
+
+    def counting(self: torch.nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+        if self.num_embeddings == vocabulary:
+            tally.positions += input.numel()
+        return original(self, input)
+
+    torch.nn.Embedding.forward = counting  # type: ignore[method-assign]
+
+
+def memory(name: str) -> int:
+    """A figure of this process in bytes: ``VmHWM``, the most memory that it ever held, or ``VmRSS``, what it holds."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}; the benchmarks need Linux")
+
+
+class Over(Exception):
+    """Raised in a side when there are no more turns."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a side says once it is loaded: the memory that it holds, and its threads."""
+
+    held: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a side: its seconds, what it added to the tally, and its peak memory so far in bytes."""
+
+    seconds: float
+    tally: Tally
+    peak: int
+
+
+class Turns:
+    """A side's view of the comparison: ``begin`` waits until it is asked, ``end`` stops the clock."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._ready = False
+        self._began = 0.0
+        self._before = Tally()
+
+    def begin(self) -> None:
+        """Wait for the next turn and start the clock. Raises Over after the last one."""
+        if not self._ready:
+            import torch
+
+            self._ready = True
+            self._connection.send(Ready(memory("VmRSS"), torch.get_num_threads()))
+        if self._connection.recv() == "over":
+            raise Over
+        self._before = Tally(**vars(tally))
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """Stop the clock and report."""
+        seconds = time.perf_counter() - self._began
+        added = Tally(**{name: value - getattr(self._before, name) for name, value in vars(tally).items()})
+        self._connection.send(Turn(seconds, added, memory("VmHWM")))
+
+    def serve(self, step: Callable[[], object]) -> None:
+        """Take ``step`` once in each turn, until Over is raised."""
+        while True:
+            self.begin()
+            step()
+            self.end()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side: ``work(turns, **settings)``, a function of a module that the new process can import.
+
+    ``trained`` is the number of sequences that one turn trains on (or draws, where nothing is trained).
+    """
+
+    name: str
+    work: Callable[..., None]
+    trained: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a side took: seconds per turn, passes per trained token, tokens per sequence, memory in bytes."""
+
+    name: str
+    seconds: tuple[float, ...]
+    passes: float
+    length: float
+    held: int
+    peak: int
+    threads: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.median:.3f} s ({min(self.seconds):.3f} to {max(self.seconds):.3f}), "
+            f"{self.passes:.2f} passes a token, {self.length:.1f} tokens a sequence, peak memory "
+            f"{self.peak / MIB:,.0f} MiB = {self.held / MIB:,.0f} after loading "
+            f"+ {(self.peak - self.held) / MIB:,.0f}, {self.threads} threads"
+        )
+
+
+def _worker(connection: Connection, side: Side) -> None:
+    try:
+        side.work(Turns(connection), **side.settings)
+    except (Over, EOFError):
+        return
+    except BaseException:
+        connection.send(traceback.format_exc())
+
+
+def take_turns(sides: Sequence[Side], rounds: int) -> list[Result]:
+    """Let each side load and warm up with one turn, then ask them in turn, ``rounds`` times over.
+
+    Raises RuntimeError with its traceback when a side fails.
+    """
+    # Read by libraries when they are imported, in the new processes too.
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    context = get_context("spawn")
+    connections, processes = [], []
+    try:
+        ready, turns = [], []
+        for side in sides:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, side), daemon=True)
+            process.start()
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+            ready.append(_answer(ours, side))
+        for turn in range(rounds + 1):
+            answers = []
+            for side, connection in zip(sides, connections, strict=True):
+                connection.send("go")
+                answers.append(_answer(connection, side))
+            if turn > 0:  # the first warms up
+                turns.append(answers)
+        return [
+            _result(side, loaded, [answers[k] for answers in turns])
+            for k, (side, loaded) in enumerate(zip(sides, ready, strict=True))
+        ]
+    finally:
+        for connection, process in zip(connections, processes, strict=True):
+            _dismiss(connection, process)
+
+
+def _answer(connection: Connection, side: Side) -> Any:
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise RuntimeError(f"{side.name}: its process ended without a word (out of memory?)") from None
+    if isinstance(answer, str):
+        raise RuntimeError(f"{side.name} failed:\n{answer}")
+    return answer
+
+
+def _dismiss(connection: Connection, process: Any) -> None:
+    with contextlib.suppress(OSError):  # it has ended already
+        connection.send("over")
+    process.join(timeout=60)
+    if process.is_alive():
+        process.terminate()
+    connection.close()
+
+
+def _result(side: Side, ready: Ready, turns: Sequence[Turn]) -> Result:
+    positions, sequences, tokens = (
+        sum(getattr(turn.tally, name) for turn in turns) for name in ("positions", "sequences", "tokens")
+    )
+    length = tokens / max(1, sequences)
+    trained = side.trained * len(turns) * length
+    return Result(
+        name=side.name,
+        seconds=tuple(turn.seconds for turn in turns),
+        passes=positions / trained if trained else float("nan"),
+        length=length,
+        held=ready.held,
+        peak=turns[-1].peak,
+        threads=ready.threads,
+    )
+
+
+def ratio(theirs: Result, ours: Result) -> str:
+    """The median of theirs / ours over the rounds, with the least and the greatest."""
+    ratios = [a / b for a, b in zip(theirs.seconds, ours.seconds, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def machine() -> str:
+    """Date, processor and versions, as the tables say them."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    versions = []
+    for package in ("torch", "transformers", "trl"):
+        try:
+            versions.append(f"{package} {metadata.version(package).partition('+')[0]}")
+        except metadata.PackageNotFoundError:
+            continue
+    cpu = " ".join(names[0].replace("(R)", "").split()) if names else "unknown processor"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    bound = f" with OMP_NUM_THREADS={threads}" if threads else ""
+    return f"{datetime.date.today()}, {os.cpu_count()} cores of {cpu}{bound}, {', '.join(versions)}"
+
+
+def show(what: str, pairs: Sequence[tuple[Result, Result]]) -> None:
+    """Print what each side took, and a row of README.md's table for each pair (theirs, ours)."""
+    command = shlex.join(["python", *sys.argv])
+    results = {id(result): result for pair in pairs for result in reversed(pair)}
+    print(f"\n{what}")
+    for result in results.values():
+        print(f"  {result}")
+    for theirs, ours in pairs:
+        print(
+            f"| `{command}` | {what}: {theirs.name} / {ours.name} | {ratio(theirs, ours)} "
+            f"| {theirs.passes:.2f} / {ours.passes:.2f} "
+            f"| {theirs.peak / MIB:,.0f} / {ours.peak / MIB:,.0f} ({ours.peak / theirs.peak:.0%}) | {machine()} |",
+            flush=True,
+        )
+
+
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side that count ({rounds})")
+    made.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it runs")
+    return made
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option ``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "auto"),
+        default="float32",
+        help="auto: float32 weights, bfloat16 compute where the hardware has it (float32)",
+    )

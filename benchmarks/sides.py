@@ -1,0 +1,71 @@
+"""What several benchmarks share: the reward, our trainer on it, and loading a model as users of transformers do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from side_by_side import count_positions, tally
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tiltlm.objectives import Objective
+    from tiltlm.training.proposal import ProposalRule
+    from tiltlm.training.trainer import Trainer
+
+BETA = 0.05
+LEARNING_RATE = 1e-5
+FIT_SAMPLES = 256
+LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
+
+
+def vowels(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The share of vowels in each text, as a reward function of TRL; counts the tokens that it sees."""
+    tally.drawn(len(completion_ids), sum(map(len, completion_ids)))
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
+
+
+def our_trainer(
+    folder: str,
+    *,
+    objective: Objective,
+    rule: ProposalRule,
+    batch: int,
+    length: int,
+    dtype: str = "float32",
+    rows: int | None = None,
+    lora: bool = False,
+) -> Trainer:
+    """A trainer toward a(x) exp(reward/β), all else by default; ``rows`` sets the rows of a forward pass."""
+    from tiltlm.features import callable_feature
+    from tiltlm.lm import LanguageModel, Roles
+    from tiltlm.targets import draw_base_sample, fit_target, state_terms
+    from tiltlm.training.arguments import TrainingArguments
+    from tiltlm.training.trainer import Trainer
+
+    model = LanguageModel.from_pretrained(folder, device="cpu", dtype=dtype)
+    count_positions(model.vocab_size)
+    reward = callable_feature(vowels)
+    fit_samples = min(FIT_SAMPLES, batch)
+    sample = draw_base_sample(model, [reward], fit_samples, max_completion_length=length)
+    target = fit_target(state_terms([], reward=reward, beta=BETA), sample)
+    args = TrainingArguments(
+        max_steps=10**6,
+        batch_size=batch,
+        per_device_train_batch_size=rows,
+        learning_rate=LEARNING_RATE,
+        reuse_fit_samples=False,
+        save_steps=0,
+    )
+    roles = Roles(model.with_lora(**LORA) if lora else model)
+    return Trainer(roles, target, objective, rule, args, base_sample=sample)
+
+
+def load(folder: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, by transformers; its positions are counted from now on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    count_positions(model.config.vocab_size)
+    return model, AutoTokenizer.from_pretrained(folder)
