@@ -33,11 +33,11 @@ def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str) -> None
     trainer = our_trainer(
         folder, objective=GDCPlusPlus(), rule=proposal_rule("on_policy"), batch=batch, length=length, dtype=dtype
     )
-    sequences, passes = trainer.sequences, trainer.forward_passes
+    sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
     try:
         turns.serve(trainer.train_step)
     except Over:
-        counted = (trainer.forward_passes - passes) / (trainer.sequences - sequences)
+        counted = (trainer.passes.forward_passes - passes) / (trainer.passes.sequences - sequences)
         print(f"  ours by its own counter: {counted:.2f} passes a trained sequence", flush=True)
         raise
 

@@ -111,7 +111,7 @@ def tune(
     config = parse_config(
         {
             "model": base.name,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
             "prompts": prompts if any(prompts) else None,
             "target": _stated_config(target),
             "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},

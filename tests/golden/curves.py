@@ -73,6 +73,10 @@ class Outcome:
     used: list[Samples]
 
 
+# Time, and what is nothing but rounding.
+NOT_OF_THE_CURVE = ("seconds", "mismatch")
+
+
 class Recorder(Trainer, Callback):
     """A trainer that keeps what it measures and draws, and trains on ``texts``, a list for each step, if given."""
 
@@ -93,7 +97,7 @@ class Recorder(Trainer, Callback):
         return Batch(samples, measure_samples(self.target.features, samples), batch.source)
 
     def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
-        self.lines.append({name: value for name, value in metrics.to_json().items() if name != "seconds"})
+        self.lines.append({name: value for name, value in metrics.to_json().items() if name not in NOT_OF_THE_CURVE})
 
 
 @torch.no_grad()

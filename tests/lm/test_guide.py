@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_sampling import chi_squared, settings
-from torch import Tensor
 
 from enumerable import LAWS, PROMPTS, TOKENS, random_guide, tiny_model
 from tiltlm.exact import enumerate_completions
-from tiltlm.lm import Guide, LanguageModel, Law, Samples, sampling
+from tiltlm.lm import Guide, LanguageModel, Law, Samples, next_token, sampling
 
 LENGTH = 4
 
@@ -169,13 +168,19 @@ def test_another_law_is_scored_without_the_guide_or_with_one_that_is_given():
     guide = random_guide(model)
     samples = model.sample(50, PROMPTS["several"], 5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
-        own = model.log_probabilities(samples)
-        given = model.log_probabilities(samples, Law(), guide)
-        plain = model.log_probabilities(replace(samples, guide=None))
-        torch.testing.assert_close(own, given, rtol=0, atol=0)
-        torch.testing.assert_close(model.log_probabilities(samples, Law()), plain, rtol=0, atol=0)
-    weights: Tensor = guide.sequence_log_weights(samples.tokens)
-    torch.testing.assert_close(own, (plain + weights).log_softmax(-1), rtol=0, atol=1e-12)
+        own, other = model.logprob(samples), model.logprob(samples, law=Law())
+        plain = model.logprob(replace(samples, guide=None))
+        read = model.read(samples)
+        both = next_token(samples, read, read, guide)
+        laws = read.logits(slice(None)).log_softmax(-1)
+    assert both.guide is not None
+    torch.testing.assert_close(both.guide, own, rtol=0, atol=1e-12)
+    torch.testing.assert_close(other, plain, rtol=0, atol=0)
+    states = guide.states(samples.tokens)
+    for law, row, t in zip(laws, samples.flat_rows.tolist(), samples.flat_columns.tolist(), strict=True):
+        weights = guide.log_weights(states[row, t][None], t)[0]
+        token = samples.tokens[row, t]
+        assert float(own[row, t]) == pytest.approx(float((law + weights).log_softmax(-1)[token]), abs=1e-12)
 
 
 def test_the_gradient_of_a_guided_law_is_that_of_the_model_within_it():

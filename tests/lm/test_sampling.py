@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 
 import pytest
@@ -218,7 +219,8 @@ def test_a_token_of_probability_zero_is_never_drawn():
     generator = torch.Generator().manual_seed(0)
     # So coarse that the uniform numbers often meet a boundary between tokens, and 0.
     law = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().half().expand(20_000, 5)
-    drawn = sampling.draw(law, generator)
+    drawn, logprob = sampling.draw(law, Law(), generator)
+    torch.testing.assert_close(logprob, torch.full_like(logprob, math.log(0.5)), rtol=0, atol=1e-3)
     assert set(drawn.tolist()) == {1, 3}
     assert abs(float((drawn == 1).double().mean()) - 0.5) < 0.02
 

@@ -15,8 +15,8 @@ from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.exact import weighted_gradient
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
-from tiltlm.objectives import Guided, distillation, prefix_weights
-from tiltlm.training import trainer as trainer_module
+from tiltlm.objectives import Guided, prefix_weights
+from tiltlm.training import scoring
 from tiltlm.training.batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, tiny_world, true_gradient
@@ -52,14 +52,14 @@ def as_if_from(world: World, trainer: Trainer, proposal: str) -> Batch:
 
 def expected(trainer: Trainer, batch: Batch, log_z: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The mean gradient under the batch's law: each completion pulls as often as it is drawn."""
-    pull_chunk, n = trainer_module.pull_chunk, len(batch.samples)
+    pull_chunk, n = scoring.pull_chunk, len(batch.samples)
 
     def weighed(objective: Any, samples: Samples, *args: Any) -> Tensor:
         mass = samples.sequence_logprob.exp() * n
         return torch.where(mass > 0, mass * pull_chunk(objective, samples, *args), 0.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "pull_chunk", weighed)
+        patch.setattr(scoring, "pull_chunk", weighed)
         trainer.pull(batch, log_z)
     return gradient(trainer)
 
@@ -197,15 +197,6 @@ def test_weights_of_prefixes_are_products_of_the_tokens_before() -> None:
     proposal = torch.tensor([[0.25, 0.5, 0.1], [0.5, 0.5, 0.6]]).double().log()
     weights = prefix_weights(guide, proposal)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 0.0]]).double())
-
-
-def test_the_distillation_is_a_weighted_sum_of_cross_entropies_by_hand() -> None:
-    guide = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]]).double().log()
-    policy = torch.tensor([[[0.25, 0.75, 0.0], [0.3, 0.3, 0.4]]]).double().log()
-    first = 0.5 * math.log(0.25) + 0.5 * math.log(0.75)
-    second = 0.1 * math.log(0.3) + 0.2 * math.log(0.3) + 0.7 * math.log(0.4)
-    found = distillation(guide, policy, torch.tensor([[1.0, 3.0]]).double())
-    assert found.tolist() == pytest.approx([first + 3 * second])
 
 
 @pytest.mark.parametrize("field", ["correction", "feedback"])

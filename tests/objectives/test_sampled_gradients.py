@@ -16,6 +16,7 @@ from tiltlm.lm import Samples
 from tiltlm.objectives import BUILT_IN, GDC, Guided, Objective
 from tiltlm.training.batch import Batch
 from tiltlm.training.proposal import RULES
+from tiltlm.training.pulling import ignores_the_impossible
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
@@ -78,6 +79,7 @@ def test_summed_over_samples_of_the_base_it_is_exact_without_a_pass_of_the_base(
 def switch(trainer: Trainer, objective: Objective) -> None:
     """Another objective from now on, in a trainer that has a guide."""
     trainer.objective, trainer.distills = objective, isinstance(objective, Guided)
+    trainer.scorer.objective, trainer.scorer.skips = objective, ignores_the_impossible(objective)
 
 
 def advanced(world: World, rule: str) -> Trainer:

@@ -4,13 +4,14 @@ N sequences of T tokens from a vocabulary of V, K features, S states of a guide.
 docstrings, and needs neither package.
 """
 
+import torch
 from beartype import beartype
 from jaxtyping import Float, Float64, Int, jaxtyped
 from torch import Tensor
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
-from tiltlm.lm import Guide, Law
+from tiltlm.lm import Guide, Law, sampling
 from tiltlm.objectives import Objective, Record, guided
 from tiltlm.targets import TiltedTarget, moments
 
@@ -59,13 +60,6 @@ def prefix_weights(guide_tokens: Float[Tensor, "N T"], proposal_tokens: Float[Te
 
 
 @shaped
-def distillation(
-    guide_law: Float[Tensor, "N T V"], policy_law: Float[Tensor, "N T V"], weights: Float[Tensor, "N T"]
-) -> Float[Tensor, "N"]:
-    return guided.distillation(guide_law, policy_law, weights)
-
-
-@shaped
 def log_probabilities(law: Law, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
     return law.log_probabilities(logits)
 
@@ -101,8 +95,15 @@ def log_weights(
 
 
 @shaped
-def sequence_log_weights(
-    tokens: Int[Tensor, "N T"], transitions: Int[Tensor, "S V"], log_twist: Float[Tensor, "T+1 2*S"]
-) -> tuple[Int[Tensor, "N T"], Float[Tensor, "N T V"]]:
-    guide = Guide(transitions, log_twist)
-    return guide.states(tokens), guide.sequence_log_weights(tokens)
+def log_weights_at(
+    states: Int[Tensor, "P"],
+    columns: Int[Tensor, "P"],
+    transitions: Int[Tensor, "S V"],
+    log_twist: Float[Tensor, "read 2*S"],
+) -> Float[Tensor, "P V"]:
+    return Guide(transitions, log_twist).log_weights_at(states, columns)
+
+
+@shaped
+def draw(logits: Float[Tensor, "N V"], law: Law, seed: int) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+    return sampling.draw(logits, law, torch.Generator().manual_seed(seed))

@@ -28,10 +28,6 @@ def logs(*shape: int) -> Tensor:
     return -1 - torch.rand(shape, generator=GENERATOR)
 
 
-def laws(*shape: int) -> Tensor:
-    return logs(*shape).log_softmax(-1)
-
-
 def whole(below: int, *shape: int) -> Tensor:
     return torch.randint(below, shape, generator=GENERATOR)
 
@@ -54,7 +50,6 @@ CASES: dict[str, Callable[[], Any]] = {
         for name, objective in BUILT_IN.items()
     },
     "prefix_weights": lambda: shaped.prefix_weights(logs(N, T), logs(N, T)),
-    "distillation": lambda: shaped.distillation(laws(N, T, V), laws(N, T, V), logs(N, T).exp()),
     "the model's own law": lambda: shaped.log_probabilities(Law(), logs(N, T, V)),
     "a warped law": lambda: shaped.log_probabilities(Law(0.7, top_k=5, top_p=0.9), logs(N, V)),
     "log_score": lambda: shaped.log_score(target(), logs(N), torch.ones(N, K)),
@@ -63,7 +58,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "advance": lambda: shaped.advance(Guide(*guide()), whole(2 * S, N), whole(V, N)),
     "log_weights, fewer rows than states": lambda: shaped.log_weights(whole(2 * S, 2), 1, *guide()),
     "log_weights, more rows than states": lambda: shaped.log_weights(whole(2 * S, N), T, *guide()),
-    "sequence_log_weights": lambda: shaped.sequence_log_weights(whole(V, N, T), *guide()),
+    "log_weights_at": lambda: shaped.log_weights_at(whole(2 * S, N), whole(T, N), *guide()),
+    "draw": lambda: shaped.draw(logs(N, V), Law(), 0),
 }
 
 
@@ -75,9 +71,8 @@ def test_shapes_are_those_that_the_signature_states(case: str) -> None:
 @pytest.mark.parametrize(
     "mistake",
     [
-        lambda: shaped.distillation(laws(N, T, V), laws(N, T, V), logs(T, N)),
-        lambda: shaped.distillation(laws(N, V, T), laws(N, T, V), logs(N, T)),
-        lambda: shaped.sequence_log_weights(whole(V, N, T), *guide(T + 1)),
+        lambda: shaped.prefix_weights(logs(N, T), logs(T, N)),
+        lambda: shaped.log_weights_at(whole(2 * S, N), whole(T, N + 1), *guide()),
         lambda: shaped.log_score(target(), logs(N), torch.ones(K, N)),
         lambda: shaped.log_importance_weights(logs(N, 1), logs(N)),
     ],
@@ -87,14 +82,13 @@ def test_swapped_and_missing_axes_are_noticed(mistake: Callable[[], Any]) -> Non
         mistake()
 
 
-@pytest.mark.parametrize("name", ["prefix_weights", "distillation"])
-def test_training_calls_with_the_shapes_that_the_signature_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_calls_with_the_shapes_that_the_signature_states(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def call(*args: Tensor) -> Tensor:
         calls.append(args)
-        return getattr(shaped, name)(*args)  # type: ignore[no-any-return]
+        return shaped.prefix_weights(*args)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(pulling, name, call)
+    monkeypatch.setattr(pulling, "prefix_weights", call)
     build_trainer(tiny_world(), method="guided", rule="guided", batch_size=50).train_step()
     assert calls

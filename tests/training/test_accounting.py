@@ -76,7 +76,7 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[str] = Counter()
-        sample, score = LanguageModel.sample, LanguageModel.log_probabilities
+        sample, score = LanguageModel.sample, LanguageModel.read
 
         def counted_sample(model: LanguageModel, n: int, *args: Any, **kwargs: Any) -> Any:
             self.counts["sampled"] += n
@@ -87,7 +87,7 @@ class Passes:
             return score(model, samples, *args, **kwargs)
 
         monkeypatch.setattr(LanguageModel, "sample", counted_sample)
-        monkeypatch.setattr(LanguageModel, "log_probabilities", counted_score)
+        monkeypatch.setattr(LanguageModel, "read", counted_score)
 
     def taken(self) -> tuple[int, int]:
         counts = self.counts["sampled"], self.counts["sampled"] + self.counts["scored"]
@@ -97,11 +97,14 @@ class Passes:
 
 def spent(trainer: Trainer) -> tuple[int, int]:
     """Sequences and forward passes of one step by the trainer's own count."""
-    sequences, passes = trainer.sequences, trainer.forward_passes
+    sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
     metrics = trainer.train_step()
     assert metrics.progress is not None
-    assert (metrics.progress.sequences, metrics.progress.forward_passes) == (trainer.sequences, trainer.forward_passes)
-    return trainer.sequences - sequences, trainer.forward_passes - passes
+    assert (metrics.progress.sequences, metrics.progress.forward_passes) == (
+        trainer.passes.sequences,
+        trainer.passes.forward_passes,
+    )
+    return trainer.passes.sequences - sequences, trainer.passes.forward_passes - passes
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -129,13 +132,17 @@ def test_a_published_check_costs_ten_batches_more(world: World, monkeypatch: pyt
     assert spent(trainer) == passes.taken() == (50 + 500, 100 + 10 * 100)
     assert trainer.source == "step 2"
     assert spent(trainer) == passes.taken() == (50, 150)
-    assert spent(trainer) == passes.taken() == (50 + 500, 150 + 10 * 150)
+    sequences, forward = spent(trainer)
+    assert (sequences, forward) == passes.taken()
+    assert sequences == 50 + 500
+    # What the filter rejects takes no part in a distance to the target, and no base pass.
+    assert 150 + 10 * 100 < forward < 150 + 10 * 150
 
 
 def test_fit_samples_train_the_policy_once_and_are_counted_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     n = len(world.base_sample.samples)
     trainer = build_trainer(world, reuse_fit_samples=True, batch_size=250)
-    assert (n, trainer.sequences, trainer.forward_passes) == (600, 600, 600)
+    assert (n, trainer.passes.sequences, trainer.passes.forward_passes) == (600, 600, 600)
     before = trainer.partition
     passes = Passes(monkeypatch)
     for _ in range(2):

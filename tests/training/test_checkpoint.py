@@ -86,7 +86,7 @@ def test_damage_is_a_checkpoint_error_that_says_what_to_do(
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("field", ["partition", "queue", "source", "step", "sequences", "forward_passes", "seconds"])
+@pytest.mark.parametrize("field", ["partition", "queue", "source", "step", "drawn", "passes", "seconds"])
 def test_a_state_without_one_of_its_fields_is_a_checkpoint_error(world: World, tmp_path: Path, field: str) -> None:
     trainer = build_trainer(world, folder=tmp_path, batch_size=20)
     trainer.train_step()

@@ -42,7 +42,7 @@ def test_a_guided_step_costs_three_passes_and_a_reused_one_two(
     world: World, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build_trainer(world, method="guided", rule="guided", lora=lora, reuse_fit_samples=True, batch_size=250)
-    assert (trainer.sequences, trainer.forward_passes) == (600, 600)
+    assert (trainer.passes.sequences, trainer.passes.forward_passes) == (600, 600)
     passes = Passes(monkeypatch)
     for _ in range(2):
         assert spent(trainer) == passes.taken() == (0, 500)
@@ -80,7 +80,7 @@ def follow(world: World, trainer: Trainer) -> tuple[Tensor, float]:
     """Follow one fresh batch; gives where the leaning goes by the formula, and E_π[φ] of the batch."""
     own = guidance(trainer)
     batch = trainer.draw()
-    scores = trainer.pull(batch, world.truth.log_z, backward=False)
+    scores = trainer.scorer.score(batch)
     weights = (scores.policy_logprob - scores.proposal_logprob).softmax(0)
     reached = float(weights @ batch.features[:, 1].double())
     fit = world.base_sample

@@ -31,6 +31,7 @@ def single(world: World) -> LanguageModel:
 
 def computed_in(trainer: Trainer) -> torch.dtype:
     """Takes a step and says what the policy's logits were."""
+    assert trainer.roles.policy.output_layer is not None  # found out once, by a call of the layer
     seen: list[torch.dtype] = []
     handle = trainer.roles.policy.model.lm_head.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     trainer.train_step()
@@ -185,7 +186,7 @@ def test_a_run_in_which_no_scale_helps_fails_and_does_not_skip_every_step(
     world: World,
 ) -> None:
     trainer = fp16(world)
-    trainer.objective = Overwhelming()
+    trainer.scorer.objective = Overwhelming()
     for _ in range(int(math.log2(SCALE)) + 1):
         trainer.train_step()
     with pytest.raises(NumericalError, match=r"gradient is not finite; lower training\.learning_rate"):

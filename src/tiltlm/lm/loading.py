@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {
-    "auto": "auto",
+    "auto": torch.float32,
     "float32": torch.float32,
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from tiltlm.errors import UsageError
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
-from tiltlm.lm.samples import Law, Prompts, Samples, token_logprob
+from tiltlm.lm.next_token import Reading, token_logprobs
+from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16
+from tiltlm.lm.samples import Law, Prompts, Samples
 from tiltlm.lm.sampling import accepts, positions, sample_batch
 
 if TYPE_CHECKING:
@@ -22,11 +25,17 @@ if TYPE_CHECKING:
 
     from tiltlm.targets import Target
 
-# Bytes for one chunk of logits: on a CPU small chunks stay in its caches and are the fastest.
-CPU_LOGITS_BYTES = 64 * 2**20
+# Bytes that the activations, or where they are made the logits, of one chunk may take on a CPU.
+CPU_CHUNK_BYTES = 768 * 2**20
 CPU_SAMPLING_BYTES = 2**30
 COPIES_OF_LOGITS = 4
+# Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
+HIDDEN_VECTORS, INTERMEDIATE_VECTORS = 10, 6
 
+
+# By what the output layer is tried out, and how far rounding may part two computations of the same logits.
+LARGE = 100.0
+ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.003}
 
 # Settings of LoRA whose other values change the weights, or the layers, that the base would share.
 HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
@@ -39,14 +48,23 @@ HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
 class LanguageModel:
     """A causal language model that samples text and scores it under exactly the law that it samples from.
 
-    ``model`` and ``tokenizer`` are the Hugging Face objects. A completion starts after BOS (or EOS, for tokenizers
-    without BOS) or after a prompt, and ends with the first EOS or at the length limit.
+    ``model`` and ``tokenizer`` are the Hugging Face objects; matrix products are taken in ``compute_dtype``, or in the
+    dtype of the weights if it is None. A completion starts after BOS (or EOS, for tokenizers without BOS) or after a
+    prompt, and ends with the first EOS or at the length limit.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model.eval()  # dropout would make two passes over one sequence disagree
         self.tokenizer = tokenizer
         self.name = name
+        self.compute_dtype = compute_dtype
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -68,19 +86,21 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load ``"embedded"``, a local folder or a hub name; safetensors weights only.
 
-        ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings; ``dtype`` is the dtype of the weights.
+        ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings; ``dtype`` is the dtype of the weights, and
+        ``auto`` float32 weights with products in bfloat16 where the hardware multiplies it natively.
         Raises ModelError when the model or its tokenizer cannot be loaded, UsageError for a bad device or dtype.
         """
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
         target = resolve_device(device)
         tokenizer = load_tokenizer(str(name), **kwargs)
         model = load_weights(str(name), dtype, **kwargs)
-        loaded = cls(model.to(target), tokenizer, name=str(name))
+        compute = torch.bfloat16 if dtype == "auto" and native_bfloat16(target) else None
+        loaded = cls(model.to(target), tokenizer, name=str(name), compute_dtype=compute)
         return loaded.with_lora(**peft) if peft is not None else loaded
 
     def copy(self) -> LanguageModel:
         """The same model in memory of its own."""
-        return LanguageModel(copy.deepcopy(self.model), self.tokenizer, name=self.name)
+        return self._with(copy.deepcopy(self.model))
 
     def with_lora(self, *, seed: int = 0, **settings: Any) -> LanguageModel:
         """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``).
@@ -101,11 +121,14 @@ class LanguageModel:
                 model = get_peft_model(self.model, config)
         except (TypeError, ValueError) as error:
             raise UsageError(f"peft: LoRA with {settings} was refused: {error}") from error
-        return LanguageModel(model, self.tokenizer, name=self.name)
+        return self._with(model)
 
     def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
         """The same weights with a trained adapter from a folder. Raises ModelError when it cannot be loaded."""
-        return LanguageModel(load_adapter(self.model, str(folder)), self.tokenizer, name=self.name)
+        return self._with(load_adapter(self.model, str(folder)))
+
+    def _with(self, model: PreTrainedModel) -> LanguageModel:
+        return LanguageModel(model, self.tokenizer, name=self.name, compute_dtype=self.compute_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -169,25 +192,27 @@ class LanguageModel:
         guide = self.placed(guide) if guide is not None else None
         limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
         parts = []
-        for rows in torch.split(index, -(-n // -(-n // limit))):
-            tokens, mask, logprob = sample_batch(
-                self.model,
-                prompts,
-                rows,
-                max_new_tokens=max_completion_length,
-                eos_ids=torch.tensor(self.eos_ids, device=self.device, dtype=torch.long),
-                pad_id=self.pad_id,
-                law=law,
-                generator=generator,
-                guide=guide,
-            )
-            parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer, guide))
-            if progress is not None:
-                progress(sum(map(len, parts)), n)
+        with computing(self._inner, self.compute_dtype), cast_weights(self.model, self.compute_dtype):
+            for rows in torch.split(index, -(-n // -(-n // limit))):
+                tokens, mask, logprob = sample_batch(
+                    self.model,
+                    prompts,
+                    rows,
+                    max_new_tokens=max_completion_length,
+                    eos_ids=torch.tensor(self.eos_ids, device=self.device, dtype=torch.long),
+                    pad_id=self.pad_id,
+                    law=law,
+                    generator=generator,
+                    guide=guide,
+                    cache_dtype=cache_dtype(self.device, self.compute_dtype),
+                )
+                parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer, guide))
+                if progress is not None:
+                    progress(sum(map(len, parts)), n)
         return Samples.concatenate(parts)
 
     def chunks(self, samples: Samples, size: int | None = None) -> list[Tensor]:
-        """Row indices of ``samples``, like lengths together, in pieces whose logits fit the memory bound.
+        """Row indices of ``samples``, like lengths together, in pieces whose activations fit the memory bound.
 
         ``size`` sets the number of rows of a piece instead.
         """
@@ -196,8 +221,7 @@ class LanguageModel:
         if size is not None:
             return list(torch.split(order, size))
         lengths = samples.lengths[order].tolist()
-        per_token = self.vocab_size * 4 * COPIES_OF_LOGITS
-        budget = max(1, self._logits_bytes() // per_token)
+        budget = max(1, self._chunk_bytes() // self._bytes_of_a_token())
         pieces, start = [], 0
         for stop in range(1, len(order) + 1):
             if stop == len(order) or (stop + 1 - start) * lengths[stop] > budget:
@@ -205,30 +229,32 @@ class LanguageModel:
                 start = stop
         return pieces
 
-    def log_probabilities(self, samples: Samples, law: Law | None = None, guide: Guide | None = None) -> Tensor:
-        """Log-probabilities [N, T, V] over the vocabulary at every completed position, with gradient if enabled.
+    def read(self, samples: Samples) -> Reading:
+        """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
 
-        Under the law and the guide of ``samples``, or else under ``law`` with ``guide``. For one chunk at a time: the
-        caller bounds N.
+        For one chunk at a time: the caller bounds N. ``next_token`` makes log-probabilities of it.
         """
-        if law is None:
-            law, guide = samples.law, samples.guide
         tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
         width = samples.tokens.shape[1]
-        inputs = torch.cat([tokens, samples.tokens[:, :-1]], dim=1)
-        arguments: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+        arguments: dict[str, Any] = {
+            "input_ids": torch.cat([tokens, samples.tokens[:, :-1]], dim=1),
+            "use_cache": False,
+        }
         if not bool(mask.all()):
             # The right padding is never attended to by a sampled token, so only the left one is masked.
             full = torch.cat([mask, torch.ones_like(samples.mask[:, :-1])], dim=1)
             arguments["attention_mask"] = full.long()
             if accepts(self.model, "position_ids"):
                 arguments["position_ids"] = positions(full)
-        if accepts(self.model, "logits_to_keep"):
+        layer = self.output_layer
+        if layer is None and accepts(self.model, "logits_to_keep"):
             arguments["logits_to_keep"] = width
-        logits = self.model(**arguments).logits[:, -width:]
-        if guide is not None:
-            logits = logits + self.placed(guide).sequence_log_weights(samples.tokens)
-        return law.log_probabilities(logits)
+        with computing(self._inner, self.compute_dtype):
+            if layer is None:
+                read, weight, bias = self.model(**arguments).logits, None, None
+            else:
+                read, weight, bias = self._inner.base_model(**arguments).last_hidden_state, layer.weight, layer.bias
+            return Reading.of(read[:, -width:][samples.flat_rows, samples.flat_columns], weight, bias)
 
     def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
         """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
@@ -238,13 +264,45 @@ class LanguageModel:
         """
         if not len(samples):
             return torch.zeros_like(samples.proposal_logprob)
+        guide = self.placed(samples.guide) if law is None and samples.guide is not None else None
         pieces, order = [], self.chunks(samples, batch_size)
         width = samples.tokens.shape[1]
         for rows in order:
             chunk = samples.select(rows).trimmed()
-            scores = token_logprob(self.log_probabilities(chunk, law), chunk)
+            scores = token_logprobs(chunk, self.read(chunk), law or samples.law, guide)
             pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
         return torch.cat(pieces)[torch.cat(order).argsort()]
+
+    @cached_property
+    def output_layer(self) -> torch.nn.Linear | None:
+        """The layer that makes logits of hidden states, where that is all that the model does with them.
+
+        None where it is not: where logits are scaled or capped, or the layer carries an adapter.
+        """
+        layer = self._inner.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear:
+            return None
+        # Scaled up, so that a cap on logits shows even where they are small.
+        hook = layer.register_forward_pre_hook(lambda _, args: (args[0] * LARGE,))
+        tokens = torch.tensor([[self.start_id, self.pad_id]], device=self.device)
+        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        try:
+            with torch.no_grad():
+                whole = self.model(**arguments).logits
+        finally:
+            hook.remove()
+        with torch.no_grad():
+            hidden = getattr(self._inner.base_model(**arguments), "last_hidden_state", None)
+            if hidden is None:
+                return None
+            ours = layer(hidden * LARGE)
+        tolerance = ROUNDING.get(whole.dtype, 1e-4) * float(whole.abs().max())
+        return layer if ours.shape == whole.shape and bool(((ours - whole).abs() <= tolerance).all()) else None
+
+    @property
+    def _inner(self) -> PreTrainedModel:
+        """The model without PEFT around it."""
+        return self.model.get_base_model() if self.has_adapter else self.model
 
     def constrain(self, constraints: Any, **settings: Any) -> Target:
         """The target with these moments that is closest to this model; see ``tiltlm.targets.constrain``."""
@@ -268,18 +326,27 @@ class LanguageModel:
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def _logits_bytes(self) -> int:
+    def _bytes_of_a_token(self) -> int:
+        """What one token needs of memory in a pass with gradient, in float32, about."""
+        if self.output_layer is None:
+            return self.vocab_size * 4 * COPIES_OF_LOGITS
+        config = self.model.config.get_text_config()
+        width = int(config.hidden_size)
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+        return int(4 * config.num_hidden_layers * (HIDDEN_VECTORS * width + INTERMEDIATE_VECTORS * inner))
+
+    def _chunk_bytes(self) -> int:
         if self.device.type == "cuda":
             # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
             return int(torch.cuda.mem_get_info(self.device)[1] // 8)
-        return CPU_LOGITS_BYTES
+        return CPU_CHUNK_BYTES
 
     def _rows_at_once(self, length: int) -> int:
         """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""
         config = self.model.config.get_text_config()
         element = next(self.model.parameters()).element_size()
         cache = 2 * 2 * config.num_hidden_layers * config.hidden_size * element * length
-        bound = self._logits_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
+        bound = self._chunk_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
         return max(1, int(bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache)))
 
     def _check_length(self, prompt: int, completion: int) -> None:

@@ -51,9 +51,15 @@ class Law:
             if not fine:
                 raise UsageError(message)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
+        if self != Law():
+            return self.log_probabilities(logits).exp()
+        return _precise(logits).softmax(-1)
+
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Log-probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _precise(logits)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1] or self.top_p < 1.0:
@@ -71,6 +77,10 @@ class Law:
             mass = ranked.softmax(-1)
             ranked = ranked.masked_fill(mass.cumsum(-1) - mass >= self.top_p * (1 - TIE_SHARE), float("-inf"))
         return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, ranked.isneginf())
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,21 @@ class Samples:
         return self.mask.sum(-1)
 
     @cached_property
+    def flat_columns(self) -> Tensor:
+        """The position t of each sampled token [P], those of all rows at one position together."""
+        return self.mask.T.nonzero()[:, 0]
+
+    @cached_property
+    def flat_rows(self) -> Tensor:
+        """The row of each sampled token [P], in the same order."""
+        return self.mask.T.nonzero()[:, 1]
+
+    @cached_property
+    def flat_tokens(self) -> Tensor:
+        """The sampled tokens [P] without padding, in the same order."""
+        return self.tokens[self.flat_rows, self.flat_columns]
+
+    @cached_property
     def sequence_logprob(self) -> Tensor:
         """Log-probability of each whole completion under its own law [N], in nats, float64."""
         return self.proposal_logprob.double().sum(-1)
@@ -173,12 +198,3 @@ class Samples:
 
         joined: dict[str, Any] = {name: join(name) for name in TENSORS}
         return replace(parts[0], **joined)
-
-
-def token_logprob(log_probabilities: Tensor, samples: Samples) -> Tensor:
-    """The entries [N, T] of ``log_probabilities`` [N, T, V] at the sampled tokens, 0 where masked."""
-    chosen = log_probabilities.gather(-1, samples.tokens[..., None]).squeeze(-1)
-    return torch.where(samples.mask, chosen, torch.zeros_like(chosen))
-
-
-__all__ = ["Law", "Prompts", "Samples", "token_logprob"]

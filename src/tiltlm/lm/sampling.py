@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError
+from tiltlm.lm.cache import reserve
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.samples import Law, Prompts
 
@@ -17,19 +20,60 @@ if TYPE_CHECKING:
 
 # A batch is compacted once this share of its rows has ended: copying the cache costs about one decoding step.
 COMPACT_BELOW = 0.8
+# A GPU is asked this seldom whether rows have ended: the question waits for all that it has yet to compute.
+TOKENS_BETWEEN_CHECKS = {"cpu": 1}
+TOKENS_BETWEEN_CHECKS_ELSEWHERE = 8
+# On a CPU the draw goes over rows that stay in its cache.
+CPU_DRAW_BYTES = 2**20
+# Tokens are summed in blocks, so that the sum over a block alone is cumulated token by token.
+BLOCK = 64
 
 
-def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token [N] per row of log-probabilities [N, V], by inverting the cumulative distribution.
+def draw(
+    logits: Tensor,
+    law: Law,
+    generator: torch.Generator,
+    log_weights: Callable[[slice], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token [N] per row of logits [N, V] under ``law``, and its log-probability [N], in float32 or better.
 
-    Much cheaper than ``torch.multinomial`` on a CPU; a token of probability zero is never drawn.
+    ``log_weights`` of a slice of rows are added to their logits first. The cumulative distribution is inverted, much
+    cheaper than ``torch.multinomial`` on a CPU; a token of probability zero is never drawn.
     """
-    cdf = log_probabilities.exp().cumsum(-1)
-    total = cdf[:, -1:]
-    uniform = torch.rand(total.shape, dtype=cdf.dtype, device=cdf.device, generator=generator) * total
-    below = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
+    n, width = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    uniform = torch.rand((n, 1), dtype=dtype, device=logits.device, generator=generator)
+    rows = max(1, CPU_DRAW_BYTES // (4 * width)) if logits.device.type == "cpu" else n
+    tokens, masses = [], []
+    for start in range(0, n, rows):
+        piece = slice(start, start + rows)
+        weighted = logits[piece] if log_weights is None else logits[piece] + log_weights(piece)
+        probabilities = law.probabilities(weighted)
+        drawn = invert(probabilities, uniform[piece])
+        tokens.append(drawn.squeeze(-1))
+        masses.append(probabilities.gather(-1, drawn).squeeze(-1))
+    return torch.cat(tokens), torch.cat(masses).log()
+
+
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token [N, 1] at which the cumulative sum of probabilities [N, V] exceeds its share ``uniform`` [N, 1]."""
+    n, width = probabilities.shape
+    short = -width % BLOCK
+    blocks = (torch.nn.functional.pad(probabilities, (0, short)) if short else probabilities).view(n, -1, BLOCK)
+    upto = blocks.sum(-1).cumsum(-1)
+    wanted = _below(uniform * upto[:, -1:], upto[:, -1:])
     # NaN probabilities would give an index out of range, which a GPU answers by ending the process.
-    return torch.searchsorted(cdf, below, right=True).squeeze(-1).clamp_max(cdf.shape[-1] - 1)
+    block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
+    rest = _below((wanted - before).clamp_min(0), within[:, -1:])
+    token = block * BLOCK + torch.searchsorted(within, rest, right=True).clamp_max(BLOCK - 1)
+    return token.clamp_max(width - 1)
+
+
+def _below(value: Tensor, total: Tensor) -> Tensor:
+    """``value``, but less than ``total`` where rounding made it as much."""
+    return torch.minimum(value, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -104,6 +148,10 @@ def prefill(model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor) -> t
     return decoder, decoder.logits()
 
 
+def _weights(guide: Guide, states: Tensor, t: int, rows: slice) -> Tensor:
+    return guide.log_weights(states[rows], t)
+
+
 @torch.no_grad()
 def sample_batch(
     model: PreTrainedModel,
@@ -116,6 +164,7 @@ def sample_batch(
     law: Law,
     generator: torch.Generator,
     guide: Guide | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one completion for each entry of ``prompt_index`` [N].
 
@@ -130,36 +179,39 @@ def sample_batch(
     alive = torch.arange(n, device=device)
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
+    between = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
     decoder, logits = prefill(model, prompts, prompt_index)
+    reserve(decoder.cache, prompts.tokens.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:
-            logits = logits + guide.log_weights(states, t)
-        log_probabilities = law.log_probabilities(logits)
-        drawn = draw(log_probabilities, generator)
-        if guide is not None and states is not None:
+            drawn, found = draw(logits, law, generator, partial(_weights, guide, states, t))
             states = guide.advance(states, drawn)
+        else:
+            drawn, found = draw(logits, law, generator)
         if logprob is None:
-            logprob = torch.zeros((n, max_new_tokens), dtype=log_probabilities.dtype, device=device)
-        rows = alive[open_rows]
-        tokens[rows, t] = drawn[open_rows]
-        mask[rows, t] = True
-        logprob[rows, t] = log_probabilities.gather(-1, drawn[:, None]).squeeze(-1)[open_rows]
-        open_rows &= ~torch.isin(drawn, eos_ids)
-        still_open = int(open_rows.sum())
-        if still_open == 0:
+            logprob = torch.zeros((n, max_new_tokens), dtype=found.dtype, device=device)
+        tokens[alive, t] = torch.where(open_rows, drawn, pad_id)
+        mask[alive, t] = open_rows
+        logprob[alive, t] = torch.where(open_rows, found, 0.0)
+        open_rows = open_rows & ~torch.isin(drawn, eos_ids)
+        if t + 1 == max_new_tokens:
             break
         decoder.append(drawn)
-        if still_open < COMPACT_BELOW * len(alive):
-            kept = open_rows.nonzero().squeeze(-1)
-            if decoder.keep(kept):
-                alive, open_rows = alive[kept], open_rows[kept]
-                states = states[kept] if states is not None else None
-        if t + 1 < max_new_tokens:
-            logits = decoder.logits()
+        if (t + 1) % between == 0:
+            still_open = int(open_rows.sum())
+            if still_open == 0:
+                break
+            if still_open < COMPACT_BELOW * len(alive):
+                kept = open_rows.nonzero().squeeze(-1)
+                if decoder.keep(kept):
+                    alive, open_rows = alive[kept], open_rows[kept]
+                    states = states[kept] if states is not None else None
+        logits = decoder.logits()
     assert logprob is not None
+    width = int(mask.any(0).sum())
     if not bool(logprob.isfinite().all()):
         raise NumericalError(
             "the model gave a next token a probability that is not a number: its weights have diverged (lower "
             "training.learning_rate) or its dtype is too narrow (try bfloat16 or float32)"
         )
-    return tokens[:, : t + 1], mask[:, : t + 1], logprob[:, : t + 1]
+    return tokens[:, :width], mask[:, :width], logprob[:, :width]

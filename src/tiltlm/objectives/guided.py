@@ -27,13 +27,6 @@ def prefix_weights(guide_tokens: Tensor, proposal_tokens: Tensor) -> Tensor:
     return torch.nn.functional.pad(log_ratio.cumsum(-1)[..., :-1], (1, 0)).exp()
 
 
-def distillation(guide_law: Tensor, policy_law: Tensor, weights: Tensor) -> Tensor:
-    """Σ_t weight_t Σ_v g(v|x_<t) log π(v|x_<t) [N], from log-probabilities [N, T, V] and weights [N, T]."""
-    # A token that the guide rules out weighs 0, and 0 · −inf is no number.
-    expected = torch.where(guide_law > -torch.inf, guide_law.exp() * policy_law, 0.0).sum(-1)
-    return (weights * expected).sum(-1)
-
-
 @dataclass(frozen=True)
 class Guided:
     """c = κ (P/(Z q) − g/q) beside the distillation of the guide's law g.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,25 @@ from tiltlm.targets.constrain import BaseSample
 
 @dataclass(frozen=True)
 class Batch:
-    """N samples of the proposal; ``features`` [N, K] on the CPU; ``source`` names the proposal that they came from.
+    """N samples of the proposal with their ``measured`` features, and the ``source``: the name of that proposal.
 
     ``reused`` are samples that the target was fitted on, so that log Z has counted them already.
     """
 
     samples: Samples
-    features: Tensor
+    measured: Tensor | Future[Tensor]
     source: str
     reused: bool = False
+
+    @property
+    def features(self) -> Tensor:
+        """Feature values [N, K] on the CPU; waits for them where they are still being measured."""
+        return self.measured.result() if isinstance(self.measured, Future) else self.measured
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether ``features`` would not wait."""
+        return not isinstance(self.measured, Future) or self.measured.done()
 
     @property
     def from_base(self) -> bool:
@@ -43,9 +54,13 @@ class FitSampleQueue:
     base_sample: BaseSample | None
     position: int = 0
 
+    def holds(self, size: int) -> bool:
+        """Whether it has another ``size`` rows."""
+        return self.base_sample is not None and self.position + size <= len(self.base_sample.samples)
+
     def next(self, size: int) -> Batch | None:
         """The next ``size`` rows as a batch from the base, or None when fewer are left."""
-        if self.base_sample is None or self.position + size > len(self.base_sample.samples):
+        if self.base_sample is None or not self.holds(size):
             return None
         rows = torch.arange(self.position, self.position + size)
         self.position += size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done of all, sequences drawn and sequence-forward passes so far, seconds spent."""
+    """Where a run stands: steps done of all, sequences drawn and sequence-forward passes so far, seconds spent.
+
+    ``passes_per_token`` is how often a token went through a model for each token that the policy was trained on.
+    """
 
     step: int
     max_steps: int
     sequences: int
     forward_passes: int
     seconds: float
+    passes_per_token: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The ``progress`` section of ``run.json``."""
-        return {name: getattr(self, name) for name in ("step", "max_steps", "sequences", "forward_passes")}
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
 class Callback:

@@ -11,7 +11,7 @@ import torch
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
-from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, token_logprob
+from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, next_token
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.metrics import Scores, kl_policy_base
@@ -147,11 +147,8 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
     for rows in order:
         chunk = samples.select(rows).trimmed()
         with roles.use("base") as base:
-            base_law = base.log_probabilities(chunk, Law())
-        with roles.use("policy") as policy:
-            policy_law = policy.log_probabilities(chunk, Law())
-        tokens = token_logprob(policy_law, chunk)
-        parts.append(Scores.of(chunk, tokens, policy_law, token_logprob(base_law, chunk), base_law))
+            base_reading = base.read(chunk)
+        parts.append(Scores.of(chunk, next_token(chunk, roles.policy.read(chunk), base_reading)))
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 

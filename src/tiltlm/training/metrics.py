@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, Partition
-from tiltlm.lm import Samples
+from tiltlm.lm import NextToken, Samples
 from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
 from tiltlm.training.proposal import Distances
+
+# Above this mean, in nats, importance weights are typically off by a fifth.
+LARGEST_MEAN_MISMATCH = 0.2
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Scores:
     """Sequence log-probabilities [N] in nats, float64 on the CPU, of samples drawn from the proposal.
 
     ``kl_to_base`` [N] is each row's Rao–Blackwell term Σ_t (π/q)(x_<t) KL(π(·|x_<t)‖a(·|x_<t)), whose mean is KL(π‖a)
-    whatever the proposal; None where the base's next-token law was not at hand.
+    whatever the proposal; None where the base's next-token law was not at hand. ``rescored`` [N] is the proposal's
+    log-probability by a scoring pass instead of the sampler; None where no pass took that law. ``base_logprob`` is NaN
+    where P is 0 and the base was not asked.
     """
 
     policy_logprob: Tensor
@@ -30,22 +36,22 @@ class Scores:
     proposal_logprob: Tensor
     target_logscore: Tensor
     kl_to_base: Tensor | None
+    rescored: Tensor | None = None
 
     @staticmethod
     @torch.no_grad()
-    def of(
-        samples: Samples, policy_tokens: Tensor, policy_law: Tensor, base_tokens: Tensor, base_law: Tensor | None
-    ) -> Scores:
-        """From log-probabilities of sampled tokens [N, T] and of the whole vocabulary [N, T, V]; no target yet."""
+    def of(samples: Samples, laws: NextToken, base_tokens: Tensor | None = None) -> Scores:
+        """From what the models say at each token; ``base_tokens`` [N, T] where the base was not read. No target yet."""
         kl: Tensor | None = None
-        if base_law is not None:
-            per_position = (policy_law.exp() * (policy_law - base_law)).sum(-1)
-            log_ratio = policy_tokens - samples.proposal_logprob
+        if laws.kl is not None:
+            log_ratio = laws.policy - samples.proposal_logprob
             before = (log_ratio.cumsum(-1) - log_ratio).exp()
-            kl = (before * per_position * samples.mask).double().sum(-1).cpu()
+            kl = (before * laws.kl).double().sum(-1).cpu()
+        base = laws.base if laws.base is not None else base_tokens
+        assert base is not None
         return Scores(
-            policy_logprob=policy_tokens.detach().double().sum(-1).cpu(),
-            base_logprob=base_tokens.double().sum(-1).cpu(),
+            policy_logprob=laws.policy.detach().double().sum(-1).cpu(),
+            base_logprob=base.double().sum(-1).cpu(),
             proposal_logprob=samples.sequence_logprob.cpu(),
             target_logscore=torch.empty(0, dtype=torch.float64),
             kl_to_base=kl,
@@ -55,18 +61,47 @@ class Scores:
         """The same scores with the target's log P [N]."""
         return replace(self, target_logscore=target_logscore.double())
 
+    def with_rescored(self, token_logprob: Tensor) -> Scores:
+        """The same scores with the proposal's log-probabilities of the tokens [N, T] from a scoring pass."""
+        return replace(self, rescored=token_logprob.detach().double().sum(-1).cpu())
+
     @staticmethod
     def concatenate(parts: Sequence[Scores], order: Tensor | None = None) -> Scores:
         """All rows of the parts, then in ``order``."""
         rows = slice(None) if order is None else order.cpu()
-        kls = [part.kl_to_base for part in parts if part.kl_to_base is not None]
-        return Scores(
-            policy_logprob=torch.cat([part.policy_logprob for part in parts])[rows],
-            base_logprob=torch.cat([part.base_logprob for part in parts])[rows],
-            proposal_logprob=torch.cat([part.proposal_logprob for part in parts])[rows],
-            target_logscore=torch.cat([part.target_logscore for part in parts])[rows],
-            kl_to_base=torch.cat(kls)[rows] if len(kls) == len(parts) else None,
-        )
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else torch.cat(values)[rows]
+
+        return Scores(**{field.name: joined(field.name) for field in fields(Scores)})
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """|log-probability by the sampler − by a scoring pass| of whole sequences under one law, in nats.
+
+    Both are right to rounding, which differs between a pass with a cache and one without; in bfloat16 that shows.
+    """
+
+    mean: float
+    worst: float
+
+    @staticmethod
+    def of(scores: Scores) -> Mismatch | None:
+        """None where no scoring pass took the law that drew the samples."""
+        if scores.rescored is None:
+            return None
+        apart = (scores.rescored - scores.proposal_logprob).abs()
+        return Mismatch(float(apart.mean()), float(apart.max()))
+
+    @property
+    def is_large(self) -> bool:
+        """Whether importance weights are off by more than is fair to call rounding."""
+        return self.mean > LARGEST_MEAN_MISMATCH
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} nats a sequence on average, {self.worst:.2g} at worst"
 
 
 @dataclass(frozen=True)
@@ -80,6 +115,7 @@ class StepMetrics:
     ess: Estimate
     moments: dict[str, Estimate]
     target_moments: dict[str, Estimate]
+    mismatch: Mismatch | None = None
     progress: Progress | None = None
     grad_norm: float = 0.0
     learning_rate: float = 0.0
@@ -121,6 +157,8 @@ class StepMetrics:
             "ess": self.ess.to_json(),
             "moments": {name: value.to_json() for name, value in self.moments.items()},
             "target_moments": {name: value.to_json() for name, value in self.target_moments.items()},
+            "mismatch": asdict(self.mismatch) if self.mismatch else None,
+            "passes_per_token": self.progress.passes_per_token,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "proposal": self.proposal,
@@ -143,13 +181,16 @@ def step_metrics(scores: Scores, features: Tensor, target: Target, partition: Pa
         ess=estimation.effective_sample_size(score - proposal),
         moments={n: estimation.moment_under_policy(column, policy, proposal) for n, column in columns.items()},
         target_moments={n: estimation.moment_under_target(column, score, proposal) for n, column in columns.items()},
+        mismatch=Mismatch.of(scores),
     )
 
 
 def kl_policy_base(scores: Scores) -> Estimate:
-    """KL(π‖a), by Rao–Blackwell where the base's next-token laws were at hand."""
+    """KL(π‖a), by Rao–Blackwell where the base's next-token laws were at hand; NaN where the base was not asked."""
     if scores.kl_to_base is not None:
         return estimation.mean(scores.kl_to_base)
+    if bool(scores.base_logprob.isnan().any()):
+        return Estimate(math.nan, math.nan)
     return estimation.kl_policy_base(scores.policy_logprob, scores.base_logprob, scores.proposal_logprob)
 
 

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError
-from tiltlm.lm import Guide, Samples, token_logprob
-from tiltlm.objectives import Objective, Record, distillation, prefix_weights
+from tiltlm.lm import NextToken, Samples
+from tiltlm.objectives import Objective, Record, prefix_weights
 from tiltlm.training.metrics import Scores
 
 
-def pull_chunk(
-    objective: Objective,
-    samples: Samples,
-    scores: Scores,
-    policy_law: Tensor,
-    base_law: Tensor | None,
-    guide: Guide | None,
-    log_z: float,
-) -> Tensor:
+def pull_chunk(objective: Objective, samples: Samples, scores: Scores, laws: NextToken, log_z: float) -> Tensor:
     """What each of N samples adds to the objective [N], with the gradient c · ∇ log π and that of the distillation.
 
-    ``policy_law`` and ``base_law`` [N, T, V] are log-probabilities of the next token; the latter is read with a
-    ``guide`` alone. Raises NumericalError for a coefficient that is not finite.
+    Raises NumericalError for a coefficient that is not finite.
     """
-    tokens = token_logprob(policy_law, samples)
-    guide_law = guide_tokens = None
-    if guide is not None and base_law is not None:
-        with torch.no_grad():
-            guide_law = (base_law + guide.sequence_log_weights(samples.tokens)).log_softmax(-1)
-            guide_tokens = token_logprob(guide_law, samples)
     record = Record(
         policy_logprob=scores.policy_logprob,
         base_logprob=scores.base_logprob,
         proposal_logprob=scores.proposal_logprob,
         target_logscore=scores.target_logscore,
         log_z=log_z,
-        guide_logprob=guide_tokens.double().sum(-1).cpu() if guide_tokens is not None else None,
+        guide_logprob=laws.guide.double().sum(-1).cpu() if laws.guide is not None else None,
     )
-    coefficients = _finite(objective, record).to(tokens)
-    pulled = coefficients * tokens.sum(-1) if coefficients.ndim == 1 else (coefficients * tokens).sum(-1)
-    if guide_law is None or guide_tokens is None:
+    coefficients = _finite(objective, record).to(laws.policy)
+    pulled = coefficients * laws.policy.sum(-1) if coefficients.ndim == 1 else (coefficients * laws.policy).sum(-1)
+    if laws.guide is None or laws.taught is None:
         return pulled
-    weights = prefix_weights(guide_tokens, samples.proposal_logprob.to(guide_tokens)) * samples.mask
-    return pulled + distillation(guide_law, policy_law, weights)
+    return pulled + (prefix_weights(laws.guide, samples.proposal_logprob.to(laws.guide)) * laws.taught).sum(-1)
 
 
 def _finite(objective: Objective, record: Record) -> Tensor:
@@ -56,3 +42,18 @@ def _finite(objective: Objective, record: Record) -> Tensor:
             f"training.learning_rate or set training.max_grad_norm."
         )
     return coefficients
+
+
+def ignores_the_impossible(objective: Objective) -> bool:
+    """Whether a row with P = 0 has coefficient 0 whatever else is true of it, as in DPG and GDC, not in GDC++."""
+    nothing_known = torch.full((1,), math.nan, dtype=torch.float64)
+    record = Record(
+        policy_logprob=nothing_known,
+        base_logprob=nothing_known,
+        proposal_logprob=torch.full_like(nothing_known, -1.0),
+        target_logscore=torch.full_like(nothing_known, -math.inf),
+        log_z=0.0,
+        guide_logprob=nothing_known,
+    )
+    # What depends on any of the unknown is no number, and so not 0.
+    return bool((objective.coefficients(record) == 0).all())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tiltlm.estimation import Partition
+from tiltlm.training.passes import Passes
 
 if TYPE_CHECKING:
     from tiltlm.training.trainer import Trainer
@@ -21,16 +23,16 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "generator": trainer.generator.get_state(),
+        "generator": trainer.drawer.generator_state,
         "leaning": trainer.guidance.leaning if trainer.guidance else None,
     }
     numbers = {
         "partition": trainer.partition.to_json(),
-        "queue": trainer.queue.position,
+        "queue": trainer.drawer.queue.position,
+        "drawn": trainer.drawer.drawn,
         "source": trainer.source,
         "step": trainer.step,
-        "sequences": trainer.sequences,
-        "forward_passes": trainer.forward_passes,
+        "passes": asdict(trainer.passes),
         "seconds": trainer.spent,
     }
     return tensors, numbers
@@ -47,10 +49,9 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     trainer.scheduler.load_state_dict(tensors["scheduler"])
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(tensors["scaler"])
-    trainer.generator.set_state(tensors["generator"])
+    trainer.drawer.restore(tensors["generator"], numbers["queue"], numbers["drawn"])
     if trainer.guidance:
         trainer.guidance.lean(tensors["leaning"])
     trainer.partition = Partition.from_json(numbers["partition"])
-    trainer.queue.position, trainer.source = numbers["queue"], numbers["source"]
-    trainer.step, trainer.sequences = numbers["step"], numbers["sequences"]
-    trainer.forward_passes, trainer.spent = numbers["forward_passes"], numbers["seconds"]
+    trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]
+    vars(trainer.passes).update(vars(Passes(**numbers["passes"])))

@@ -9,29 +9,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition
-from tiltlm.lm import Law, Roles, Samples, token_logprob
+from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import Guided, Objective
 from tiltlm.targets import Target
-from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
 from tiltlm.training.arguments import TrainingArguments
-from tiltlm.training.batch import Batch, FitSampleQueue, in_turn
+from tiltlm.training.batch import Batch
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tiltlm.training.drawing import Drawer
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
+from tiltlm.training.passes import Passes
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
-from tiltlm.training.pulling import pull_chunk
+from tiltlm.training.scoring import Scorer
 from tiltlm.training.state import pack, unpack
+
+# Seconds of waiting for features in the last step.
+WORTH_DRAWING_AHEAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,21 @@ class Trainer:
     ) -> None:
         self.target, self.objective, self.rule, self.args = target, objective, rule, args
         self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
-        self.prompts, self.max_completion_length = base_sample.samples.prompts, base_sample.max_completion_length
         self.accelerator = build_accelerator(args, roles.policy.device)
         self.roles, self.parameters = roles, roles.trainable()
         optimizer = build_optimizer(self.parameters.values(), args)
         self.scheduler = build_scheduler(optimizer, args)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.generator = torch.Generator(roles.policy.device).manual_seed(seed)
+        self.passes = Passes()
+        self.passes.drew(base_sample.samples)
+        self.drawer = Drawer(
+            roles, target, base_sample, args.batch_size, args.reuse_fit_samples, seed, self.accelerator.autocast
+        )
+        self.scorer = Scorer(
+            roles, target, objective, self.accelerator, args.per_device_train_batch_size, self.passes, self._timed
+        )
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
-        self.queue = FitSampleQueue(base_sample if args.reuse_fit_samples else None)
         self.source = rule.first
         # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
         self.distills = isinstance(objective, Guided)
@@ -82,9 +89,8 @@ class Trainer:
             with roles.use("base") as base:
                 self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0))
         self.step = 0
-        self.sequences = self.forward_passes = len(base_sample.samples)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.spent = 0.0
+        self.spent = self.waited = 0.0
 
     def train(self) -> Outcome:
         """Run to ``max_steps``, from the latest checkpoint if ``resume`` loaded one; stop early on a signal."""
@@ -103,6 +109,7 @@ class Trainer:
 
     def train_step(self) -> StepMetrics:
         """One optimizer step on one batch, and what the batch says of policy and target before that step."""
+        self.waited = self.seconds["features"]
         self.seconds.clear()
         self.step += 1
         batch = self.draw()
@@ -111,6 +118,7 @@ class Trainer:
             scores = self.pull(batch, self.partition.log_z.value)
         except NumericalError as error:
             raise NumericalError(f"step {self.step}: {error}") from error
+        self.passes.train(batch.samples)
         if not batch.reused:
             self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
@@ -118,59 +126,29 @@ class Trainer:
         if self.guidance:
             self.guidance.follow(scores, batch.features)
         rate = float(self.scheduler.get_last_lr()[0])
-        with self._phase("step"):
+        with self._timed("step"):
             norm = self.update()
         return metrics.completed(self.progress, norm, rate, batch.source, replaced, dict(self.seconds))
 
     def draw(self) -> Batch:
         """The next batch: fit samples while they last, then fresh samples of the proposal, with their features."""
-        reused = self.queue.next(self.args.batch_size)
-        return reused if reused is not None else self._fresh_batch()
+        with self._timed("sample"):
+            batch = self.drawer.next(self.source, self._guide)
+            # Ahead only where features take their time, and where nothing in this step can change the proposal.
+            steady = self.source != "policy" and not (self.guidance and self.guidance.feedback)
+            if self.waited > WORTH_DRAWING_AHEAD and steady and not self.rule.due(self.step) and not self.is_last_step:
+                self.drawer.look_ahead(batch, self.source, self._guide)
+        if not batch.reused:
+            self.passes.drew(batch.samples)
+        return batch
 
-    def _fresh_batch(self) -> Batch:
-        role: Any = {"base": "base", "guided": "base", "policy": "policy"}.get(self.source, "proposal")
-        guide = self.guidance.guide if self.guidance and self.source == "guided" else None
-        with self._phase("sample"), self.roles.use(role) as model, self.accelerator.autocast():
-            samples = model.sample(
-                self.args.batch_size,
-                in_turn(self.prompts, self.sequences),
-                generator=self.generator,
-                max_completion_length=self.max_completion_length,
-                guide=guide,
-            ).trimmed()
-        self.sequences += len(samples)
-        self.forward_passes += len(samples)
-        with self._phase("features"):
-            return Batch(samples, measure_samples(self.target.features, samples), self.source)
+    @property
+    def _guide(self) -> Guide | None:
+        return self.guidance.guide if self.guidance and self.source == "guided" else None
 
-    def pull(self, batch: Batch, log_z: float, *, backward: bool = True) -> Scores:
-        """Score the batch and accumulate the gradient of −mean(c · log π), in chunks that do not change the result."""
-        n = len(batch.samples)
-        parts = []
-        order = self.roles.policy.chunks(batch.samples, self.args.per_device_train_batch_size)
-        for rows in order:
-            chunk, features = batch.samples.select(rows).trimmed(), batch.features[rows.cpu()]
-            base_tokens, base_law = self._base_scores(chunk, batch)
-            with self._phase("policy"), torch.set_grad_enabled(backward):
-                with self.accelerator.autocast():
-                    law = self.roles.policy.log_probabilities(chunk, Law())
-                scores = Scores.of(chunk, token_logprob(law, chunk), law, base_tokens, base_law)
-                scores = scores.with_target(self.target.log_score(scores.base_logprob.cpu(), features))
-                if backward:
-                    guide = self.guidance.guide if self.guidance and self.distills else None
-                    pulled = pull_chunk(self.objective, chunk, scores, law, base_law, guide, log_z)
-                    self.accelerator.backward(-pulled.sum() / n)
-            parts.append(scores)
-        self.forward_passes += n if batch.from_base and not self.distills else 2 * n
-        return Scores.concatenate(parts, torch.cat(order).argsort())
-
-    def _base_scores(self, chunk: Samples, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        if batch.from_base and not self.distills:
-            return chunk.proposal_logprob, None
-        with self._phase("base"), torch.no_grad(), self.roles.use("base") as model:
-            with self.accelerator.autocast():
-                law = model.log_probabilities(chunk, Law())
-            return token_logprob(law, chunk), law
+    def pull(self, batch: Batch, log_z: float) -> Scores:
+        """Score the batch and accumulate the gradient of −mean(c · log π)."""
+        return self.scorer.pull(batch, log_z, self.guidance.guide if self.guidance and self.distills else None)
 
     def update(self) -> float:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
@@ -193,7 +171,7 @@ class Trainer:
         # While fit samples last, q may be another law than theirs, and they do not tell how far it is from the target.
         pieces = [scores] if batch.source == self.source else []
         if self.rule.extra_batches:
-            pieces = [self.pull(self._fresh_batch(), 0.0, backward=False) for _ in range(self.rule.extra_batches)]
+            pieces = [self.scorer.score_possible(self._extra_batch()) for _ in range(self.rule.extra_batches)]
             for piece in pieces:
                 self.partition = self.partition.updated(piece.target_logscore - piece.proposal_logprob)
         known = distances(Scores.concatenate(pieces), self.partition) if pieces else UNKNOWN_DISTANCES
@@ -203,9 +181,21 @@ class Trainer:
         self.source = f"step {self.step}"
         return True
 
+    def _extra_batch(self) -> Batch:
+        with self._timed("sample"):
+            batch = self.drawer.fresh(self.source, self._guide)
+        self.passes.drew(batch.samples)
+        return batch
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step >= self.args.max_steps
+
     @property
     def progress(self) -> Progress:
-        return Progress(self.step, self.args.max_steps, self.sequences, self.forward_passes, self.spent)
+        passes = self.passes
+        spent = passes.sequences, passes.forward_passes, self.spent, passes.per_trained_token
+        return Progress(self.step, self.args.max_steps, *spent)
 
     def _report(self, metrics: StepMetrics) -> None:
         for callback in self.callbacks:
@@ -214,7 +204,7 @@ class Trainer:
                 callback.on_log(self.progress, metrics)
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         try:
             yield
