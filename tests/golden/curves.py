@@ -73,8 +73,8 @@ class Outcome:
     used: list[Samples]
 
 
-# Time, and what is nothing but rounding.
-NOT_OF_THE_CURVE = ("seconds", "mismatch")
+# Time, what is nothing but rounding, and a count of the texts that were drawn, in place of which others are used.
+NOT_OF_THE_CURVE = ("seconds", "mismatch", "passes_per_token")
 
 
 class Recorder(Trainer, Callback):
