@@ -96,9 +96,10 @@ class RunConfig(Section):
     report_to: Annotated[list[str], Field(description="trackers of accelerate, e.g. tensorboard, wandb")] = []
     output_dir: Annotated[str | None, Field(description="null: runs/NAME, from the name of this file")] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
-    dtype: Annotated[str, Field(description="dtype of the weights: float32, float64, bfloat16, float16, auto")] = (
-        "float32"
-    )
+    dtype: Annotated[
+        str,
+        Field(description="of the weights: float32, float64, bfloat16, float16; auto: float32, but bfloat16 products"),
+    ] = "float32"
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with a hub model")] = False
     revision: Annotated[str | None, Field(description="revision of a hub model")] = None
 

@@ -35,6 +35,7 @@ def evaluate(
             texts=wanted.texts,
             progress=progress,
         )
+    display.note_mismatch(after.mismatch)
     return before, after
 
 

@@ -19,7 +19,7 @@ from tiltlm.training.callbacks import Progress as RunProgress
 
 if TYPE_CHECKING:
     from tiltlm.estimation import Estimate
-    from tiltlm.training.metrics import StepMetrics
+    from tiltlm.training.metrics import Mismatch, StepMetrics
 
 PLAIN_LINE_EVERY = 5.0
 # Wide enough that a table in a file or a pipe keeps a row on a line.
@@ -42,10 +42,20 @@ class Display(Callback):
         self.live: Live | None = None
         self.bar: Progress | None = None
         self.began, self.first_step, self.last_line = 0.0, 0, 0.0
+        self.warned = False
 
     def say(self, text: str) -> None:
         """One line, above the live part if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def note_mismatch(self, mismatch: Mismatch | None) -> None:
+        """Warn, once, where rounding parts the sampler from the scoring pass by more than importance weights bear."""
+        if mismatch is not None and mismatch.is_large and not self.warned:
+            self.warned = True
+            self.say(
+                f"note: sampling and scoring differ by {mismatch}: weights, and with them log Z and KL, are that much "
+                f"noisier. Use dtype: float32 for exact ones (docs/speed.md)"
+            )
 
     @contextmanager
     def counting(self, title: str) -> Iterator[Callable[[int, int], None]]:
@@ -74,6 +84,7 @@ class Display(Callback):
             self.live = None
 
     def on_log(self, progress: RunProgress, metrics: StepMetrics) -> None:
+        self.note_mismatch(metrics.mismatch)
         if self.live is not None and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=progress.step)
             table = Table.grid()

@@ -15,6 +15,7 @@ from tiltlm.runs.plots import PALETTE_SIZE, compact_count
 from tiltlm.runs.samples_view import pair_samples
 from tiltlm.runs.summary import MET_WITHIN, FeatureSummary, Measured, plain_number, summarize
 
+PROGRESS = ("step", "max_steps", "sequences", "forward_passes", "passes_per_token")
 MOST_SAMPLES = 40
 SAMPLES_AT_FIRST = 10
 
@@ -103,7 +104,7 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         name=name,
         run=dict.fromkeys(RUN_FIELDS) | dict(run),
-        progress=dict.fromkeys(("step", "max_steps", "sequences", "forward_passes")) | (run.get("progress") or {}),
+        progress=dict.fromkeys(PROGRESS) | (run.get("progress") or {}),
         summary=summary,
         met_within=MET_WITHIN,
         has_top_p=any(feature.top_p.known for feature in summary.features),

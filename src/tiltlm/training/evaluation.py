@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tiltlm.estimation import Estimate
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, next_token
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.training.metrics import Scores, kl_policy_base
+from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Evaluation:
     tv_p_pi: Estimate | None
     log_z: Estimate | None
     ess: Estimate | None
+    mismatch: Mismatch | None
     texts: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class Evaluation:
             result[name] = None if value is None else value.to_json()
         for name in ("distinct_1", "distinct_1_corpus", "self_bleu_5"):
             result[name] = getattr(self, name).to_json()
+        result["mismatch"] = asdict(self.mismatch) if self.mismatch else None
         return result
 
 
@@ -98,6 +100,7 @@ def evaluate_policy(
         control = base.sample(n, prompts, seed + 2, **drawing)
     scores, features = _scored(roles, target, samples)
     control_scores, control_features = _scored(roles, target, control)
+    mismatch = Mismatch.of(scores)
     pooled = Pooled.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
     names = [feature.name for feature in target.features]
     under_top_p = measure_samples(target.features, nucleus).unbind(-1) if nucleus is not None else []
@@ -108,6 +111,7 @@ def evaluate_policy(
         dict(zip(names, features.unbind(-1), strict=True)),
         {name: estimation.mean(column) for name, column in zip(names, under_top_p, strict=bool(nucleus))},
         text_rows("policy", samples, target, features, scores.base_logprob, scores.policy_logprob, texts),
+        mismatch,
     )
 
 
@@ -148,7 +152,8 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
         chunk = samples.select(rows).trimmed()
         with roles.use("base") as base:
             base_reading = base.read(chunk)
-        parts.append(Scores.of(chunk, next_token(chunk, roles.policy.read(chunk), base_reading)))
+        laws = next_token(chunk, roles.policy.read(chunk), base_reading)
+        parts.append(Scores.of(chunk, laws).with_rescored(laws.policy))
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 
@@ -195,6 +200,7 @@ def _evaluation(
     columns: dict[str, torch.Tensor],
     moments_top_p: dict[str, Estimate],
     texts: tuple[dict[str, Any], ...],
+    mismatch: Mismatch | None = None,
 ) -> Evaluation:
     tokens = samples.completion_ids
     common: dict[str, Any] = {
@@ -205,6 +211,7 @@ def _evaluation(
         "self_bleu_5": estimation.self_bleu_5(tokens),
         "moments": {name: estimation.mean(column) for name, column in columns.items()},
         "moments_top_p": moments_top_p,
+        "mismatch": mismatch,
         "texts": texts,
     }
     if scores is None or pooled is None:
