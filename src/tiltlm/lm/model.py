@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
+from tiltlm.lm.decoding import accepts, positions
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.next_token import Reading, token_logprobs
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16
 from tiltlm.lm.samples import Law, Prompts, Samples
-from tiltlm.lm.sampling import accepts, positions, sample_batch
+from tiltlm.lm.sampling import sample_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

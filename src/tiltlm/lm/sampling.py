@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError
 from tiltlm.lm.cache import reserve
+from tiltlm.lm.decoding import prefill
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.samples import Law, Prompts
 
@@ -76,78 +76,6 @@ def _below(value: Tensor, total: Tensor) -> Tensor:
     return torch.minimum(value, torch.nextafter(total, torch.zeros_like(total)))
 
 
-def accepts(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward takes this argument by name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT hides it behind **kwargs
-    return argument in inspect.signature(inner.forward).parameters
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token [N, L] when padding on the left does not count."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-class Decoder:
-    """A model's state while it decodes a batch of rows: its cache, its attention mask and its next input."""
-
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> None:
-        self.model = model
-        self.tokens = tokens
-        self.mask = mask
-        # Without padding no mask is needed, and attention takes its fast path.
-        self.ragged = not bool(mask.all())
-        self.pass_positions = self.ragged and accepts(model, "position_ids")
-        self.cache: Any = None
-        self.fresh = tokens
-
-    def logits(self) -> Tensor:
-        """Logits [N, V] of the next token; a model without a cache reads its whole prefix again."""
-        arguments: dict[str, Any] = {"input_ids": self.fresh, "use_cache": True}
-        if self.cache is not None:
-            arguments["past_key_values"] = self.cache
-        if self.ragged:
-            arguments["attention_mask"] = self.mask.long()
-            if self.pass_positions:
-                arguments["position_ids"] = positions(self.mask)[:, -self.fresh.shape[1] :]
-        if accepts(self.model, "logits_to_keep"):
-            arguments["logits_to_keep"] = 1
-        output = self.model(**arguments)
-        self.cache = getattr(output, "past_key_values", None)
-        return output.logits[:, -1]  # type: ignore[no-any-return]
-
-    def append(self, tokens: Tensor) -> None:
-        """Take the drawn tokens [N] as the next input."""
-        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.fresh = self.tokens if self.cache is None else tokens[:, None]
-
-    def keep(self, rows: Tensor) -> bool:
-        """Take these rows [n], in this order, for all; False where the model's cache cannot do so."""
-        if self.cache is not None:
-            # Not batch_select_indices: it forgets the states of linear-attention layers.
-            if not hasattr(self.cache, "reorder_cache"):
-                return False
-            self.cache.reorder_cache(rows)
-        self.tokens, self.mask, self.fresh = self.tokens[rows], self.mask[rows], self.fresh[rows]
-        return True
-
-
-def prefill(model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor) -> tuple[Decoder, Tensor]:
-    """A decoder that has read the prompt of each row [N], and the logits [N, V] of the first token.
-
-    Rows of one prompt share its reading, where the model's cache can be spread over them.
-    """
-    shared, row = torch.unique(prompt_index, return_inverse=True)
-    # One token is read as quickly for all rows.
-    if prompts.tokens.shape[1] > 1 and len(shared) < len(prompt_index):
-        decoder = Decoder(model, prompts.tokens[shared], prompts.mask[shared])
-        logits = decoder.logits()
-        if decoder.keep(row):
-            return decoder, logits[row]
-    decoder = Decoder(model, prompts.tokens[prompt_index], prompts.mask[prompt_index])
-    return decoder, decoder.logits()
-
-
 def _weights(guide: Guide, states: Tensor, t: int, rows: slice) -> Tensor:
     return guide.log_weights(states[rows], t)
 
@@ -180,7 +108,7 @@ def sample_batch(
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
     between = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
-    decoder, logits = prefill(model, prompts, prompt_index)
+    decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens)
     reserve(decoder.cache, prompts.tokens.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:

@@ -1,0 +1,346 @@
+"""Rows that matter to no gradient: they cost no pass, and nothing that is learned or known changes by that."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_accounting import Passes, spent
+from torch import Tensor
+
+from tiltlm.objectives import GDC, GDCPlusPlus, Guided, Objective, Record
+from tiltlm.training.batch import Batch
+from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
+from tiltlm.training.pulling import ignores_the_impossible
+from tiltlm.training.trainer import Trainer
+from tiny_world import World, build_trainer, gradient, near
+
+SOURCES = ["policy", "base", "step 1"]
+N = 80
+
+
+def trainer_from(world: World, source: str, method: str | Objective = "gdc", **settings: Any) -> Trainer:
+    """A trainer whose policy is neither the base nor, unless that is the policy, the proposal."""
+    rule = {"policy": "on_policy", "base": "kl", "step 1": "interval"}[source]
+    policy = None if settings.get("lora") else near(world.base)
+    check_steps = 1 if source == "step 1" else 99
+    trainer = build_trainer(
+        world, policy=policy, method=method, rule=rule, check_steps=check_steps, batch_size=N, **settings
+    )
+    if source == "step 1":
+        trainer.train_step()
+    assert trainer.source == source
+    return trainer
+
+
+def count_possible(batch: Batch) -> int:
+    """Rows that the filter, the target's first feature, lets through: here some, but not all."""
+    possible = int((batch.features[:, 0] > 0).sum())
+    assert 5 < possible < len(batch.samples) - 5
+    return possible
+
+
+def both_ways(trainer: Trainer, batch: Batch) -> list[tuple[Tensor, Scores, StepMetrics]]:
+    """Gradient, scores and metrics of one batch, first with every row read, then with the impossible ones skipped."""
+    assert trainer.scorer.skips
+    found = []
+    for skips in (False, True):
+        trainer.scorer.skips = skips
+        scores = trainer.pull(batch, 0.3)
+        metrics = step_metrics(scores, batch.features, trainer.target, trainer.partition)
+        found.append((gradient(trainer), scores, metrics))
+    return found
+
+
+@pytest.mark.parametrize("per_device", [None, 7])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["dpg", "gdc"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_gradient_is_that_of_all_rows(
+    world: World, source: str, method: str, lora: bool, per_device: int | None
+) -> None:
+    trainer = trainer_from(world, source, method, lora=lora, per_device_train_batch_size=per_device)
+    batch = trainer.draw()
+    count_possible(batch)
+    (whole, _, _), (less, _, _) = both_ways(trainer, batch)
+    assert float(whole.norm()) > 0.01
+    assert float((whole - less).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_scores_come_back_in_the_order_of_the_batch(world: World, source: str) -> None:
+    trainer = trainer_from(world, source, per_device_train_batch_size=7)
+    batch = trainer.draw()
+    possible = batch.features[:, 0] > 0
+    (_, whole, _), (_, less, _) = both_ways(trainer, batch)
+    assert torch.equal(less.proposal_logprob, batch.samples.sequence_logprob)
+    assert torch.equal(less.target_logscore.isfinite(), possible)
+    for name in ("policy_logprob", "base_logprob", "target_logscore"):
+        torch.testing.assert_close(
+            getattr(less, name)[possible], getattr(whole, name)[possible], rtol=0, atol=1e-10, msg=name
+        )
+    # The policy's own is known of every row, from the sampler where no pass was taken.
+    torch.testing.assert_close(less.policy_logprob, whole.policy_logprob, rtol=0, atol=1e-10)
+    if source == "base":
+        torch.testing.assert_close(less.base_logprob, whole.base_logprob, rtol=0, atol=1e-10)
+    else:
+        assert torch.equal(less.base_logprob.isnan(), ~possible)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_only_what_is_needed_is_read(world: World, source: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_from(world, source, lora=lora)
+    batch = trainer.draw()
+    possible = count_possible(batch)
+    passes = Passes(monkeypatch)
+    before = trainer.passes.forward_passes
+    trainer.pull(batch, 0.0)
+    read = {"policy": 2 * possible, "base": N, "step 1": possible + N}[source]
+    assert passes.taken() == (0, read)
+    assert trainer.passes.forward_passes - before == read
+    trainer.scorer.skips = False
+    trainer.pull(batch, 0.0)
+    assert passes.taken() == (0, N if source == "base" else 2 * N)
+
+
+def test_no_backward_goes_through_an_impossible_row(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the base the policy reads all rows, but only the possible ones with a gradient."""
+    trainer = trainer_from(world, "base")
+    batch = trainer.draw()
+    with_gradient: list[int] = []
+    read = type(trainer.roles.policy).read
+
+    def watched(model: Any, samples: Any) -> Any:
+        reading = read(model, samples)
+        with_gradient.append(len(samples) if reading.hidden.requires_grad else 0)
+        return reading
+
+    monkeypatch.setattr(type(trainer.roles.policy), "read", watched)
+    trainer.pull(batch, 0.0)
+    assert sum(with_gradient) == count_possible(batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("gdc++", "on_policy"),
+        ("guided", "on_policy"),
+        ("guided", "guided"),
+        (Guided(correction=0.0), "on_policy"),
+        (Guided(correction=0.0), "guided"),
+        ("gdc++", "guided"),
+    ],
+    ids=str,
+)
+def test_what_pulls_on_every_row_reads_every_row(
+    world: World, method: str | Objective, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(world, policy=near(world.base), method=method, rule=rule, batch_size=N)
+    passes = Passes(monkeypatch)
+    batch = trainer.draw()
+    assert bool((batch.features[:, 0] == 0).any())
+    assert passes.taken() == (N, N)
+    trainer.pull(batch, 0.0)
+    assert passes.taken() == (0, 2 * N)
+
+
+def test_without_a_correction_an_impossible_row_still_teaches(world: World) -> None:
+    """All coefficients are 0 then, but the guide's law is learned on every prefix."""
+    trainer = build_trainer(world, policy=near(world.base), method=Guided(correction=0.0), batch_size=N)
+    batch = trainer.draw()
+    few = impossible(batch)
+    trainer.pull(few, 0.0)
+    assert float(gradient(trainer).norm()) > 0.01
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A third party's: a weight that is bounded, and none where the target rules a text out."""
+
+    name: str = "bounded"
+
+    def coefficients(self, record: Record) -> Tensor:
+        possible = record.target_logscore.isfinite()
+        return torch.where(possible, (record.target_logscore - record.policy_logprob - record.log_z).clamp(-1, 1), 0.0)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """GDC's weight, once for every token."""
+
+    name: str = "per token"
+
+    def coefficients(self, record: Record) -> Tensor:
+        return GDC().coefficients(record)[:, None].expand(-1, 1)
+
+
+@dataclass(frozen=True)
+class Repelled:
+    """A third party's: away from everything, by π/q."""
+
+    name: str = "repelled"
+
+    def coefficients(self, record: Record) -> Tensor:
+        return -(record.policy_logprob - record.proposal_logprob).exp()
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A third party's: a baseline that asks nothing of the policy."""
+
+    name: str = "constant"
+
+    def coefficients(self, record: Record) -> Tensor:
+        return GDC().coefficients(record) - 0.5
+
+
+@pytest.mark.parametrize("objective", [GDC(), Bounded(), PerToken()], ids=lambda o: o.name)
+def test_an_objective_that_gives_nothing_to_the_impossible_is_recognized(objective: Objective) -> None:
+    assert ignores_the_impossible(objective)
+
+
+@pytest.mark.parametrize("objective", [GDCPlusPlus(), Repelled(), Constant(), Guided()], ids=lambda o: o.name)
+def test_an_objective_that_gives_it_something_is_recognized(objective: Objective) -> None:
+    assert not ignores_the_impossible(objective)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_third_partys_objective_is_skipped_rightly(
+    world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_from(world, source, Bounded())
+    batch = trainer.draw()
+    (whole, _, _), (less, _, _) = both_ways(trainer, batch)
+    assert float(whole.norm()) > 0.01
+    assert float((whole - less).abs().max()) < 1e-12
+    repelled = trainer_from(world, source, Repelled())
+    batch = repelled.draw()
+    passes = Passes(monkeypatch)
+    repelled.pull(batch, 0.0)
+    assert passes.taken() == (0, N if source == "base" else 2 * N)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_can_be_known_is_reported_as_before(world: World, source: str) -> None:
+    trainer = trainer_from(world, source)
+    batch = trainer.draw()
+    count_possible(batch)
+    (_, _, whole), (_, _, less) = both_ways(trainer, batch)
+    for name in ("log_z", "kl_p_pi", "tv_p_pi", "ess"):
+        one, other = getattr(less, name), getattr(whole, name)
+        assert math.isfinite(one.value), name
+        assert one.value == pytest.approx(other.value, abs=1e-9), name
+        assert one.se == pytest.approx(other.se, abs=1e-9), name
+    for name in ("moments", "target_moments"):
+        found, expected = getattr(less, name), getattr(whole, name)
+        assert found.keys() == expected.keys() == {"no c", "a", "words"}
+        for key, estimate in found.items():
+            assert estimate.value == pytest.approx(expected[key].value, abs=1e-9), key
+    assert math.isfinite(whole.kl_pi_a.value)
+    if source == "base":
+        assert less.kl_pi_a == whole.kl_pi_a
+    else:
+        assert math.isnan(less.kl_pi_a.value)
+        assert math.isnan(less.kl_pi_a.se)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_whole_step_learns_the_same_and_its_line_is_json(world: World, source: str) -> None:
+    lines, weights = [], []
+    for skips in (False, True):
+        trainer = trainer_from(world, source)
+        trainer.scorer.skips = skips
+        metrics = trainer.train_step()
+        lines.append(json.loads(json.dumps(metrics.to_json(), allow_nan=False)))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.parameters.values()]))
+    assert float((weights[0] - weights[1]).abs().max()) < 1e-9
+    whole, less = lines
+    assert less["grad_norm"] == pytest.approx(whole["grad_norm"], abs=1e-9)
+    assert less["sequences"] == whole["sequences"]
+    assert (less["forward_passes"] < whole["forward_passes"]) == (source != "base")
+    assert (less["kl_pi_a"] == {"value": None, "se": None}) == (source != "base")
+    assert whole["kl_pi_a"]["value"] is not None
+
+
+def impossible(batch: Batch, *, they: bool = True) -> Batch:
+    """The rows of a batch that the filter rules out, or the others."""
+    rows = ((batch.features[:, 0] == 0) == they).nonzero().squeeze(-1)
+    assert len(rows) > 5
+    return Batch(batch.samples.select(rows).trimmed(), batch.features[rows], batch.source)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_batch_without_any_possible_row_changes_nothing(
+    world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_from(world, source, optim="sgd")
+    few = impossible(trainer.draw())
+    monkeypatch.setattr(trainer, "draw", lambda: few)
+    before = [p.detach().clone() for p in trainer.parameters.values()]
+    rounds, samples = trainer.partition.rounds, trainer.partition.samples
+    passes = Passes(monkeypatch)
+    metrics = trainer.train_step()
+    assert passes.taken() == (0, 0 if source == "policy" else len(few.samples))
+    assert metrics.grad_norm == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
+    # It says that Z is smaller than thought, and that no sample is worth anything.
+    assert (trainer.partition.rounds, trainer.partition.samples) == (rounds + 1, samples + len(few.samples))
+    assert metrics.ess.value == 0
+    assert metrics.moments["no c"].value == 0
+    json.dumps(metrics.to_json(), allow_nan=False)
+    monkeypatch.undo()
+    assert trainer.train_step().grad_norm > 0.01
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_batch_of_possible_rows_alone_skips_nothing(
+    world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_from(world, source)
+    few = impossible(trainer.draw(), they=False)
+    (whole, _, full), (less, _, metrics) = both_ways(trainer, few)
+    assert torch.equal(whole, less)
+    assert float(whole.norm()) > 0.01
+    assert metrics == full
+    assert math.isfinite(metrics.kl_pi_a.value)
+    passes = Passes(monkeypatch)
+    trainer.pull(few, 0.0)
+    assert passes.taken() == (0, (1 if source == "base" else 2) * len(few.samples))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_distances_need_no_base_pass_of_the_impossible(
+    world: World, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_from(world, source, "gdc++")
+    batch = trainer.draw()
+    possible = count_possible(batch)
+    passes = Passes(monkeypatch)
+    whole = trainer.scorer.score(batch)
+    assert passes.taken() == (0, N if source == "base" else 2 * N)
+    less = trainer.scorer.score_possible(batch)
+    assert passes.taken() == (0, {"policy": 2 * possible, "base": N, "step 1": N + possible}[source])
+    assert not whole.policy_logprob.requires_grad
+    assert not less.policy_logprob.requires_grad
+    one, other = distances(less, trainer.partition), distances(whole, trainer.partition)
+    for name in ("kl_gain", "tv_gain"):
+        found, expected = getattr(one, name), getattr(other, name)
+        assert found.value == pytest.approx(expected.value, abs=1e-9), name
+        assert found.se == pytest.approx(expected.se, abs=1e-9), name
+        assert (abs(expected.value) > 1e-4) == (source != "policy"), name
+
+
+def test_an_earlier_policys_step_costs_less_by_what_is_impossible(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own count of a whole step, with its sampling."""
+    twin = trainer_from(world, "step 1")
+    possible = count_possible(twin.draw())
+    trainer = trainer_from(world, "step 1")
+    passes = Passes(monkeypatch)
+    assert spent(trainer) == passes.taken() == (N, 2 * N + possible)
