@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ UNFIT = {
     "lbfgs": "evaluates the loss several times a step, which sampled gradients do not allow",
     "sparseadam": "takes sparse gradients only, which language models do not have",
 }
+# Settings of an optimizer that say how it computes.
+OTHER_WAYS = {"fused", "foreach", "differentiable", "capturable"}
 # Parameters of a schedule that other settings of a run decide.
 SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
@@ -41,8 +44,15 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainingArgu
     if "lr" in args.optim_args:
         raise UsageError(f"training.optim_args: lr {args.optim_args['lr']!r} belongs into training.learning_rate")
     chosen, settings = optimizer_class(args.optim), {"lr": args.learning_rate, **args.optim_args}
+    weights = list(parameters)
+    # One kernel for all of a step, where torch has it and the user has not chosen another way. Under loss scaling it
+    # would hide that a step was skipped.
+    possible = "fused" in inspect.signature(chosen).parameters and not args.fp16
+    if possible and not OTHER_WAYS & set(args.optim_args):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            return chosen(weights, **settings, fused=True)
     try:
-        return chosen(list(parameters), **settings)
+        return chosen(weights, **settings)
     except (TypeError, ValueError) as error:
         raise UsageError(f"training.optim: {args.optim} with {settings} was refused: {error}") from error
 
