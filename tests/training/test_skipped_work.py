@@ -204,6 +204,16 @@ class Repelled:
 
 
 @dataclass(frozen=True)
+class Proximal:
+    """A third party's: back to the proposal; nothing where the policy is still there."""
+
+    name: str = "proximal"
+
+    def coefficients(self, record: Record) -> Tensor:
+        return record.proposal_logprob - record.policy_logprob
+
+
+@dataclass(frozen=True)
 class Constant:
     """A third party's: a baseline that asks nothing of the policy."""
 
@@ -218,7 +228,9 @@ def test_an_objective_that_gives_nothing_to_the_impossible_is_recognized(objecti
     assert ignores_the_impossible(objective)
 
 
-@pytest.mark.parametrize("objective", [GDCPlusPlus(), Repelled(), Constant(), Guided()], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "objective", [GDCPlusPlus(), Repelled(), Proximal(), Constant(), Guided()], ids=lambda o: o.name
+)
 def test_an_objective_that_gives_it_something_is_recognized(objective: Objective) -> None:
     assert not ignores_the_impossible(objective)
 
