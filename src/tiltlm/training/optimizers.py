@@ -50,7 +50,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], args: TrainingArgu
     possible = "fused" in inspect.signature(chosen).parameters and not args.fp16
     if possible and not OTHER_WAYS & set(args.optim_args):
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            return chosen(weights, **settings, fused=True)
+            return chosen(weights, **{**settings, "fused": True})
     try:
         return chosen(weights, **settings)
     except (TypeError, ValueError) as error:
