@@ -28,7 +28,7 @@ from tiltlm.targets.constrain import measure_samples
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer
 
-PATIENCE = 20.0
+PATIENCE = 5.0
 
 
 def measuring(world: World, feature: Feature) -> World:
