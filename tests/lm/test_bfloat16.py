@@ -1,0 +1,369 @@
+"""bfloat16 where the hardware multiplies it: what is computed in it, and what it leaves alone; the cache with room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_sampling import count_rows
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from enumerable import PROMPTS, tiny_model
+from tiltlm.lm import LanguageModel, Samples
+from tiltlm.lm import sampling as sampling_module
+from tiltlm.lm.cache import RoomyLayer, reserve
+from tiltlm.lm.precision import FLOAT32_ATTENTION, cache_dtype, native_bfloat16
+
+CPU = torch.device("cpu")
+PROMPT = ["The girl", "Once upon a time there was", None]
+LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+def load(native: bool, dtype: str = "auto") -> LanguageModel:
+    """The embedded model where the hardware has such products, or has not."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tiltlm.lm.model.native_bfloat16", lambda device: native)
+        return LanguageModel.from_pretrained("embedded", device="cpu", dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def auto() -> LanguageModel:
+    return load(True)
+
+
+@pytest.fixture(scope="module")
+def single() -> LanguageModel:
+    return load(True, "float32")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_is_float32_with_products_in_bfloat16_where_they_are_native(native: bool) -> None:
+    model = load(native)
+    assert {p.dtype for p in model.model.parameters()} == {torch.float32}
+    assert model.compute_dtype == (torch.bfloat16 if native else None)
+    for other in (model.copy(), model.copy().with_lora(**LORA)):
+        assert other.compute_dtype == model.compute_dtype
+        assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_dtype_says_itself_what_products_are_in(dtype: str) -> None:
+    model = load(True, dtype)
+    assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
+    assert model.compute_dtype is None
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_cpu_has_native_products_by_either_of_two_instructions(
+    avx512: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert native_bfloat16(CPU) is (avx512 or amx)
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_has_native_products_from_ampere_on(
+    capability: tuple[int, int], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert native_bfloat16(torch.device("cuda")) is native
+    assert not native_bfloat16(torch.device("mps"))
+
+
+def test_attention_on_a_cpu_reads_its_cache_in_float32() -> None:
+    assert cache_dtype(CPU, None) is None
+    assert cache_dtype(CPU, torch.bfloat16) == torch.float32
+    assert cache_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+
+
+def test_without_native_products_auto_is_float32_to_the_last_bit(single: LanguageModel) -> None:
+    model = load(False)
+    drawn = [m.sample(40, PROMPT, 3, max_completion_length=12) for m in (model, single)]
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(drawn[0].proposal_logprob, drawn[1].proposal_logprob)
+    with torch.no_grad():
+        assert torch.equal(model.logprob(drawn[0]), single.logprob(drawn[0]))
+
+
+def drawn_and_read(model: LanguageModel) -> set[tuple[torch.dtype, torch.dtype]]:
+    """What the layers of a model make of their input while it samples: dtypes of weights and of outputs."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    linear = [m for name, m in model.model.named_modules() if name.endswith(("c_attn", "c_fc", "q_proj", "up_proj"))]
+    assert linear
+    handles = [
+        layer.register_forward_hook(lambda m, _, out: seen.add((next(m.parameters()).dtype, out.dtype)))
+        for layer in linear
+    ]
+    model.sample(4, PROMPT, 0, max_completion_length=4)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_it_samples_with_weights_that_are_cast_once(auto: LanguageModel, single: LanguageModel) -> None:
+    assert drawn_and_read(auto) == {(torch.bfloat16, torch.bfloat16)}
+    assert drawn_and_read(single) == {(torch.float32, torch.float32)}
+
+
+@contextmanager
+def left_alone(model: LanguageModel) -> Iterator[None]:
+    """Every parameter is the object that it was, with the bits and the dtype that it had, and so is the rest."""
+    inner = model._inner
+    before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.model.named_parameters()}
+    every = [(module, dict(module._parameters)) for module in model.model.modules()]
+    attention, state = inner.config._attn_implementation, inner.training
+    assert attention != FLOAT32_ATTENTION
+    yield
+    after = dict(model.model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (parameter, values, learns) in before.items():
+        assert after[name] is parameter, name
+        assert parameter.dtype == values.dtype, name
+        assert torch.equal(parameter, values), name
+        assert parameter.requires_grad == learns, name
+    # The tied ones too, which are named only once.
+    for module, parameters in every:
+        assert module._parameters.keys() == parameters.keys()
+        assert all(module._parameters[name] is parameters[name] for name in parameters)
+    assert inner.config._attn_implementation == attention
+    assert inner.training == state
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Interruption(Exception):
+    """Somebody has had enough."""
+
+
+def models() -> dict[str, Callable[[], LanguageModel]]:
+    def tiny(architecture: str) -> LanguageModel:
+        model = tiny_model(architecture, "several_eos", torch.float32).copy()
+        model.compute_dtype = torch.bfloat16
+        return model
+
+    return {
+        "embedded": lambda: load(True),
+        "embedded, lora": lambda: load(True).with_lora(**LORA),
+        "gpt2, tied": lambda: tiny("gpt2"),
+        "llama, tied": lambda: tiny("llama"),
+        "opt": lambda: tiny("opt"),
+    }
+
+
+@pytest.mark.parametrize("name", models())
+def test_sampling_and_scoring_leave_the_model_as_it_was(name: str) -> None:
+    model = models()[name]()
+    with left_alone(model):
+        samples = model.sample(20, seed=0, max_completion_length=5)
+    with left_alone(model), torch.no_grad():
+        model.logprob(samples)
+    with left_alone(model):
+        model.logprob(samples).sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.model.parameters())
+    assert {p.grad.dtype for p in model.model.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", models())
+def test_an_exception_leaves_it_as_it_was_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models()[name]()
+    cast: list[bool] = []
+
+    def tired(done: int, n: int) -> None:
+        layers = [m for m in model.model.modules() if type(m) is nn.Linear]
+        cast.append(bool(layers) and all(p.dtype == torch.bfloat16 for m in layers for p in m.parameters()))
+        raise Interruption
+
+    with left_alone(model), pytest.raises(Interruption):
+        model.sample(20, seed=0, max_completion_length=5, progress=tired)
+    assert cast == [True]
+    passes = 0
+    draw = sampling_module.draw
+
+    def third(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(sampling_module, "draw", third)
+    with left_alone(model), pytest.raises(KeyboardInterrupt):
+        model.sample(20, seed=0, max_completion_length=5)
+    monkeypatch.undo()
+    samples = model.sample(4, seed=0, max_completion_length=3)
+    unreadable = replace(samples, tokens=samples.tokens + model.vocab_size)
+    with left_alone(model), pytest.raises(IndexError):
+        model.read(unreadable)
+
+
+def test_what_was_drawn_is_nearly_what_a_scoring_pass_says(auto: LanguageModel, single: LanguageModel) -> None:
+    samples = auto.sample(200, seed=1, max_completion_length=40)
+    with torch.no_grad():
+        again, exact = (model.logprob(samples).double().sum(-1) for model in (auto, single))
+    assert float(samples.lengths.double().mean()) > 10
+    own, other = ((samples.sequence_logprob - found).abs().mean() for found in (again, exact))
+    # Above 0, or nothing has been computed in bfloat16.
+    assert 1e-4 < float(own) < 0.2
+    assert 1e-4 < float(other) < 0.5
+    assert float((again - exact).abs().mean()) > 1e-4
+
+
+def gradient(model: LanguageModel, samples: Samples) -> Tensor:
+    parameters = [p for p in model.model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model.logprob(samples).sum(), parameters)
+    assert all(g.dtype == torch.float32 for g in found)
+    return torch.cat([g.flatten().double() for g in found])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_gradients_point_where_those_of_float32_do(auto: LanguageModel, single: LanguageModel, lora: bool) -> None:
+    samples = single.sample(48, PROMPT, 2, max_completion_length=20)
+    pair = [model.copy().with_lora(**LORA) if lora else model for model in (auto, single)]
+    one, other = (gradient(model, samples) for model in pair)
+    assert float(other.norm()) > 1
+    assert not torch.equal(one, other)
+    assert float(nn.functional.cosine_similarity(one, other, dim=0)) > 0.99
+    assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_reading_is_made_in_bfloat16(auto: LanguageModel, single: LanguageModel) -> None:
+    samples = single.sample(4, seed=2, max_completion_length=6)
+    for model, dtype in ((auto, torch.bfloat16), (single, torch.float32)):
+        with torch.no_grad():
+            reading = model.read(samples)
+        assert reading.compute == dtype
+        assert reading.weight is model.model.get_output_embeddings().weight
+        assert reading.weight.dtype == torch.float32
+
+
+# The cache with room for the tokens to come.
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens that each use of a layer with room has come to."""
+    seen: list[int] = []
+    update = RoomyLayer.update
+
+    def counted(layer: RoomyLayer, *args: Any, **kwargs: Any) -> Any:
+        found = update(layer, *args, **kwargs)
+        seen.append(found[0].shape[2])
+        return found
+
+    monkeypatch.setattr(RoomyLayer, "update", counted)
+    return seen
+
+
+def draw_from(model: LanguageModel, prompts: str) -> Samples:
+    return model.sample(300, PROMPTS[prompts], seed=4, max_completion_length=10)
+
+
+def assert_same_samples(one: Samples, other: Samples) -> None:
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.proposal_logprob, other.proposal_logprob, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("room", [0, -5, 7], ids=["enough", "outgrown", "more than enough"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_samples_do_not_depend_on_the_cache(
+    architecture: str, prompts: str, room: int, updates: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture, "several_eos").copy()
+    capacities: list[int] = []
+
+    def with_room(cache: Any, capacity: int, dtype: torch.dtype | None) -> None:
+        capacities.append(capacity + room)
+        reserve(cache, capacity + room, dtype)
+
+    monkeypatch.setattr(sampling_module, "reserve", with_room)
+    rows = count_rows(model, monkeypatch)
+    ours = draw_from(model, prompts)
+    longest = model.encode_prompts(PROMPTS[prompts]).tokens.shape[1] + 9
+    # Every row's last token but that is in the cache at the end, and some rows have left the batch before.
+    assert max(updates) == longest
+    assert len(capacities) == 1
+    assert (max(updates) > capacities[0]) == (room < 0)
+    assert rows[-1] < rows[1] <= 300
+    updates.clear()
+    monkeypatch.setattr(sampling_module, "reserve", lambda *args: None)
+    theirs = draw_from(model, prompts)
+    assert not updates
+    assert_same_samples(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logprob(ours), ours.proposal_logprob, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "lfm2", "mamba", "openai-gpt"])
+def test_other_caches_stay_what_they_are(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(architecture, "several_eos")
+    tokens = model.encode_prompts(PROMPTS["one"]).tokens
+    with torch.no_grad():
+        cache = getattr(model.model(tokens, use_cache=True), "past_key_values", None)
+    layers = list(getattr(cache, "layers", []))
+    reserve(cache, 20)
+    for before, after in zip(layers, getattr(cache, "layers", []), strict=True):
+        assert type(after) is (RoomyLayer if type(before) is DynamicLayer else type(before))
+        assert (after is before) == (type(before) is not DynamicLayer)
+    assert any(type(layer) is RoomyLayer for layer in getattr(cache, "layers", [])) == (architecture == "lfm2")
+
+
+def keys_and_values(n: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, n, 3, tokens, 4, generator=generator)
+    return keys, values
+
+
+@pytest.mark.parametrize("capacity", [2, 5, 6, 20])
+def test_a_layer_with_room_holds_what_transformers_own_does(capacity: int) -> None:
+    """Through spreading over rows, leaving rows out, and more tokens than there is room for."""
+    cache = DynamicCache()
+    cache.update(*keys_and_values(2, 3, 0), 0)
+    plain = DynamicLayer()
+    plain.update(*keys_and_values(2, 3, 0))
+    reserve(cache, capacity)
+    roomy = cache.layers[0]
+    assert type(roomy) is RoomyLayer
+    n = 2
+    for step, order in enumerate([None, [1, 0, 1, 1], None, [3, 0], None, None, [1]]):
+        if order is not None:
+            n = len(order)
+            for layer in (roomy, plain):
+                layer.reorder_cache(torch.tensor(order))
+        found, expected = (layer.update(*keys_and_values(n, 1 + step % 2, step)) for layer in (roomy, plain))
+        for ours, theirs in zip((*found, roomy.keys, roomy.values), 2 * expected, strict=True):
+            assert torch.equal(ours, theirs)
+        assert roomy.get_seq_length() == plain.get_seq_length() == expected[0].shape[2]
+        assert roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
+    assert roomy.get_seq_length() > 6
+
+
+def test_nothing_is_copied_while_there_is_room_and_all_is_once_it_is_gone() -> None:
+    cache = DynamicCache()
+    cache.update(*keys_and_values(2, 3, 0), 0)
+    reserve(cache, 6)
+    places = []
+    for step in range(5):
+        keys, _values = cache.update(*keys_and_values(2, 1, step), 0)
+        places.append(keys.untyped_storage().data_ptr())
+    assert len(set(places[:3])) == 1
+    assert places[3] != places[2]
+
+
+def test_a_layer_with_room_holds_the_dtype_that_attention_reads() -> None:
+    cache = DynamicCache()
+    keys, values = (x.bfloat16() for x in keys_and_values(2, 3, 0))
+    cache.update(keys, values, 0)
+    reserve(cache, 4, torch.float32)
+    for _ in range(3):
+        found = cache.update(*(x.bfloat16() for x in keys_and_values(2, 1, 1)), 0)
+        assert {x.dtype for x in found} == {torch.float32}
+    assert torch.equal(found[0][:, :, :3].bfloat16(), keys)
+    assert torch.equal(found[1][:, :, :3].bfloat16(), values)
+    assert found[0].shape[2] == 6
