@@ -22,6 +22,8 @@ from tiltlm.lm.samples import Law, Samples
 PIECE_BYTES = {"cpu": 4 * 2**20}
 PIECE_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 128
+# For gradients of logits in 16 bits that are multiplied at once.
+HELD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class _Job:
         self, samples: Samples, base: Reading | None, guide: Guide | None, compute: torch.dtype, gradient: bool
     ) -> None:
         self.tokens, self.columns = samples.flat_tokens, samples.flat_columns
-        self.base, self.guide, self.compute, self.gradient = base, guide, compute, gradient
+        self.base, self.guide, self.compute, self.gradient = base.cast() if base else None, guide, compute, gradient
         self.states = _states(samples, guide)
 
     def guide_law(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
@@ -184,8 +186,7 @@ class _Laws(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        policy = Reading(hidden, weight, bias, job.compute).cast()
-        base = job.base.cast() if job.base is not None else None
+        policy, base = Reading(hidden, weight, bias, job.compute).cast(), job.base
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
         found: list[list[Tensor]] = [[], [], [], [], []]
@@ -215,6 +216,8 @@ class _Laws(torch.autograd.Function):
                     pulls[1].append(g.to(policy.weight) @ policy.weight - mean)
         outputs = [torch.cat(part) if part else hidden.new_zeros(len(hidden)) for part in found]
         ctx.job, ctx.frozen, ctx.dtype = job, frozen, hidden.dtype
+        # What was cast is no input, and is not cast again.
+        ctx.cast = policy if weight is not None and job.compute != weight.dtype and not frozen else None
         ctx.save_for_backward(*([torch.cat(p) for p in pulls if p] if frozen else [hidden, weight, bias]))
         ctx.mark_non_differentiable(*outputs[1:4])
         return tuple(outputs)  # type: ignore[return-value]
@@ -230,10 +233,10 @@ class _Laws(torch.autograd.Function):
                 total = total + on_taught[:, None] * pull
             return total.to(ctx.dtype), None, None, None
         hidden, weight, bias = ctx.saved_tensors
-        policy = Reading(hidden, weight, bias, job.compute).cast()
-        base = job.base.cast() if job.base is not None else None
+        policy, base = ctx.cast or Reading(hidden, weight, bias, job.compute), job.base
         of_hidden: list[Tensor] = []
-        of_weight = of_bias = None
+        of_bias = None
+        of_weight = _WeightGradient(policy.hidden, weight.dtype, policy.width) if ctx.needs_input_grad[1] else None
         scratch = _Scratch(policy)
         # Many gradients at once, by vmap, are of another shape than the memory that is kept for one.
         functorch = torch._C._functorch
@@ -249,16 +252,62 @@ class _Laws(torch.autograd.Function):
             of_logits = of_logits.scatter_add_(-1, job.tokens[piece, None], pull[:, None])
             if ctx.needs_input_grad[2]:
                 of_bias = _added(of_bias, of_logits.sum(0))
-            of_logits = of_logits.to(policy.hidden.dtype)
+            of_logits = of_weight.hold(of_logits, piece) if of_weight else of_logits.to(policy.hidden.dtype)
             if ctx.needs_input_grad[0]:
                 part = of_logits.clone() if policy.weight is None else of_logits @ policy.weight
                 of_hidden.append(part.to(hidden.dtype))
-            if ctx.needs_input_grad[1]:
-                if of_weight is not None and of_weight.dtype == of_logits.dtype:
-                    of_weight.addmm_(of_logits.T, policy.hidden[piece])
-                else:
-                    of_weight = _added(of_weight, (of_logits.T @ policy.hidden[piece]).to(weight.dtype))
-        return torch.cat(of_hidden) if of_hidden else None, of_weight, of_bias, None
+            if of_weight:
+                of_weight.add(of_logits, piece)
+        whole = of_weight.finish() if of_weight else None
+        return torch.cat(of_hidden) if of_hidden else None, whole, of_bias, None
+
+
+class _WeightGradient:
+    """The sum over pieces of (∂/∂logits)ᵀ · hidden, in the weight's own dtype [V, H].
+
+    A product in 16 bits cannot add to a sum in 32, and with a large vocabulary that sum is larger than a piece: there
+    the gradients of several pieces of logits are held, in 16 bits, and multiplied at once.
+    """
+
+    def __init__(self, hidden: Tensor, dtype: torch.dtype, width: int) -> None:
+        self.hidden, self.dtype = hidden, dtype
+        self.total: Tensor | None = None
+        self.held: Tensor | None = None
+        self.start = self.stop = 0
+        if hidden.dtype != dtype:
+            rows = min(len(hidden), max(FEWEST_ROWS, HELD_BYTES // (hidden.element_size() * width)))
+            self.held = hidden.new_empty(rows, width)
+
+    def hold(self, of_logits: Tensor, piece: slice) -> Tensor:
+        """The gradient of a piece of logits [p, V] in the dtype of the product."""
+        if self.held is None:
+            return of_logits
+        if self.stop - self.start + len(of_logits) > len(self.held):
+            self._flush()
+        place = self.held[self.stop - self.start :][: len(of_logits)]
+        return place.copy_(of_logits)
+
+    def add(self, of_logits: Tensor, piece: slice) -> None:
+        """Take what ``hold`` gave into the sum."""
+        if self.held is not None:
+            self.stop += len(of_logits)
+        elif self.total is None:
+            self.total = of_logits.T @ self.hidden[piece]
+        else:
+            self.total.addmm_(of_logits.T, self.hidden[piece])
+
+    def finish(self) -> Tensor:
+        """The sum over all pieces."""
+        if self.held is not None:
+            self._flush()
+        assert self.total is not None
+        return self.total
+
+    def _flush(self) -> None:
+        if self.held is not None and self.stop > self.start:
+            part = self.held[: self.stop - self.start].T @ self.hidden[self.start : self.stop]
+            self.total = part.to(self.dtype) if self.total is None else self.total.add_(part)
+            self.start = self.stop
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
