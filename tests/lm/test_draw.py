@@ -91,7 +91,10 @@ def test_it_is_the_inversion_of_the_cumulative_sum(width: int, dtype: torch.dtyp
 def test_the_ends_of_the_unit_interval_are_tokens_of_the_law(width: int, dtype: torch.dtype) -> None:
     """0 and the largest number below 1 give the first and the last token that can come at all."""
     logits = random_logits(50, width, dtype)
-    for law in (logits, with_holes(logits)):
+    late, early = logits.clone(), logits.clone()
+    late[:, : min(64, width - 1)] = -math.inf
+    early[:, max(1, width - 66) :] = -math.inf
+    for law in (logits, with_holes(logits), late, early):
         possible = law[0].isfinite().nonzero().squeeze(-1)
         below_one = torch.nextafter(torch.ones(50, 1, dtype=dtype), torch.zeros(50, 1, dtype=dtype))
         first = sampling.invert(law.softmax(-1), torch.zeros(50, 1, dtype=dtype))
