@@ -167,7 +167,7 @@ def test_it_is_large_by_its_mean_and_not_by_its_worst() -> None:
     assert str(Mismatch(0.25, 1.5)) == "0.25 nats a sequence on average, 1.5 at worst"
 
 
-def test_pieces_of_which_one_is_not_known_are_not_known() -> None:
+def test_rows_of_which_it_is_not_known_are_left_out() -> None:
     column = torch.zeros(3, dtype=torch.float64)
     unknown = Scores(column, column, column, column, None)
     known = unknown.with_rescored(torch.ones(3, 2))
@@ -175,5 +175,8 @@ def test_pieces_of_which_one_is_not_known_are_not_known() -> None:
     both = Scores.concatenate([known, known], torch.tensor([5, 4, 3, 2, 1, 0]))
     assert rescored(both).tolist() == [2.0] * 6
     assert Mismatch.of(both) == Mismatch(2.0, 2.0)
-    assert Scores.concatenate([known, unknown]).rescored is None
+    half = Scores.concatenate([known, unknown])
+    assert rescored(half).isnan().tolist() == [False] * 3 + [True] * 3
+    assert Mismatch.of(half) == Mismatch(2.0, 2.0)
+    assert Scores.concatenate([unknown, unknown]).rescored is None
     assert Mismatch.of(unknown) is None

@@ -12,7 +12,7 @@ import torch
 from test_accounting import Passes, spent
 from torch import Tensor
 
-from tiltlm.features import contains, length
+from tiltlm.features import Feature, contains, length
 from tiltlm.objectives import GDC, GDCPlusPlus, Guided, Objective, Record
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
 from tiltlm.training.batch import Batch
@@ -228,8 +228,42 @@ def test_an_objective_that_gives_nothing_to_the_impossible_is_recognized(objecti
     assert ignores_the_impossible(objective)
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """A third party's: GDC++ where the policy is near, nothing elsewhere; a comparison with NaN is false."""
+
+    name: str = "truncated"
+
+    def coefficients(self, record: Record) -> Tensor:
+        ratio = (record.policy_logprob - record.proposal_logprob).exp()
+        return torch.where(ratio < 5, GDCPlusPlus().coefficients(record), 0.0)
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A third party's: GDC++ with no NaN."""
+
+    name: str = "repaired"
+
+    def coefficients(self, record: Record) -> Tensor:
+        return GDCPlusPlus().coefficients(record).nan_to_num(0.0)
+
+
+@dataclass(frozen=True)
+class Strict:
+    """A third party's: refuses what is no number."""
+
+    name: str = "strict"
+
+    def coefficients(self, record: Record) -> Tensor:
+        assert bool(record.policy_logprob.isfinite().all())
+        return GDC().coefficients(record)
+
+
 @pytest.mark.parametrize(
-    "objective", [GDCPlusPlus(), Repelled(), Proximal(), Constant(), Guided()], ids=lambda o: o.name
+    "objective",
+    [GDCPlusPlus(), Repelled(), Proximal(), Constant(), Guided(), Truncated(), Repaired(), Strict()],
+    ids=lambda o: o.name,
 )
 def test_an_objective_that_gives_it_something_is_recognized(objective: Objective) -> None:
     assert not ignores_the_impossible(objective)
@@ -370,3 +404,42 @@ def test_an_earlier_policys_step_costs_less_by_what_is_impossible(
     trainer = trainer_from(world, "step 1")
     passes = Passes(monkeypatch)
     assert spent(trainer) == passes.taken() == (N, 2 * N + possible)
+
+
+@dataclass(frozen=True)
+class AboveALevel:
+    """A target of somebody's own: the base's likelier texts alone."""
+
+    features: tuple[Feature, ...]
+
+    def log_score(self, base_logprob: Tensor, features: Tensor) -> Tensor:
+        return torch.where(base_logprob > -3.0, base_logprob, -math.inf)
+
+
+def test_a_support_that_depends_on_the_base_is_not_guessed(world: World) -> None:
+    """On-policy the base is asked before a row is called impossible."""
+    gradients = []
+    for skips in (True, False):
+        trainer = build_trainer(world, method="gdc", policy=near(world.base, 0.05))
+        trainer.scorer.target = AboveALevel(tuple(world.target.features))  # type: ignore[assignment]
+        trainer.scorer.skips = skips
+        trainer.pull(trainer.draw(), 0.0)
+        gradients.append(gradient(trainer))
+    assert float(gradients[0].norm()) > 0.01
+    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-12
+
+
+def test_momentum_goes_on_over_a_batch_that_pulls_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    for skips in (True, False):
+        trainer = build_trainer(world, method="gdc", optim="adam")
+        trainer.scorer.skips = skips
+        trainer.train_step()
+        before = torch.cat([p.detach().clone().flatten() for p in trainer.parameters.values()])
+        few = impossible(trainer.draw())
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "draw", lambda few=few: few)
+            trainer.train_step()
+        moved.append(torch.cat([p.detach().flatten() for p in trainer.parameters.values()]) - before)
+    assert float(moved[0].norm()) > 1e-3
+    assert float((moved[0] - moved[1]).abs().max()) < 1e-12

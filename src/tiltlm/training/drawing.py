@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiltlm.training.batch import Batch, FitSampleQueue, in_turn
 class Drawer:
     """Hands out batches in an order that depends on ``seed`` alone: fit samples while they last, then fresh ones.
 
-    Features are measured in a thread of their own. While it is busy the next batch can be drawn ahead, where that
+    Features are measured in a thread beside this one. While it is busy the next batch can be drawn ahead, where that
     would be drawn from the same proposal; ``drawn`` and ``generator_state`` do not count it before it is handed out.
     """
 
@@ -37,7 +38,7 @@ class Drawer:
         self.queue = FitSampleQueue(base_sample if reuse_fit_samples else None)
         self.generator = torch.Generator(roles.policy.device).manual_seed(seed)
         self.drawn = len(base_sample.samples)
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
+        self.worker = Aside()
         self.ahead: Batch | None = None
         self.generator_before_ahead: torch.Tensor | None = None
 
@@ -69,6 +70,7 @@ class Drawer:
         """Go on from what a checkpoint holds."""
         self.generator.set_state(generator_state)
         self.queue.position, self.drawn = position, drawn
+        self.ahead = self.generator_before_ahead = None
 
     def _draw(self, source: str, guide: Guide | None) -> Batch:
         role: Any = {"base": "base", "guided": "base", "policy": "policy"}.get(source, "proposal")
@@ -81,3 +83,27 @@ class Drawer:
                 guide=guide,
             ).trimmed()
         return Batch(samples, self.worker.submit(measure_samples, self.features, samples), source)
+
+
+class Aside:
+    """Calls functions one after the other beside the main thread; none of them keeps the process from ending."""
+
+    def __init__(self) -> None:
+        self.last: threading.Thread | None = None
+
+    def submit(self, function: Callable[..., torch.Tensor], *args: Any) -> Future[torch.Tensor]:
+        """What the function will have returned, or raised."""
+        found: Future[torch.Tensor] = Future()
+        before = self.last
+
+        def call() -> None:
+            if before is not None:
+                before.join()
+            try:
+                found.set_result(function(*args))
+            except BaseException as error:
+                found.set_exception(error)
+
+        self.last = threading.Thread(target=call, name="features", daemon=True)
+        self.last.start()
+        return found

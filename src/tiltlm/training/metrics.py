@@ -27,8 +27,8 @@ class Scores:
 
     ``kl_to_base`` [N] is each row's Rao–Blackwell term Σ_t (π/q)(x_<t) KL(π(·|x_<t)‖a(·|x_<t)), whose mean is KL(π‖a)
     whatever the proposal; None where the base's next-token law was not at hand. ``rescored`` [N] is the proposal's
-    log-probability by a scoring pass instead of the sampler; None where no pass took that law. ``base_logprob`` is NaN
-    where P is 0 and the base was not asked.
+    log-probability by a scoring pass instead of the sampler; None, or NaN in a row, where no pass took that law.
+    ``base_logprob`` is NaN where P is 0 and the base was not asked.
     """
 
     policy_logprob: Tensor
@@ -72,6 +72,9 @@ class Scores:
 
         def joined(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
+            if name == "rescored" and any(value is not None for value in values):
+                unknown = (torch.full_like(part.policy_logprob, math.nan) for part in parts)
+                values = [nan if value is None else value for value, nan in zip(values, unknown, strict=True)]
             return None if any(value is None for value in values) else torch.cat(values)[rows]
 
         return Scores(**{field.name: joined(field.name) for field in fields(Scores)})
@@ -93,6 +96,7 @@ class Mismatch:
         if scores.rescored is None:
             return None
         apart = (scores.rescored - scores.proposal_logprob).abs()
+        apart = apart[~apart.isnan()]
         return Mismatch(float(apart.mean()), float(apart.max()))
 
     @property

@@ -46,14 +46,17 @@ def _finite(objective: Objective, record: Record) -> Tensor:
 
 def ignores_the_impossible(objective: Objective) -> bool:
     """Whether a row with P = 0 has coefficient 0 whatever else is true of it, as in DPG and GDC, not in GDC++."""
-    nothing_known = torch.full((1,), math.nan, dtype=torch.float64)
+    # What depends on NaN is no number, and so not 0, unless it is compared or replaced: hence numbers too.
+    unknown = torch.tensor([math.nan, -0.1, -3.0, -10.0, -100.0], dtype=torch.float64)
     record = Record(
-        policy_logprob=nothing_known,
-        base_logprob=nothing_known,
-        proposal_logprob=torch.full_like(nothing_known, -1.0),
-        target_logscore=torch.full_like(nothing_known, -math.inf),
+        policy_logprob=unknown,
+        base_logprob=unknown.flip(0),
+        proposal_logprob=torch.full_like(unknown, -9.0),
+        target_logscore=torch.full_like(unknown, -math.inf),
         log_z=0.0,
-        guide_logprob=nothing_known,
+        guide_logprob=unknown,
     )
-    # What depends on any of the unknown is no number, and so not 0.
-    return bool((objective.coefficients(record) == 0).all())
+    try:
+        return bool((objective.coefficients(record) == 0).all())
+    except Exception:  # an objective of the user's own that takes no NaN: then nothing is known of it
+        return False

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+# As good as −∞, for a log-probability in nats.
+LEAST_LOGPROB = -1e4
+
+
 class Scorer:
     """Scores batches in chunks of bounded memory, which do not change the result.
 
@@ -71,6 +75,10 @@ class Scorer:
                     self.accelerator.backward(-pulled.sum() / len(batch.samples))
             parts.append(scores)
             order.append(rows)
+        if backward and not parts:
+            # Gradients of zero, as without skipping: an optimizer with momentum moves on them.
+            nothing = torch.stack([0.0 * p.sum() for p in self.roles.trainable().values()]).sum()
+            self.accelerator.backward(nothing)
         for rows in self._chunks(batch.samples, idle):
             parts.append(self._score_idle(batch, batch.samples.select(rows).trimmed()))
             order.append(rows)
@@ -80,8 +88,11 @@ class Scorer:
         """Which rows [N] have P = 0."""
         with self.timed("features"):
             features = batch.features
-        # That depends on the features; for the base's value, not known yet, stands the sampler's.
-        return self.target.log_score(batch.samples.sequence_logprob.cpu(), features) == -math.inf
+        # The base's value is not known yet: whatever it is, P must be 0.
+        sampled = batch.samples.sequence_logprob.cpu()
+        values = sampled, torch.zeros_like(sampled), torch.full_like(sampled, LEAST_LOGPROB)
+        scores = torch.stack([self.target.log_score(value, features) for value in values])
+        return (scores == -math.inf).all(0)
 
     def _chunks(self, samples: Samples, wanted: Tensor) -> list[Tensor]:
         rows = wanted.nonzero().squeeze(-1).to(samples.tokens.device)
