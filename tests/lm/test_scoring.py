@@ -60,7 +60,7 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
     samples = model.sample(40, PROMPTS["several"], seed=1, max_completion_length=8)
     whole = model.logprob(samples, batch_size=40)
     reference = gradients(model, whole.square().sum())
-    monkeypatch.setattr("tiltlm.lm.model.CPU_CHUNK_BYTES", model._bytes_of_a_token() * 30)
+    monkeypatch.setattr(LanguageModel, "_chunk_bytes", lambda self: self._bytes_of_a_token() * 30)
     bounded = model.chunks(samples)
     assert len(bounded) > 4
     assert all(len(rows) * int(samples.lengths[rows].max()) <= 30 for rows in bounded)
@@ -74,7 +74,7 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
 
 
 def test_one_row_longer_than_the_bound_is_still_scored(monkeypatch):
-    monkeypatch.setattr("tiltlm.lm.model.CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(LanguageModel, "_chunk_bytes", lambda self: 1)
     model = tiny_model()
     samples = model.sample(3, seed=0, max_completion_length=5)
     assert [len(rows) for rows in model.chunks(samples)] == [1, 1, 1]

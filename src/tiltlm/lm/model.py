@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from tiltlm.targets import Target
 
-# Bytes that the activations, or where they are made the logits, of one chunk may take on a CPU.
-CPU_CHUNK_BYTES = 768 * 2**20
+# Bytes that the activations, or where they are made the logits, of one chunk may take on a CPU, or as much as the weights
+# take: every chunk reads them all, and in smaller ones that would take most of the time.
+CPU_CHUNK_BYTES = 192 * 2**20
 CPU_SAMPLING_BYTES = 2**30
 COPIES_OF_LOGITS = 4
 # Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
@@ -340,7 +341,7 @@ class LanguageModel:
         if self.device.type == "cuda":
             # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
             return int(torch.cuda.mem_get_info(self.device)[1] // 8)
-        return CPU_CHUNK_BYTES
+        return max(CPU_CHUNK_BYTES, sum(p.numel() * p.element_size() for p in self.model.parameters()))
 
     def _rows_at_once(self, length: int) -> int:
         """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""
