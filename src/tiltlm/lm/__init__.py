@@ -2,7 +2,7 @@
 
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.model import LanguageModel
-from tiltlm.lm.next_token import NextToken, Reading, next_token
+from tiltlm.lm.reading import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
 from tiltlm.lm.samples import Law, Prompts, Samples
 

@@ -16,8 +16,9 @@ from tiltlm.errors import UsageError
 from tiltlm.lm.decoding import accepts, positions
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
-from tiltlm.lm.next_token import Reading, token_logprobs
+from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16
+from tiltlm.lm.reading import Reading, token_logprobs
 from tiltlm.lm.samples import Law, Prompts, Samples
 from tiltlm.lm.sampling import sample_batch
 
@@ -26,18 +27,14 @@ if TYPE_CHECKING:
 
     from tiltlm.targets import Target
 
-# Bytes that the activations, or where they are made the logits, of one chunk may take on a CPU, or as much as the weights
-# take: every chunk reads them all, and in smaller ones that would take most of the time.
+# Bytes that one chunk's activations (or logits, where they are made) may take on a CPU; or as many as the weights take,
+# which every chunk reads: smaller ones would do little else.
 CPU_CHUNK_BYTES = 192 * 2**20
 CPU_SAMPLING_BYTES = 2**30
 COPIES_OF_LOGITS = 4
 # Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
 HIDDEN_VECTORS, INTERMEDIATE_VECTORS = 10, 6
 
-
-# By what the output layer is tried out, and how far rounding may part two computations of the same logits.
-LARGE = 100.0
-ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.003}
 
 # Settings of LoRA whose other values change the weights, or the layers, that the base would share.
 HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
@@ -277,29 +274,8 @@ class LanguageModel:
 
     @cached_property
     def output_layer(self) -> torch.nn.Linear | None:
-        """The layer that makes logits of hidden states, where that is all that the model does with them.
-
-        None where it is not: where logits are scaled or capped, or the layer carries an adapter.
-        """
-        layer = self._inner.get_output_embeddings()
-        if type(layer) is not torch.nn.Linear:
-            return None
-        # Scaled up, so that a cap on logits shows even where they are small.
-        hook = layer.register_forward_pre_hook(lambda _, args: (args[0] * LARGE,))
-        tokens = torch.tensor([[self.start_id, self.pad_id]], device=self.device)
-        arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-        try:
-            with torch.no_grad():
-                whole = self.model(**arguments).logits
-        finally:
-            hook.remove()
-        with torch.no_grad():
-            hidden = getattr(self._inner.base_model(**arguments), "last_hidden_state", None)
-            if hidden is None:
-                return None
-            ours = layer(hidden * LARGE)
-        tolerance = ROUNDING.get(whole.dtype, 1e-4) * float(whole.abs().max())
-        return layer if ours.shape == whole.shape and bool(((ours - whole).abs() <= tolerance).all()) else None
+        """The layer that makes logits of hidden states, where that is all that the model does with them."""
+        return plain_output_layer(self._inner, [self.start_id, self.pad_id])
 
     @property
     def _inner(self) -> PreTrainedModel:
@@ -341,7 +317,8 @@ class LanguageModel:
         if self.device.type == "cuda":
             # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
             return int(torch.cuda.mem_get_info(self.device)[1] // 8)
-        return max(CPU_CHUNK_BYTES, sum(p.numel() * p.element_size() for p in self.model.parameters()))
+        weights: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return max(CPU_CHUNK_BYTES, weights)
 
     def _rows_at_once(self, length: int) -> int:
         """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from enumerable import PROMPTS, random_guide, tiny_model
-from tiltlm.lm import LanguageModel, Samples, next_token
-from tiltlm.lm.next_token import NextToken, Reading
+from tiltlm.lm import LanguageModel, Samples, next_token, reading
+from tiltlm.lm.reading import NextToken, Reading
 
 GRADIENTS = ("policy", "taught")
 NAMES = (*GRADIENTS, "base", "kl", "guide")
@@ -23,9 +23,8 @@ NAMES = (*GRADIENTS, "base", "kl", "guide")
 
 @pytest.fixture(autouse=True, params=[1, 7, 1000])
 def rows_of_a_piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = sys.modules["tiltlm.lm.next_token"]
-    monkeypatch.setattr(module, "PIECE_BYTES", {"cpu": 1})
-    monkeypatch.setattr(module, "FEWEST_ROWS", request.param)
+    monkeypatch.setattr(reading, "PIECE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(reading, "FEWEST_ROWS", request.param)
 
 
 @pytest.fixture
@@ -176,7 +175,7 @@ def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
 
 MEASURE = """
 import sys, torch
-from tiltlm.lm.next_token import _Job, _Laws
+from tiltlm.lm.reading import _Job, _Laws
 from tiltlm.lm import Samples, Law, Prompts
 vocabulary, positions, naive = int(sys.argv[1]), 2048, sys.argv[2] == "naive"
 def held(name):
