@@ -70,21 +70,9 @@ class Straightforward:
     def sample(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences [N, 1 + T] of the proposal with BOS, the mask [N, T] of their sampled tokens, and rewards [N]."""
         import torch
-        from sides import vowels
+        from sides import generate, vowels
 
-        prompts = torch.full((self.batch, 1), self.tokenizer.bos_token_id)
-        eos = self.tokenizer.eos_token_id
-        sequences = self.proposal.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            max_new_tokens=self.length,
-            eos_token_id=eos,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        sequences, eos = generate(self.proposal, self.tokenizer, self.batch, self.length), self.tokenizer.eos_token_id
         ended = (sequences[:, 1:] == eos).cumsum(-1)
         mask = (ended - (sequences[:, 1:] == eos).long()) == 0
         ids = [row[keep].tolist() for row, keep in zip(sequences[:, 1:], mask, strict=True)]

@@ -28,28 +28,15 @@ def ours(turns: Turns, folder: str, n: int, length: int, dtype: str) -> None:
     turns.serve(step)
 
 
-def generate(turns: Turns, folder: str, n: int, length: int, dtype: str, scores: bool) -> None:
+def theirs(turns: Turns, folder: str, n: int, length: int, dtype: str, scores: bool) -> None:
     import torch
-    from sides import load
+    from sides import generate, load
 
     model, tokenizer = load(folder, dtype)
-    prompts = torch.full((n, 1), tokenizer.bos_token_id)
     torch.manual_seed(0)
 
     def step() -> None:
-        output = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            max_new_tokens=length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_scores=scores,
-        )
+        output = generate(model, tokenizer, n, length, return_dict_in_generate=True, output_scores=scores)
         if scores:
             model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
         ended = (output.sequences[:, 1:] == tokenizer.eos_token_id).cumsum(-1)
@@ -74,7 +61,7 @@ def main() -> None:
             others = [
                 Side(
                     f"generate() {dtype}" + (" with scores" if scores else ""),
-                    generate,
+                    theirs,
                     case.n,
                     {**sizes, "dtype": dtype, "scores": scores},
                 )

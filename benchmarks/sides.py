@@ -61,6 +61,25 @@ def our_trainer(
     return Trainer(roles, target, objective, rule, args, base_sample=sample)
 
 
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, length: int, **settings: Any) -> Any:
+    """n completions of BOS from the plain law, by transformers; ``settings`` are further ones of generate()."""
+    import torch
+
+    prompts = torch.full((n, 1), tokenizer.bos_token_id)
+    return model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+
+
 def load(folder: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, by transformers; its positions are counted from now on."""
     import torch

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 REPLAY_TOLERANCE = 1e-2
 
 
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without PEFT around it; its adapters stay in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def accepts(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward takes this argument by name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT hides it behind **kwargs
-    return argument in inspect.signature(inner.forward).parameters
+    """Whether the model's forward takes this argument by name, which PEFT hides behind **kwargs."""
+    return argument in inspect.signature(unwrapped(model).forward).parameters
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -149,9 +153,8 @@ class StaticDecoder(Decoder):
         self._step()
 
     def _rewind(self) -> None:
-        lengths = {self.tokens.shape[1] + self.steps - 1}
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(max(lengths))
+            layer.cumulative_length.fill_(self.tokens.shape[1] + self.steps - 1)
 
 
 def can_be_static(model: PreTrainedModel) -> bool:
@@ -174,8 +177,7 @@ def prefill(
 
     def decoder_of(rows: Tensor) -> Decoder:
         tokens, mask = prompts.tokens[rows], prompts.mask[rows]
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if can_be_static(inner):
+        if can_be_static(unwrapped(model)):
             return StaticDecoder(model, tokens, mask, tokens.shape[1] + max_new_tokens)
         return Decoder(model, tokens, mask)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.lm.decoding import accepts, positions
+from tiltlm.lm.decoding import accepts, positions, unwrapped
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.output_layer import plain_output_layer
@@ -280,7 +280,7 @@ class LanguageModel:
     @property
     def _inner(self) -> PreTrainedModel:
         """The model without PEFT around it."""
-        return self.model.get_base_model() if self.has_adapter else self.model
+        return unwrapped(self.model)
 
     def constrain(self, constraints: Any, **settings: Any) -> Target:
         """The target with these moments that is closest to this model; see ``tiltlm.targets.constrain``."""

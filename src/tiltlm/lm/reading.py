@@ -109,15 +109,15 @@ def token_logprobs(samples: Samples, reading: Reading, law: Law, guide: Guide | 
     """Log-probabilities of the sampled tokens [N, T] under ``law`` and ``guide``, 0 where masked, with gradient."""
     if law == Law() and guide is None:
         return next_token(samples, reading).policy
-    tokens, states = samples.flat_tokens, _states(samples, guide)
+    tokens, states, reading = samples.flat_tokens, _states(samples, guide), reading.cast()
 
-    def piece_logprobs(piece: slice, *_: Any) -> Tensor:
-        logits = reading.cast().logits(piece)
+    def piece_logprobs(piece: slice) -> Tensor:
+        logits = reading.logits(piece)
         if guide is not None and states is not None:
             logits = logits + guide.log_weights_at(states[piece], samples.flat_columns[piece]).to(logits)
         return law.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
 
-    found = [checkpoint(piece_logprobs, piece, reading.hidden, use_reentrant=False) for piece in reading.pieces()]
+    found = [checkpoint(piece_logprobs, piece, use_reentrant=False) for piece in reading.pieces()]
     return _spread(torch.cat(found), samples)
 
 
@@ -252,7 +252,7 @@ class _Laws(torch.autograd.Function):
             of_logits = of_logits.scatter_add_(-1, job.tokens[piece, None], pull[:, None])
             if ctx.needs_input_grad[2]:
                 of_bias = _added(of_bias, of_logits.sum(0))
-            of_logits = of_weight.hold(of_logits, piece) if of_weight else of_logits.to(policy.hidden.dtype)
+            of_logits = of_weight.hold(of_logits) if of_weight else of_logits.to(policy.hidden.dtype)
             if ctx.needs_input_grad[0]:
                 part = of_logits.clone() if policy.weight is None else of_logits @ policy.weight
                 of_hidden.append(part.to(hidden.dtype))
@@ -278,7 +278,7 @@ class _WeightGradient:
             rows = min(len(hidden), max(FEWEST_ROWS, HELD_BYTES // (hidden.element_size() * width)))
             self.held = hidden.new_empty(rows, width)
 
-    def hold(self, of_logits: Tensor, piece: slice) -> Tensor:
+    def hold(self, of_logits: Tensor) -> Tensor:
         """The gradient of a piece of logits [p, V] in the dtype of the product."""
         if self.held is None:
             return of_logits

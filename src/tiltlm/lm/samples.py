@@ -138,14 +138,18 @@ class Samples:
         return self.mask.sum(-1)
 
     @cached_property
+    def _places(self) -> Tensor:
+        return self.mask.T.nonzero()
+
+    @property
     def flat_columns(self) -> Tensor:
         """The position t of each sampled token [P], those of all rows at one position together."""
-        return self.mask.T.nonzero()[:, 0]
+        return self._places[:, 0]
 
-    @cached_property
+    @property
     def flat_rows(self) -> Tensor:
         """The row of each sampled token [P], in the same order."""
-        return self.mask.T.nonzero()[:, 1]
+        return self._places[:, 1]
 
     @cached_property
     def flat_tokens(self) -> Tensor:
