@@ -71,6 +71,8 @@ def test_only_model_and_target_have_no_default() -> None:
         {"method": {"name": "m:o", "args": {"a": [1, 2.5, None]}}, "training": {"optim_args": {"betas": [0.9, 0.95]}}},
         {"peft": {"r": 4, "target_modules": ["q_proj"]}, "evaluation": {"top_p": None, "samples": 10}},
         {"target": {"reward": {"feature": "sentiment:compound", "beta": 0.1}}, "prompts": "prompts.txt"},
+        {"prompts": {"path": "rows.csv", "column": "question", "samples": 10}},
+        {"prompts": ["a", [{"role": "user", "content": "b"}], {"prompt": "c", "word": "d"}]},
         {"target": {"python": "mine:Target", "args": {"x": {"y": 1}}}, "training": {"max_grad_norm": 0}},
     ],
 )
@@ -87,6 +89,7 @@ def test_what_a_run_stores_reads_back_as_the_same_config(changes: dict[str, Any]
         ("seed=7", {"seed": 7}),
         ("prompts=", {"prompts": None}),
         ("prompts=a = b", {"prompts": "a = b"}),
+        ("prompts.dataset=us/ers", {"prompts": {"dataset": "us/ers"}}),
         ("training.max_steps=100", {"training": {"max_steps": 100}}),
         ("training.learning_rate=1e-5", {"training": {"learning_rate": 1e-5}}),
         ("training={max_steps: 3}", {"training": {"max_steps": 3}}),

@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tiltlm"
 # Each room may import itself and these. The order is the order of the house: nothing imports what stands below it.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "prompts": {"errors"},
     "estimation": {"errors"},
     "features": {"errors"},
     "lm": {"errors"},
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"errors", "training.callbacks"},
     "config": {"errors", "training.arguments"},
     "starter": {"config", "training.arguments"},
-    "build": {"errors", "features", "lm", "objectives", "targets", "training", "runs", "config"},
+    "build": {"errors", "prompts", "features", "lm", "objectives", "targets", "training", "runs", "config"},
     "publish": {"errors", "lm", "targets", "training", "runs", "config"},
     "job": {"features", "lm", "targets", "training", "runs", "config", "build", "publish"},
     "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter"},
@@ -107,7 +108,8 @@ def test_rooms_of_pure_functions_never_see_a_model(room: str) -> None:
 
 def test_what_is_installed_for_users_is_what_the_code_imports() -> None:
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = {re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]}
+    asked = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    named = {re.split(r"[^\w-]", dependency)[0] for dependency in asked}
     imported = {
         alias.name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]
         for path in SOURCE.rglob("*.py")

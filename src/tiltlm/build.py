@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from tiltlm.config import ConstraintConfig, MethodConfig, RewardConfig, RunConfig, parse_config
+from tiltlm.config import ConstraintConfig, MethodConfig, PromptsConfig, RewardConfig, RunConfig, parse_config
 from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
 from tiltlm.features.spec import OBJECT
-from tiltlm.lm import LanguageModel, Roles
+from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.objectives import BUILT_IN, Guided, Objective
+from tiltlm.prompts import PromptData, prompt_dataset, prompt_file, stated_prompts
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base
 from tiltlm.targets import Target, Term, TiltedTarget, prefix_automaton, state_terms
@@ -121,23 +122,22 @@ def check_names(config: RunConfig) -> None:
     read_prompts(config.prompts)
 
 
-def read_prompts(prompts: str | Sequence[str] | None) -> list[str] | None:
-    """Prompts as a list: a string that names a text file is read line by line, another is a prompt itself."""
-    if prompts is None:
+def read_prompts(stated: str | Sequence[Any] | PromptsConfig | None) -> PromptData | None:
+    """The prompts of a config with their columns; None where it has none. Raises UsageError."""
+    if stated is None:
         return None
-    if not isinstance(prompts, str):
-        given = list(prompts)
-    elif prompts.endswith(".txt") or Path(prompts).is_file():
-        try:
-            given = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"prompts: {prompts} cannot be read as text ({error}); give a file in UTF-8") from error
+    if not isinstance(stated, PromptsConfig):
+        return stated_prompts(stated)
+    if stated.path is not None:
+        found = prompt_file(stated.path, stated.column)
     else:
-        given = [prompts]
-    if not given:
-        source = f"the file {prompts}" if isinstance(prompts, str) else "the list"
-        raise UsageError(f"prompts: {source} holds none; give one string, a list, or a file with one prompt a line")
-    return given
+        found = prompt_dataset(str(stated.dataset), stated.column, subset=stated.subset, split=stated.split)
+    return found if stated.samples is None else found.select(range(min(stated.samples, len(found))))
+
+
+def encode_prompts(model: LanguageModel, data: PromptData | None) -> Prompts:
+    """The prompts as tokens of a model, with their columns; one that is just BOS where there are none."""
+    return model.encode_prompts(None) if data is None else model.encode_prompts(data.prompts, data.columns)
 
 
 @contextmanager

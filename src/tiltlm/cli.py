@@ -133,7 +133,7 @@ def evaluate(
             length = max_completion_length or 40
             result = evaluate_model(model, samples, seed=seed, max_completion_length=length, progress=progress)
         else:
-            from tiltlm.build import load_run, read_prompts
+            from tiltlm.build import encode_prompts, load_run, read_prompts
             from tiltlm.job import stream
             from tiltlm.training.evaluation import evaluate_policy
 
@@ -142,7 +142,7 @@ def evaluate(
                 roles,
                 target,
                 samples,
-                prompts=read_prompts(config.prompts),
+                prompts=encode_prompts(roles.policy, read_prompts(config.prompts)),
                 max_completion_length=max_completion_length or config.max_completion_length,
                 # Neither the run's own evaluation nor anything that it was trained on.
                 seed=stream(config.seed, "eval") + 1_000_000 * (seed + 1),

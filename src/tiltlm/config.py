@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.training.arguments import TrainingArguments
@@ -83,8 +92,41 @@ class RunConfig(Section):
     model: Annotated[str, Field(min_length=1, description="embedded, a local folder, or a hub name")]
     target: TargetConfig
     prompts: Annotated[
-        str | list[str] | None,
-        Field(description="one string, a list, or a text file of lines; samples take them in turn"),
+class PromptsConfig(Section):
+    """Where prompts come from, with the columns beside them."""
+
+    path: Annotated[str | None, Field(description="a file: .txt, .jsonl, .json, .csv or .parquet")] = None
+    dataset: Annotated[str | None, Field(description="or a data set, by its name on the hub or its folder")] = None
+    subset: Annotated[str | None, Field(description="of a data set that has several")] = None
+    split: Annotated[str, Field(description="of a data set")] = "train"
+    column: Annotated[str, Field(description="the one that holds the prompt: text, or chat messages")] = "prompt"
+    samples: Annotated[int | None, Field(ge=1, description="only the first so many; null: all")] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptsConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give path, a file, or else dataset, a name on the hub or a folder")
+        return self
+
+
+def _kind_of_prompts(stated: Any) -> str | None:
+    if isinstance(stated, Mapping | PromptsConfig):
+        return "mapping"
+    return "text" if isinstance(stated, str) else "list" if isinstance(stated, list) else None
+
+
+PromptsField = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Any], Tag("list")] | Annotated[PromptsConfig, Tag("mapping")],
+    Discriminator(
+        _kind_of_prompts,
+        custom_error_type="prompts",
+        custom_error_message="Input should be a string, a list, or a mapping with path or dataset",
+    ),
+]
+
+
+        PromptsField | None,
+        Field(description="one string, a list, a file, or {path or dataset, column, split}: docs/conditional.md"),
     ] = None
     method: MethodConfig = MethodConfig()
     training: TrainingArguments = TrainingArguments()
@@ -189,6 +231,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         place = inner
     if isinstance(place, list):
         place[_index(place, last, override)] = parsed
+        if isinstance(inner, str) and part == "prompts":
+            inner = {"path": inner}
     elif last == "feature" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
         place[last] = parsed
     elif last == "method":
@@ -240,7 +284,7 @@ def _wanted(problem: Any) -> str:
 
 
 def _is_union_tag(part: str) -> bool:
-    return "[" in part or part in ("str",)
+    return "[" in part or part in ("str", "text", "list", "mapping")
 
 
 def _reject_switches(raw: Any, parsed: Any, field: str = "") -> None:
@@ -271,3 +315,4 @@ def _valid_keys(location: Sequence[str]) -> list[str]:
             "evaluation": EvaluationConfig,
         }[part]
     return list(getattr(section, "model_fields", None) or section.__pydantic_fields__)
+            "prompts": PromptsConfig,

@@ -18,12 +18,13 @@ from tiltlm.build import (
     build_roles,
     build_terms,
     check_names,
+    encode_prompts,
     read_prompts,
 )
 from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
 from tiltlm.features import run_file_form
 from tiltlm.features.spec import OBJECT
-from tiltlm.lm import LanguageModel, Roles
+from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.publish import evaluate, publish
 from tiltlm.runs.directory import RunDirectory
@@ -107,12 +108,11 @@ def tune(
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
     Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
     """
-    prompts = [text or "" for text in target.base_sample.samples.prompts.texts]
     config = parse_config(
         {
             "model": base.name,
             "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
-            "prompts": prompts if any(prompts) else None,
+            "prompts": _stated_prompts(target.base_sample.samples.prompts),
             "target": _stated_config(target),
             "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
             "training": training,
@@ -135,6 +135,17 @@ def tune(
             )
     with sigterm_interrupts():
         return _run(config, directory, roles, stated, display, callbacks, resume=False)
+
+
+def _stated_prompts(prompts: Prompts) -> list[Any] | None:
+    """The run file's form of prompts that were given in Python, in the order in which they were given."""
+    if not any(prompts.texts) and not prompts.columns:
+        return None
+    chats = prompts.messages or [None] * len(prompts)
+    given = [list(chat) if chat else text or "" for chat, text in zip(chats, prompts.texts, strict=True)]
+    columns = [dict(zip(prompts.columns, row, strict=True)) for row in zip(*prompts.columns.values(), strict=True)]
+    rows = [{**row, "prompt": prompt} for prompt, row in zip(given, columns, strict=True)] if columns else given
+    return [rows[place] for place in sorted(range(len(rows)), key=prompts.ids.__getitem__)]
 
 
 def _stated_config(target: FittedTarget) -> TargetConfig:
@@ -204,7 +215,7 @@ def state_target(
     features = list(own.features) if own else [term.feature for term in terms]
     sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
     if sample is None:
-        prompts = read_prompts(config.prompts)
+        prompts = encode_prompts(base, read_prompts(config.prompts))
         with display.counting("sampling the base") as progress:
             sample = draw_base_sample(
                 base,

@@ -16,6 +16,7 @@ FEMALE = {"pronouns": "female"}
 FILES = {
     "empty.txt": "# only a comment\n\n",
     "blank.txt": "\n \n",
+    "rows.jsonl": '{"prompt": "a", "word": "b"}\n',
     "mine.py": """
 import tiltlm
 
@@ -74,7 +75,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "fraction for a whole number": ({"training.batch_size": 1.5}, ["training.batch_size", "1.5", "integer"]),
     "yes for a number": (constraint(FEMALE, moment=True), ["target.constraints.0.moment", "True", "number"]),
     "number for text": ({"model": 7}, ["model", "7", "string"]),
-    "mapping for text": ({"prompts": {"a": 1}}, ["prompts", "string", "list", "{'a': 1}"]),
+    "number for prompts": ({"prompts": 7}, ["prompts", "string", "list", "mapping", "7"]),
+    "unknown key of prompts": ({"prompts": {"pth": "a.txt"}}, ["'prompts.pth'", "did you mean 'path'"]),
+    "prompts from nowhere": ({"prompts": {"column": "question"}}, ["prompts", "path", "dataset"]),
+    "prompts from two places": ({"prompts": {"path": "a.txt", "dataset": "b"}}, ["prompts", "path", "dataset"]),
+    "no whole number of prompts": (
+        {"prompts": {"path": "a.txt", "samples": 0}},
+        ["prompts.samples", "0", "equal to 1"],
+    ),
     "number for a feature": (constraint(5), ["target.constraints.0.feature", "5"]),
     "list for a mapping": ({"peft": ["r"]}, ["peft", "['r']"]),
     "negative learning rate": ({"training.learning_rate": -1e-4}, ["training.learning_rate", "-0.0001", "greater"]),
@@ -151,6 +159,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing prompts": ({"prompts": "prompts.txt"}, ["prompts", "prompts.txt", "No such file"]),
     "empty prompts": ({"prompts": "blank.txt"}, ["prompts", "blank.txt"]),
     "empty list of prompts": ({"prompts": []}, ["prompts"]),
+    "a prompt that is none": ({"prompts": ["a", 2]}, ["prompts", "row 2", "2", "text"]),
+    "prompts of another column": (
+        {"prompts": {"path": "rows.jsonl", "column": "promt"}},
+        ["prompts", "row 1", "rows.jsonl", "'promt'", "did you mean 'prompt'"],
+    ),
     "peft of rank zero": ({"peft": {"r": 0}}, ["peft", "r", "positive"]),
     "peft of a module that is not there": ({"peft": {"target_modules": ["qproj"]}}, ["peft", "qproj", "not found"]),
     "peft that changes the base": (

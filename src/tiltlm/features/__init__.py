@@ -2,7 +2,7 @@
 
 from tiltlm.features.callables import callable_feature, feature, python_feature
 from tiltlm.features.combine import all_of, any_of, negation, threshold
-from tiltlm.features.feature import Batch, Feature, measure
+from tiltlm.features.feature import Batch, Feature, measure, measure_batch
 from tiltlm.features.lexical import builtin_wordlists, contains, length, pronouns, regex, wordlist
 from tiltlm.features.sentiment import sentiment
 from tiltlm.features.spec import FeatureSpec, build_feature, run_file_form
@@ -20,6 +20,7 @@ __all__ = [
     "feature",
     "length",
     "measure",
+    "measure_batch",
     "negation",
     "pronouns",
     "python_feature",

@@ -203,7 +203,11 @@ def _keywords(batch: Batch, conversational: bool) -> dict[str, Any]:
     prompts = ["" if prompt is None else prompt for prompt in batch.prompts or [None] * len(batch)]
     keywords: dict[str, Any] = {"prompts": prompts, "completions": list(batch.texts)}
     if conversational:
-        keywords["prompts"] = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = batch.messages or [None] * len(batch)
+        keywords["prompts"] = [
+            [{"role": "user", "content": prompt}] if chat is None else [dict(message) for message in chat]
+            for prompt, chat in zip(prompts, chats, strict=True)
+        ]
         keywords["completions"] = [[{"role": "assistant", "content": text}] for text in batch.texts]
     if batch.completion_ids is not None:
         keywords["completion_ids"] = [list(ids) for ids in batch.completion_ids]

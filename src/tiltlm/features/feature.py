@@ -31,17 +31,21 @@ EXPECTED = "expected one finite number per text"
 
 @dataclass(frozen=True)
 class Batch:
-    """N texts and what is known about them: prompts, token ids of the completions, and further columns, N each."""
+    """N texts and what is known about them: prompts, token ids of the completions, and further columns, N each.
+
+    ``messages`` are the prompts that were given as chat messages, and None for the others.
+    """
 
     texts: Sequence[str]
     prompts: Sequence[str | None] | None = None
     completion_ids: Sequence[Sequence[int]] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Sequence[Mapping[str, Any]] | None] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):
             raise UsageError("texts: expected a list of texts, got one string; write [text]")
-        for name in ("prompts", "completion_ids"):
+        for name in ("prompts", "completion_ids", "messages"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self):
                 raise UsageError(f"{name}: {len(values)} entries for {len(self)} texts; there must be one per text")
@@ -64,6 +68,7 @@ class Batch:
             prompts=cut(self.prompts),
             completion_ids=cut(self.completion_ids),
             columns={name: cut(value) for name, value in self.columns.items()},
+            messages=cut(self.messages),
         )
 
 
@@ -208,7 +213,11 @@ def measure(
     ``prompts``, ``completion_ids`` (token ids, ragged) and every further column hold one entry per text. Raises
     FeatureError, naming the feature and the first offending text, where a value is not one finite number per text.
     """
-    batch = Batch(texts, prompts, completion_ids, columns)
+    return measure_batch(features, Batch(texts, prompts, completion_ids, columns))
+
+
+def measure_batch(features: Iterable[Feature], batch: Batch) -> Tensor:
+    """The values of K features on a batch of N texts: float64 [N, K]; see ``measure``."""
     values = [feature.values(batch) for feature in features]
     return torch.stack(values, dim=1) if values else torch.empty(len(batch), 0, dtype=torch.float64)
 

@@ -2,8 +2,9 @@
 
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.model import LanguageModel
+from tiltlm.lm.prompts import Prompts
 from tiltlm.lm.reading import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
-from tiltlm.lm.samples import Law, Prompts, Samples
+from tiltlm.lm.samples import Law, Samples
 
 __all__ = ["Guide", "LanguageModel", "Law", "NextToken", "Prompts", "Reading", "Roles", "Samples", "next_token"]

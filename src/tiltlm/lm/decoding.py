@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiltlm.lm.samples import Prompts
+from tiltlm.lm.prompts import Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16
+from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
 from tiltlm.lm.reading import Reading, token_logprobs
-from tiltlm.lm.samples import Law, Prompts, Samples
+from tiltlm.lm.samples import Law, Samples
 from tiltlm.lm.sampling import sample_batch
 
 if TYPE_CHECKING:
@@ -138,26 +139,36 @@ class LanguageModel:
         """Whether a LoRA adapter sits on the weights."""
         return hasattr(self.model, "peft_config")
 
-    def encode_prompts(self, prompts: str | Sequence[str] | None) -> Prompts:
-        """Tokenize prompts, left-padded; None is the one empty prompt, which is just BOS."""
-        alone = prompts is None or isinstance(prompts, str) or not isinstance(prompts, Iterable)
-        texts: list[Any] = [prompts] if alone else [*prompts]  # type: ignore[misc]
-        for text in texts:
-            if not (text is None or isinstance(text, str)):
-                raise UsageError(f"prompts: {text!r} is no text; give a string or a list of strings")
-        if not texts:
-            raise UsageError("prompts: the list is empty; leave prompts out to sample from BOS")
-        rows = [self.tokenizer(text)["input_ids"] if text else [] for text in texts]
-        rows = [[int(i) for i in row] or [int(self.start_id)] for row in rows]
+    def encode_prompts(
+        self,
+        prompts: str | Messages | Sequence[str | Messages | None] | None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Prompts:
+        """Tokenize prompts, left-padded; None is the one empty prompt, which is just BOS.
+
+        Chat messages, mappings with role and content, are encoded by the tokenizer's chat template. ``columns`` hold
+        one further value per prompt each, which features may read. Raises UsageError for what cannot be encoded.
+        """
+        listed = prompt_list(prompts)
+        encoded = (encode(self.tokenizer, prompt, row, self.name) for row, prompt in enumerate(listed, 1))
+        rows = [row or [int(self.start_id)] for row in encoded]
+        for name, values in (columns or {}).items():
+            if len(values) != len(rows):
+                raise UsageError(f"columns: '{name}' has {len(values)} values for {len(rows)} prompts")
         width = max(map(len, rows))
-        tokens = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device).bool()
-        return Prompts(tokens, mask, tuple(texts))
+        chats = tuple(None if prompt is None or isinstance(prompt, str) else prompt for prompt in listed)
+        return Prompts(
+            torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.device),
+            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device).bool(),
+            tuple(map(text_of, listed)),
+            chats if any(chats) else None,
+            {name: tuple(values) for name, values in (columns or {}).items()},
+        )
 
     def sample(
         self,
         n: int,
-        prompts: str | Sequence[str] | Prompts | None = None,
+        prompts: str | Messages | Sequence[str | Messages | None] | Prompts | None = None,
         seed: int | None = None,
         *,
         max_completion_length: int = 40,
@@ -181,7 +192,7 @@ class LanguageModel:
         _check_whole("batch_size", batch_size, 1)
         if not isinstance(prompts, Prompts):
             prompts = self.encode_prompts(prompts)
-        self._check_length(prompts.tokens.shape[1], max_completion_length)
+        self.check_length(prompts, max_completion_length)
         if generator is None:
             generator = torch.Generator(self.device)
             generator.seed() if seed is None else generator.manual_seed(seed)
@@ -219,7 +230,8 @@ class LanguageModel:
         order = samples.lengths.argsort(stable=True)
         if size is not None:
             return list(torch.split(order, size))
-        lengths = samples.lengths[order].tolist()
+        # The last sampled token is not read, the prompt is.
+        lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
         budget = max(1, self._chunk_bytes() // self._bytes_of_a_token())
         pieces, start = [], 0
         for stop in range(1, len(order) + 1):
@@ -328,13 +340,17 @@ class LanguageModel:
         bound = self._chunk_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
         return max(1, int(bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache)))
 
-    def _check_length(self, prompt: int, completion: int) -> None:
+    def check_length(self, prompts: Prompts, completion: int) -> None:
+        """Raise UsageError, which names the longest prompt, where the model has too few positions for it."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        row = int(prompts.lengths.argmax())
+        longest = int(prompts.lengths[row])
         # The last token is never read.
-        room = 0 if positions is None else positions + 1 - prompt
+        room = 0 if positions is None else positions + 1 - longest
         if positions is not None and completion > room:
+            which = f"prompt {prompts.ids[row] + 1}, {prompts.texts[row]!r:.60}" if len(prompts) > 1 else "a prompt"
             raise UsageError(
-                f"max_completion_length: {completion} tokens after a prompt of {prompt} are more than the {positions} "
+                f"max_completion_length: {completion} tokens after {which} of {longest} are more than the {positions} "
                 f"positions of '{self.name}'; "
                 + (f"ask for at most {room}, or shorten the prompts" if room > 0 else "shorten the prompts")
             )

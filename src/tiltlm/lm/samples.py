@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError
 from tiltlm.lm.guide import Guide
+from tiltlm.lm.prompts import Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,34 +85,6 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """M tokenized prompts, left-padded: ``tokens`` [M, L], ``mask`` [M, L] and the texts (None: just BOS)."""
-
-    tokens: Tensor
-    mask: Tensor
-    texts: tuple[str | None, ...]
-
-    @property
-    def ragged(self) -> bool:
-        return not bool(self.mask.all())
-
-    def fair_order(self, n: int, seed: int) -> Tensor:
-        """Their places [M], shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
-
-        So the samples that do not come out even fall on any of the prompts, and not always on the first ones.
-        """
-        count = len(self.texts)
-        if n % count == 0:
-            return torch.arange(count)
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-    def select(self, order: Tensor) -> Prompts:
-        """The prompts at these places, in this order."""
-        rows = order.to(self.tokens.device)
-        return Prompts(self.tokens[rows], self.mask[rows], tuple(self.texts[i] for i in order.tolist()))
-
-
-@dataclass(frozen=True)
 class Samples:
     """N completions of up to T tokens.
 
@@ -177,6 +150,17 @@ class Samples:
     def prompt_texts(self) -> list[str | None]:
         """The prompt of each row, None where there was none."""
         return [self.prompts.texts[i] for i in self.prompt_index.tolist()]
+
+    @cached_property
+    def prompt_ids(self) -> Tensor:
+        """The place of each row's prompt among all prompts [N], on the CPU."""
+        return torch.tensor(self.prompts.ids)[self.prompt_index.cpu()]
+
+    @cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """What the data says of each row's prompt, N values a column."""
+        index = self.prompt_index.tolist()
+        return {name: [values[i] for i in index] for name, values in self.prompts.columns.items()}
 
     def select(self, index: Tensor) -> Samples:
         """The rows that ``index`` names (integers or a boolean mask)."""

@@ -13,7 +13,8 @@ from tiltlm.errors import NumericalError
 from tiltlm.lm.cache import reserve
 from tiltlm.lm.decoding import prefill
 from tiltlm.lm.guide import Guide
-from tiltlm.lm.samples import Law, Prompts
+from tiltlm.lm.prompts import Prompts
+from tiltlm.lm.samples import Law
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
 from tiltlm.estimation import Estimate, effective_sample_size
-from tiltlm.features import Feature, build_feature, measure
+from tiltlm.features import Batch, Feature, build_feature, measure_batch
 from tiltlm.lm import LanguageModel, Prompts, Samples
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
 from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
@@ -140,6 +140,7 @@ def draw_base_sample(
 ) -> BaseSample:
     """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them."""
     prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
+    base.check_length(prompts, max_completion_length)
     prompts = prompts.select(prompts.fair_order(n, seed))
     drawn = base.sample(n, prompts, seed, max_completion_length=max_completion_length, progress=progress)
     return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
@@ -147,8 +148,19 @@ def draw_base_sample(
 
 def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:
     """Feature values [N, K] of completions, float64 on the CPU; raises FeatureError."""
-    prompts = [prompt or "" for prompt in samples.prompt_texts]
-    return measure(features, samples.texts, prompts=prompts, completion_ids=samples.completion_ids)
+    return measure_batch(features, feature_batch(samples))
+
+
+def feature_batch(samples: Samples) -> Batch:
+    """What features may read of completions: their text and tokens, their prompts, and the columns of these."""
+    chats = samples.prompts.messages
+    return Batch(
+        samples.texts,
+        [prompt or "" for prompt in samples.prompt_texts],
+        samples.completion_ids,
+        samples.columns,
+        [chats[i] for i in samples.prompt_index.tolist()] if chats is not None else None,
+    )
 
 
 def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:

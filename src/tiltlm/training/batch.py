@@ -40,11 +40,10 @@ class Batch:
         return self.source == "base"
 
 
-def in_turn(prompts: Prompts, drawn: int) -> Prompts:
-    """The same prompts, the next one first after ``drawn`` sequences, so that small batches use all of them."""
-    first = drawn % len(prompts.texts)
-    order = [*range(first, len(prompts.texts)), *range(first)]
-    return Prompts(prompts.tokens[order], prompts.mask[order], tuple(prompts.texts[i] for i in order))
+def in_turn(prompts: Prompts, drawn: int, n: int) -> Prompts:
+    """The prompts of ``n`` sequences after ``drawn`` others, the next one first, so that small batches use all."""
+    count = len(prompts)
+    return prompts.select([(drawn + i) % count for i in range(min(n, count))])
 
 
 @dataclass

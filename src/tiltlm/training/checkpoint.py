@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,7 @@ def save_base_sample(folder: Path, sample: BaseSample) -> None:
     samples = sample.samples
     state = {
         **{name: getattr(samples, name) for name in ("tokens", "mask", "proposal_logprob", "prompt_index")},
-        "prompt_tokens": samples.prompts.tokens,
-        "prompt_mask": samples.prompts.mask,
-        "prompt_texts": list(samples.prompts.texts),
+        "prompts": {name: _plain(value) for name, value in vars(samples.prompts).items()},
         "features": sample.features,
         "max_completion_length": sample.max_completion_length,
     }
@@ -103,7 +102,7 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
         return None
     try:
         state = torch.load(path, map_location=base.device, weights_only=True)
-        prompts = Prompts(state["prompt_tokens"], state["prompt_mask"], tuple(state["prompt_texts"]))
+        prompts = Prompts(**state["prompts"])
         samples = Samples(
             tokens=state["tokens"],
             mask=state["mask"],
@@ -117,6 +116,13 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({reason}). Start anew in another output directory.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of all kinds as dictionaries, since no others can be read back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _reason(error: BaseException) -> str:

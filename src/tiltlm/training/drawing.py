@@ -77,7 +77,7 @@ class Drawer:
         with self.roles.use(role) as model, self.autocast():
             samples = model.sample(
                 self.batch_size,
-                in_turn(self.prompts, self.drawn),
+                in_turn(self.prompts, self.drawn, self.batch_size),
                 generator=self.generator,
                 max_completion_length=self.max_completion_length,
                 guide=guide,

@@ -1,0 +1,136 @@
+"""Prompts: what completions continue, as tokens, and how text and chat messages become them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """M tokenized prompts, left-padded: ``tokens`` [M, L], ``mask`` [M, L] and the texts (None: just BOS).
+
+    ``messages`` are those of prompts that are a chat, and None for the others; ``columns`` hold M further values each,
+    which features may read; ``ids`` are the places of the prompts among all, which no selection changes.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    texts: tuple[str | None, ...]
+    messages: tuple[Messages | None, ...] | None = None
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(len(self.texts))))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def ragged(self) -> bool:
+        return not bool(self.mask.all())
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of tokens [M] without padding."""
+        return self.mask.sum(-1)
+
+    def fair_order(self, n: int, seed: int) -> Tensor:
+        """Their places [M], shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
+
+        So the samples that do not come out even fall on any of the prompts, and not always on the first ones.
+        """
+        count = len(self.texts)
+        if n % count == 0:
+            return torch.arange(count)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+    def select(self, order: Tensor | Sequence[int]) -> Prompts:
+        """The prompts at these places, in this order, without columns that are padding in all of them."""
+        places = [int(i) for i in order]
+        rows = torch.tensor(places, dtype=torch.long, device=self.tokens.device)
+        used = self.mask[rows].any(0)
+        return Prompts(
+            self.tokens[rows][:, used],
+            self.mask[rows][:, used],
+            tuple(self.texts[i] for i in places),
+            tuple(self.messages[i] for i in places) if self.messages is not None else None,
+            {name: tuple(values[i] for i in places) for name, values in self.columns.items()},
+            tuple(self.ids[i] for i in places),
+        )
+
+
+def prompt_list(given: Any) -> list[str | Messages | None]:
+    """One prompt or several as a list. Raises UsageError for what is neither text nor chat messages."""
+    listed: list[Any] = [given] if given is None or isinstance(given, str) or _are_messages(given) else []
+    if not listed:
+        if not isinstance(given, Iterable) or isinstance(given, Mapping):
+            raise UsageError(f"prompts: {given!r:.60} is no text; give a string, chat messages, or a list of these")
+        listed = [*given]
+    if not listed:
+        raise UsageError("prompts: the list is empty; leave prompts out to sample from BOS")
+    for prompt in listed:
+        if not (prompt is None or isinstance(prompt, str) or _are_messages(prompt)):
+            raise UsageError(f"prompts: {prompt!r:.60} is no text; give a string, chat messages, or a list of these")
+    return listed
+
+
+def _are_messages(given: Any) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and not isinstance(given, str)
+        and len(given) > 0
+        and all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in given)
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages | None, row: int, name: str) -> list[int]:
+    """The tokens of a prompt; chat messages by the tokenizer's template, up to where the answer begins.
+
+    Raises UsageError, which names the ``row``, where the tokenizer of the model ``name`` cannot make tokens of it.
+    """
+    if not prompt:
+        return []
+    found = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else _encode_chat(tokenizer, prompt, row, name)
+    return [int(i) for i in found]
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: int, name: str) -> Sequence[int]:
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"prompts: prompt {row} is chat messages, but the tokenizer of '{name}' has no chat template; give it as "
+            f"text, or take a model that is tuned for chat"
+        )
+    # An answer that has begun is continued.
+    begun = messages[-1].get("role") == "assistant"
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            return_dict=True,
+        )
+    except Exception as error:
+        raise UsageError(
+            f"prompts: the chat template of '{name}' refuses prompt {row}: {type(error).__name__}: {error}"
+        ) from error
+    found: Sequence[int] = encoded["input_ids"]
+    return found
+
+
+def text_of(prompt: str | Messages | None) -> str | None:
+    """A prompt as it is shown: of chat messages what they say, one after the other."""
+    return prompt if prompt is None or isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
