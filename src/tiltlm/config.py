@@ -86,12 +86,6 @@ class EvaluationConfig(Section):
     texts: Annotated[int, Field(ge=1, description="texts of base and policy that are kept for reading")] = 200
 
 
-class RunConfig(Section):
-    """A whole run; every key but ``model`` and ``target`` has a default."""
-
-    model: Annotated[str, Field(min_length=1, description="embedded, a local folder, or a hub name")]
-    target: TargetConfig
-    prompts: Annotated[
 class PromptsConfig(Section):
     """Where prompts come from, with the columns beside them."""
 
@@ -125,6 +119,12 @@ PromptsField = Annotated[
 ]
 
 
+class RunConfig(Section):
+    """A whole run; every key but ``model`` and ``target`` has a default."""
+
+    model: Annotated[str, Field(min_length=1, description="embedded, a local folder, or a hub name")]
+    target: TargetConfig
+    prompts: Annotated[
         PromptsField | None,
         Field(description="one string, a list, a file, or {path or dataset, column, split}: docs/conditional.md"),
     ] = None
@@ -225,14 +225,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         inner = place.get(part)
         if isinstance(inner, str) and part == "method":
             inner = {"name": inner}
+        if isinstance(inner, str) and part == "prompts":
+            inner = {"path": inner}
         if not isinstance(inner, dict | list):
             inner = {}
         place[part] = inner
         place = inner
     if isinstance(place, list):
         place[_index(place, last, override)] = parsed
-        if isinstance(inner, str) and part == "prompts":
-            inner = {"path": inner}
     elif last == "feature" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
         place[last] = parsed
     elif last == "method":
@@ -313,6 +313,6 @@ def _valid_keys(location: Sequence[str]) -> list[str]:
             "method": MethodConfig,
             "training": TrainingArguments,
             "evaluation": EvaluationConfig,
+            "prompts": PromptsConfig,
         }[part]
     return list(getattr(section, "model_fields", None) or section.__pydantic_fields__)
-            "prompts": PromptsConfig,
