@@ -22,6 +22,8 @@ from tiltlm.training.proposal import ProposalRule, proposal_rule
 from tiltlm.training.trainer import Trainer
 
 LENGTH = 4
+# Those whose mean gradient is that of KL(p‖π), whatever the proposal.
+KL_METHODS = ("dpg", "gdc", "gdc++", "guided")
 LORA: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 
 

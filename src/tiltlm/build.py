@@ -27,8 +27,11 @@ from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal import ProposalRule, proposal_rule
+from tiltlm.training.pulling import updates_per_batch
 
-DEFAULT_PROPOSAL = {"dpg": "on_policy", "gdc": "kl", "gdc++": "on_policy", "guided": "guided"}
+DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided"}
+# Of the policy's own samples only: their clipping, groups or prices mean nothing under another proposal.
+ON_POLICY_ONLY = ("ppo", "grpo", "rloo", "kl_control")
 
 
 def build_base(config: RunConfig) -> LanguageModel:
@@ -87,7 +90,31 @@ def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
     else:
         raise UsageError(f"method.name: '{config.name}' is not known; {nearest(config.name, BUILT_IN)}, module:name")
     rule = config.proposal or DEFAULT_PROPOSAL.get(config.name, "on_policy")
+    if config.name in ON_POLICY_ONLY and rule != "on_policy":
+        raise UsageError(f"method.proposal: {config.name} trains on the policy's own samples; leave proposal out")
     return objective, proposal_rule(rule, config.check_steps)
+
+
+def check_expressible(objective: Objective, target: Target) -> None:
+    """Raises UsageError where the method cannot reach the target, as one that is infinite where P = 0."""
+    reason = getattr(objective, "needs_full_support", None)
+    filters = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "filter"]
+    if reason and filters:
+        raise UsageError(
+            f"method.name: {objective.name} cannot reach a target with the filter '{filters[0]}': {reason}; or ask for "
+            f"a moment below 1"
+        )
+
+
+def method_notes(objective: Objective, target: Target) -> list[str]:
+    """What a user should know of this method on this target."""
+    moments = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "moment"]
+    if not moments or not getattr(objective, "maximizes_reward", False):
+        return []
+    return [
+        f"{objective.name} maximizes a reward, and cannot be told to stop at a moment: the reward is the sum of the "
+        f"target's tilts λφ, and {', '.join(moments)} will end where that is largest, or where its price on KL holds it"
+    ]
 
 
 def _built_in(name: str, args: dict[str, Any]) -> Objective:
@@ -117,6 +144,8 @@ def check_names(config: RunConfig) -> None:
     if config.peft is not None:
         _check_peft(config.peft)
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
+    check_expressible(objective, target)
+    updates_per_batch(objective, config.training.num_iterations)
     if isinstance(objective, Guided) or rule.first == "guided":
         prefix_automaton(target.features)
     read_prompts(config.prompts)

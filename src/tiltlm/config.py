@@ -70,12 +70,18 @@ class TargetConfig(Section):
 class MethodConfig(Section):
     """The objective and its proposal rule."""
 
-    name: Annotated[str, Field(description="dpg, gdc, gdc++, guided, or package.module:name of your own")] = "gdc++"
+    name: Annotated[
+        str,
+        Field(
+            description="dpg, gdc, gdc++, guided, f_dpg, alpha_dpg, brain, vargrad; reinforce, reinforce_p, "
+            "kl_control, rloo, ppo, grpo; or package.module:name of your own"
+        ),
+    ] = "gdc++"
     proposal: Annotated[
         str | None, Field(description="on_policy, interval, kl, tv, published or guided; null: the method's own")
     ] = None
     check_steps: Annotated[int, Field(ge=1, description="steps between two questions whether q becomes π")] = 10
-    args: Annotated[dict[str, Any], Field(description="arguments of guided, or of an objective of your own")] = {}
+    args: Annotated[dict[str, Any], Field(description="arguments of the method")] = {}
 
 
 class EvaluationConfig(Section):

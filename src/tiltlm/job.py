@@ -17,8 +17,10 @@ from tiltlm.build import (
     build_own_target,
     build_roles,
     build_terms,
+    check_expressible,
     check_names,
     encode_prompts,
+    method_notes,
     read_prompts,
 )
 from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
@@ -248,6 +250,9 @@ def _run(
     resume: bool,
 ) -> Run:
     objective, rule = build_method(config.method)
+    check_expressible(objective, stated.target)
+    for note in method_notes(objective, stated.target):
+        display.say(f"note: {note}")
     recorder = Recorder(directory)
     trainer = Trainer(
         roles,

@@ -4,6 +4,8 @@ N sequences of T tokens from a vocabulary of V, K features, S states of a guide.
 docstrings, and needs neither package.
 """
 
+from dataclasses import replace
+
 import torch
 from beartype import beartype
 from jaxtyping import Float, Float64, Int, jaxtyped
@@ -12,7 +14,7 @@ from torch import Tensor
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Guide, Law, sampling
-from tiltlm.objectives import Objective, Record, guided
+from tiltlm.objectives import BatchObjective, Objective, Record, TokenRecord, guided
 from tiltlm.targets import TiltedTarget, moments
 
 shaped = jaxtyped(typechecker=beartype)
@@ -50,8 +52,21 @@ def from_one_sample(score: Logs, proposal: Logs, policy: Logs, base: Logs, featu
 
 
 @shaped
-def coefficients(objective: Objective, policy: Logs, base: Logs, proposal: Logs, score: Logs, guide: Logs) -> Logs:
-    return objective.coefficients(Record(policy, base, proposal, score, log_z=-1.0, guide_logprob=guide))
+def coefficients(
+    objective: Objective,
+    policy: Logs,
+    base: Logs,
+    proposal: Logs,
+    score: Logs,
+    guide: Logs,
+    prompts: Int[Tensor, "N"],
+    tokens: Float[Tensor, "N T"],
+) -> Logs | Float[Tensor, "N T"]:
+    record = Record(policy, base, proposal, score, log_z=-1.0, guide_logprob=guide, reward=-score, prompt_index=prompts)
+    record = replace(record, tokens=TokenRecord(tokens, tokens - 0.1, tokens + 0.1, tokens < 0, tokens))
+    if isinstance(objective, BatchObjective):
+        record = replace(record, advantage=objective.advantages(record))
+    return objective.coefficients(record)
 
 
 @shaped

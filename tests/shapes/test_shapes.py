@@ -46,7 +46,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "self_normalize": lambda: shaped.self_normalize(logs(N)),
     "from_one_sample": lambda: shaped.from_one_sample(*(logs(N) for _ in range(4)), torch.rand(N)),
     **{
-        name: lambda objective=objective: shaped.coefficients(objective(), *(logs(N) for _ in range(5)))
+        name: lambda objective=objective: shaped.coefficients(
+            objective(), *(logs(N) for _ in range(5)), torch.arange(N) % 3, logs(N, T)
+        )
         for name, objective in BUILT_IN.items()
     },
     "prefix_weights": lambda: shaped.prefix_weights(logs(N, T), logs(N, T)),

@@ -16,8 +16,8 @@ from torch import Tensor
 from tiltlm.errors import UnreachableTargetError, UsageError
 from tiltlm.features import measure
 from tiltlm.lm import LanguageModel, Law, Prompts, Samples
-from tiltlm.objectives import Objective, Record
-from tiltlm.targets import Target
+from tiltlm.objectives import BatchObjective, Objective, Record
+from tiltlm.targets import Target, target_reward
 
 # 8 tokens and length 6 make 262,144 completions of a prompt at most.
 MAX_VOCABULARY = 8
@@ -62,12 +62,16 @@ def enumerate_completions(
 
 @dataclass(frozen=True)
 class ExactTarget:
-    """A target in full: N completions with log a [N], feature values [N, K] and log P [N], all float64."""
+    """A target in full: N completions with log a [N], feature values [N, K] and log P [N], all float64.
+
+    ``reward`` [N] is the target read as one.
+    """
 
     samples: Samples
     base_logprob: Tensor
     features: Tensor
     target_logscore: Tensor
+    reward: Tensor
 
     @property
     def log_z(self) -> float:
@@ -98,7 +102,7 @@ def exact_target(base: LanguageModel, target: Target, samples: Samples) -> Exact
     score = target.log_score(base_logprob, features)
     if not bool((score > -math.inf).any()):
         raise UnreachableTargetError(f"none of the {len(samples)} completions has a target score above 0")
-    return ExactTarget(samples, base_logprob, features, score)
+    return ExactTarget(samples, base_logprob, features, score, target_reward(target, base_logprob, features))
 
 
 def exact_moments(logprob: Tensor, features: Tensor) -> Tensor:
@@ -150,7 +154,9 @@ def expected_gradient(
 ) -> dict[str, Tensor]:
     """What training descends on average: −Σ_x q(x) c(x) ∇ log π(x), with the objective's coefficients c.
 
-    ``proposal_logprob`` is log q [N]; ``log_z`` the estimate that the objective is given (default: the truth).
+    ``proposal_logprob`` is log q [N]; ``log_z`` the estimate that the objective is given (default: the truth). An
+    objective with ``advantages`` is given all completions as one batch, so a baseline that is a mean over samples has
+    no place here.
     """
     with torch.no_grad():
         policy_logprob = policy.logprob(truth.samples, law=Law()).double().sum(-1).cpu()
@@ -162,7 +168,10 @@ def expected_gradient(
         proposal_logprob=proposal[drawn],
         target_logscore=truth.target_logscore[drawn],
         log_z=truth.log_z if log_z is None else log_z,
+        reward=truth.reward[drawn],
     )
+    if isinstance(objective, BatchObjective):
+        record = replace(record, advantage=objective.advantages(record))
     coefficients = objective.coefficients(record)
     mass = proposal[drawn].exp().reshape(-1, *[1] * (coefficients.ndim - 1))
     return weighted_gradient(policy, truth.samples.select(drawn), -mass * coefficients)

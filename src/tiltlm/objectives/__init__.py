@@ -1,9 +1,58 @@
 """Objectives: how hard each sample pulls."""
 
 from tiltlm.objectives.dpg import DPG, GDC, GDCPlusPlus
+from tiltlm.objectives.fdivergence import FDPG, AlphaDPG
+from tiltlm.objectives.groupwise import BRAIn, VarGrad
 from tiltlm.objectives.guided import Guided, prefix_weights
-from tiltlm.objectives.objective import Objective, Record
+from tiltlm.objectives.objective import (
+    AdaptiveObjective,
+    BatchObjective,
+    CriticObjective,
+    Objective,
+    Record,
+    TokenRecord,
+)
+from tiltlm.objectives.ppo import GRPO, PPO
+from tiltlm.objectives.reinforce import RLOO, KLControl, Reinforce, ReinforceP
 
-BUILT_IN: dict[str, type[Objective]] = {"dpg": DPG, "gdc": GDC, "gdc++": GDCPlusPlus, "guided": Guided}
+BUILT_IN: dict[str, type[Objective]] = {
+    "dpg": DPG,
+    "gdc": GDC,
+    "gdc++": GDCPlusPlus,
+    "guided": Guided,
+    "f_dpg": FDPG,
+    "alpha_dpg": AlphaDPG,
+    "brain": BRAIn,
+    "vargrad": VarGrad,
+    "reinforce": Reinforce,
+    "reinforce_p": ReinforceP,
+    "kl_control": KLControl,
+    "rloo": RLOO,
+    "ppo": PPO,
+    "grpo": GRPO,
+}
 
-__all__ = ["BUILT_IN", "DPG", "GDC", "GDCPlusPlus", "Guided", "Objective", "Record", "prefix_weights"]
+__all__ = [
+    "BUILT_IN",
+    "DPG",
+    "FDPG",
+    "GDC",
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "AdaptiveObjective",
+    "AlphaDPG",
+    "BRAIn",
+    "BatchObjective",
+    "CriticObjective",
+    "GDCPlusPlus",
+    "Guided",
+    "KLControl",
+    "Objective",
+    "Record",
+    "Reinforce",
+    "ReinforceP",
+    "TokenRecord",
+    "VarGrad",
+    "prefix_weights",
+]

@@ -9,21 +9,40 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class TokenRecord:
+    """The log-probabilities behind a record token by token, [N, T] in nats, 0 where ``mask`` is False.
+
+    ``values`` [N, T] is what a critic expects of the reward to come, before each token; None without a critic.
+    """
+
+    policy: Tensor
+    base: Tensor
+    proposal: Tensor
+    mask: Tensor
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """What is known of N sampled sequences when their coefficients are computed; nothing here carries a gradient.
 
     All are log-probabilities in nats: of the policy π, the base a, the proposal q that drew the samples, and the
-    target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number. The N sequences may be
-    part of a batch, as many as fit in memory: a coefficient may depend on its own row and ``log_z`` alone.
-    ``guide_logprob`` [N] is there where a guide g is distilled.
+    target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number or one per row [N].
+    ``guide_logprob`` [N] is there where a guide g is distilled. ``reward`` [N] is the target read as a reward,
+    ``prompt_index`` [N] says which samples share a prompt, ``tokens`` has the same token by token, and ``advantage``,
+    [N] or [N, T], is what ``advantages`` gave for these rows when the batch was drawn.
     """
 
     policy_logprob: Tensor
     base_logprob: Tensor
     proposal_logprob: Tensor
     target_logscore: Tensor
-    log_z: float
+    log_z: float | Tensor
     guide_logprob: Tensor | None = None
+    reward: Tensor | None = None
+    prompt_index: Tensor | None = None
+    tokens: TokenRecord | None = None
+    advantage: Tensor | None = None
 
 
 @runtime_checkable
@@ -35,4 +54,48 @@ class Objective(Protocol):
         """How reports call it."""
 
     def coefficients(self, record: Record) -> Tensor:
-        """One coefficient per sequence [N], or per token [N, T]; positive pulls the policy towards the sample."""
+        """One coefficient per sequence [N], or per token [N, T]; positive pulls the policy towards the sample.
+
+        The N sequences may be part of a batch, as many as fit in memory: a coefficient may depend on its own row alone.
+        """
+
+
+@runtime_checkable
+class BatchObjective(Objective, Protocol):
+    """An objective with coefficients that depend on the whole batch, by a baseline, a group, or a normalization."""
+
+    def advantages(self, record: Record) -> Tensor:
+        """What the whole batch says of each sequence [N], or token [N, T]; asked once, before any update on it."""
+
+
+@runtime_checkable
+class CriticObjective(BatchObjective, Protocol):
+    """An objective whose advantages are taken against a critic, which learns beside the policy."""
+
+    def returns(self, record: Record) -> Tensor:
+        """What the critic is to learn for each token [N, T]."""
+
+    def value_loss(self, values: Tensor, before: Tensor, returns: Tensor) -> Tensor:
+        """The critic's error at each token [N, T], from its values, those before any update, and the returns."""
+
+
+@runtime_checkable
+class AdaptiveObjective(BatchObjective, Protocol):
+    """A dataclass whose ``beta`` moves from batch to batch."""
+
+    beta: float
+
+    def adapted(self, record: Record) -> AdaptiveObjective:
+        """The same for the next batch, with another ``beta``, given the record of this one."""
+
+
+def advantage_of(record: Record) -> Tensor:
+    """The record's advantage, which the loop fills in for every objective that has ``advantages``."""
+    assert record.advantage is not None, "objectives with advantages() are asked for them before their coefficients"
+    return record.advantage
+
+
+def reward_of(record: Record) -> Tensor:
+    """The record's reward [N]."""
+    assert record.reward is not None, "the loop reads a reward off the target for objectives that maximize one"
+    return record.reward

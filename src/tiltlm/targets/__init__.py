@@ -13,7 +13,7 @@ from tiltlm.targets.constrain import (
 )
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.prefix_states import prefix_automaton
-from tiltlm.targets.target import Target, Term, TiltedTarget
+from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
 from tiltlm.targets.twist import Twist
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "prefix_automaton",
     "report_fit",
     "state_terms",
+    "target_reward",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tiltlm.errors import NumericalError
 from tiltlm.features import Feature
 
 Kind = Literal["filter", "moment", "reward"]
@@ -54,7 +55,7 @@ class TiltedTarget:
     def log_tilt(self, features: Tensor) -> Tensor:
         """log P(x)/a(x) [N] from feature values [N, K], in float64."""
         total = torch.zeros(features.shape[0], dtype=torch.float64, device=features.device)
-        for term, values in zip(self.terms, features.double().unbind(-1), strict=True):
+        for term, values in self._columns(features):
             if term.kind == "filter":
                 total = torch.where(values > 0, total, -math.inf)
             else:
@@ -64,3 +65,31 @@ class TiltedTarget:
     def log_score(self, base_logprob: Tensor, features: Tensor) -> Tensor:
         """log P(x) [N] in float64, -inf outside the support."""
         return base_logprob.double() + self.log_tilt(features)
+
+    def reward(self, features: Tensor) -> Tensor:
+        """The target read as a reward [N]: 1 where all filters hold, if it has any, plus Σ λφ of the other terms."""
+        allowed = [values > 0 for term, values in self._columns(features) if term.kind == "filter"]
+        tilts = [term.coefficient * values for term, values in self._columns(features) if term.kind != "filter"]
+        held = [torch.stack(allowed).all(0).double()] if allowed else []
+        return torch.stack([*held, *tilts]).sum(0)
+
+    def _columns(self, features: Tensor) -> Iterator[tuple[Term, Tensor]]:
+        return zip(self.terms, features.double().unbind(-1), strict=True)
+
+
+def target_reward(target: Target, base_logprob: Tensor, features: Tensor) -> Tensor:
+    """The target read as a reward [N], for methods that maximize one.
+
+    A target of a user's own gives ``reward(features)``, or log P − log a stands for it. Raises NumericalError where
+    that is −∞.
+    """
+    if hasattr(target, "reward"):
+        given: Tensor = target.reward(features)
+        return given.double()
+    tilt = target.log_score(base_logprob, features).double() - base_logprob
+    if not bool(torch.isfinite(tilt).all()):
+        raise NumericalError(
+            "target: a text outside of its support has log P − log a = −∞, which is no reward; give the target a "
+            "method reward(features) -> [N], or choose a method that matches a distribution, e.g. gdc++"
+        )
+    return tilt

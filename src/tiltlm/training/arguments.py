@@ -12,8 +12,12 @@ from pydantic.dataclasses import dataclass
 class TrainingArguments:
     """How to train. Every field has a default; the description of each is its documentation."""
 
-    max_steps: Annotated[int, Field(ge=0, description="optimizer steps")] = 200
-    batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] = 512
+    max_steps: Annotated[int, Field(ge=0, description="batches, each trained on once or num_iterations times")] = 200
+    batch_size: Annotated[int, Field(ge=1, description="sequences per batch")] = 512
+    num_iterations: Annotated[
+        int | None,
+        Field(ge=1, description="optimizer steps on each batch; null: as the method does, 4 for ppo, else 1"),
+    ] = None
     per_device_train_batch_size: Annotated[
         int | None,
         Field(ge=1, description="sequences per forward pass, which does not change the result; null: what fits"),

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tiltlm.lm import Prompts, Samples
 from tiltlm.targets.constrain import BaseSample
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was found out about a whole batch before any update on it.
+
+    ``advantage`` is [N] or [N, T]; ``base``, ``policy`` and, with a critic, ``values`` and ``returns`` are [N, T].
+    ``policy`` is None once the policy has changed.
+    """
+
+    advantage: Tensor
+    base: Tensor
+    policy: Tensor | None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,7 @@ class Batch:
     measured: Tensor | Future[Tensor]
     source: str
     reused: bool = False
+    assessment: Assessment | None = None
 
     @property
     def features(self) -> Tensor:
@@ -38,6 +54,25 @@ class Batch:
     def from_base(self) -> bool:
         """Whether the sampler's log-probabilities are the base's own."""
         return self.source == "base"
+
+    @property
+    def base_logprob(self) -> Tensor | None:
+        """log a of each token [N, T], where it is known without asking the base."""
+        if self.assessment is not None:
+            return self.assessment.base
+        return self.samples.proposal_logprob if self.from_base else None
+
+    @property
+    def policy_logprob(self) -> Tensor | None:
+        """log π of each token [N, T], where it is known without asking the policy."""
+        if self.source == "policy":
+            return self.samples.proposal_logprob
+        return self.assessment.policy if self.assessment is not None else None
+
+    def after_update(self) -> Batch:
+        """The same batch for a policy that has changed since it was drawn and assessed."""
+        known = replace(self.assessment, policy=None) if self.assessment is not None else None
+        return replace(self, source="an earlier policy" if self.source == "policy" else self.source, assessment=known)
 
 
 def in_turn(prompts: Prompts, drawn: int, n: int) -> Prompts:

@@ -3,60 +3,118 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tiltlm.errors import NumericalError
+from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import NextToken, Samples
-from tiltlm.objectives import Objective, Record, prefix_weights
+from tiltlm.objectives import BatchObjective, Objective, Record, TokenRecord, prefix_weights
 from tiltlm.training.metrics import Scores
 
 
-def pull_chunk(objective: Objective, samples: Samples, scores: Scores, laws: NextToken, log_z: float) -> Tensor:
-    """What each of N samples adds to the objective [N], with the gradient c · ∇ log π and that of the distillation.
+def updates_per_batch(objective: Objective, wanted: int | None) -> int:
+    """How many optimizer steps a batch gets: as many as the user says, or as the objective takes by itself.
 
-    Raises NumericalError for a coefficient that is not finite.
+    Raises UsageError for an objective that looks at a batch once.
     """
-    record = Record(
+    most = getattr(objective, "most_iterations", None)
+    if wanted is not None and most is not None and wanted > most:
+        raise UsageError(
+            f"training.num_iterations: {wanted} is too many for {objective.name}, which compares the samples of a "
+            f"batch before any update on it; leave it out"
+        )
+    return wanted if wanted is not None else getattr(objective, "num_iterations", 1)
+
+
+def record_of(
+    samples: Samples,
+    scores: Scores,
+    log_z: float | Tensor,
+    policy: Tensor,
+    base: Tensor,
+    *,
+    reward: Tensor | None = None,
+    guide: Tensor | None = None,
+    values: Tensor | None = None,
+    advantage: Tensor | None = None,
+) -> Record:
+    """What an objective reads of N samples; ``policy``, ``base``, ``guide`` are log-probabilities of tokens [N, T]."""
+    return Record(
         policy_logprob=scores.policy_logprob,
         base_logprob=scores.base_logprob,
         proposal_logprob=scores.proposal_logprob,
         target_logscore=scores.target_logscore,
         log_z=log_z,
-        guide_logprob=laws.guide.double().sum(-1).cpu() if laws.guide is not None else None,
+        guide_logprob=guide.double().sum(-1).cpu() if guide is not None else None,
+        reward=reward,
+        prompt_index=samples.prompt_index.cpu(),
+        tokens=TokenRecord(policy.detach(), base, samples.proposal_logprob, samples.mask, values),
+        advantage=advantage,
     )
-    coefficients = _finite(objective, record).to(laws.policy)
+
+
+def pull_chunk(objective: Objective, samples: Samples, record: Record, laws: NextToken) -> Tensor:
+    """What each of N samples adds to the objective [N], with the gradient c · ∇ log π and that of the distillation.
+
+    Raises NumericalError for a coefficient that is not finite.
+    """
+    coefficients = finite(objective, objective.coefficients(record), record).to(laws.policy)
     pulled = coefficients * laws.policy.sum(-1) if coefficients.ndim == 1 else (coefficients * laws.policy).sum(-1)
     if laws.guide is None or laws.taught is None:
         return pulled
     return pulled + (prefix_weights(laws.guide, samples.proposal_logprob.to(laws.guide)) * laws.taught).sum(-1)
 
 
-def _finite(objective: Objective, record: Record) -> Tensor:
-    coefficients = objective.coefficients(record)
-    if not bool(torch.isfinite(coefficients).all()):
-        raise NumericalError(
-            f"{objective.name} gave a coefficient that is not finite; the policy's log-probabilities run from "
-            f"{float(record.policy_logprob.min()):.3g} to {float(record.policy_logprob.max()):.3g}. Lower "
-            f"training.learning_rate or set training.max_grad_norm."
-        )
-    return coefficients
+def finite(objective: Objective, values: Tensor, record: Record) -> Tensor:
+    """The same coefficients or advantages. Raises NumericalError for any that is no finite number."""
+    if bool(torch.isfinite(values).all()):
+        return values
+    reason = getattr(objective, "needs_full_support", None)
+    if reason and bool((record.target_logscore == -math.inf).any()):
+        raise NumericalError(f"{objective.name} cannot match a target with P = 0 on some texts: {reason}")
+    raise NumericalError(
+        f"{objective.name} gave a coefficient that is not finite; the policy's log-probabilities run from "
+        f"{float(record.policy_logprob.min()):.3g} to {float(record.policy_logprob.max()):.3g}. Lower "
+        f"training.learning_rate or set training.max_grad_norm."
+    )
 
 
 def ignores_the_impossible(objective: Objective) -> bool:
     """Whether a row with P = 0 has coefficient 0 whatever else is true of it, as in DPG and GDC, not in GDC++."""
     # What depends on NaN is no number, and so not 0, unless it is compared or replaced: hence numbers too.
     unknown = torch.tensor([math.nan, -0.1, -3.0, -10.0, -100.0], dtype=torch.float64)
-    record = Record(
-        policy_logprob=unknown,
-        base_logprob=unknown.flip(0),
-        proposal_logprob=torch.full_like(unknown, -9.0),
-        target_logscore=torch.full_like(unknown, -math.inf),
-        log_z=0.0,
-        guide_logprob=unknown,
-    )
+    impossible = replace(_made_up(unknown), target_logscore=torch.full_like(unknown, -math.inf))
+    return not isinstance(objective, BatchObjective) and _is_silent(objective, impossible)
+
+
+def follows_its_advantage(objective: Objective) -> bool:
+    """Whether a row with advantage 0 has coefficient 0, as in REINFORCE, not in GRPO with a price on KL."""
+    record = _made_up(torch.tensor([-0.1, -3.0, -10.0, -100.0], dtype=torch.float64))
+    return isinstance(objective, BatchObjective) and _is_silent(objective, record)
+
+
+def _is_silent(objective: Objective, record: Record) -> bool:
     try:
         return bool((objective.coefficients(record) == 0).all())
-    except Exception:  # an objective of the user's own that takes no NaN: then nothing is known of it
+    except Exception:  # an objective of the user's own that takes no such record: then nothing is known of it
         return False
+
+
+def _made_up(values: Tensor) -> Record:
+    """A record that no samples gave: an objective is asked what it makes of it."""
+    sampled = torch.full_like(values, -9.0)
+    mask = torch.ones(len(values), 1, dtype=torch.bool)
+    return Record(
+        policy_logprob=values,
+        base_logprob=values.flip(0),
+        proposal_logprob=sampled,
+        target_logscore=values - 1.0,
+        log_z=0.0,
+        guide_logprob=values,
+        reward=values,
+        prompt_index=torch.zeros(len(values), dtype=torch.long),
+        tokens=TokenRecord(values[:, None], values.flip(0)[:, None], sampled[:, None], mask),
+        advantage=torch.zeros_like(values),
+    )

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
-from tiltlm.objectives import Objective
-from tiltlm.targets import Target
-from tiltlm.training.batch import Batch
+from tiltlm.objectives import BatchObjective, CriticObjective, Objective, Record
+from tiltlm.targets import Target, target_reward
+from tiltlm.training.batch import Assessment, Batch
+from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
 from tiltlm.training.passes import Passes
-from tiltlm.training.pulling import ignores_the_impossible, pull_chunk
+from tiltlm.training.pulling import finite, follows_its_advantage, ignores_the_impossible, pull_chunk, record_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,8 +31,8 @@ LEAST_LOGPROB = -1e4
 class Scorer:
     """Scores batches in chunks of bounded memory, which do not change the result.
 
-    A row with P = 0 that gets no coefficient matters to no gradient: it takes no base pass and no backward, and
-    on-policy, where the sampler has told its log-probability, no pass at all.
+    A row that gets no coefficient, as one with P = 0 in GDC, matters to no gradient: it takes no base pass and no
+    backward, and on-policy, where the sampler has told its log-probability, no pass at all.
     """
 
     def __init__(
@@ -42,15 +44,39 @@ class Scorer:
         rows_at_once: int | None,
         passes: Passes,
         timed: Callable[[str], AbstractContextManager[Any]],
+        critic: Critic | None = None,
     ) -> None:
         self.roles, self.target, self.objective, self.accelerator = roles, target, objective, accelerator
-        self.rows_at_once, self.passes, self.timed = rows_at_once, passes, timed
+        self.rows_at_once, self.passes, self.timed, self.critic = rows_at_once, passes, timed, critic
         self.skips = ignores_the_impossible(objective)
+        self.follows_advantage = follows_its_advantage(objective) and critic is None
 
-    def pull(self, batch: Batch, log_z: float, guide: Guide | None = None) -> Scores:
+    def assess(self, batch: Batch, log_z: float | Tensor) -> tuple[Batch, Record | None]:
+        """The batch with what the objective says of it as a whole, where it says anything; no gradient.
+
+        The base reads all of it, and off-policy, or for a critic, the policy as well.
+        """
+        objective = self.objective
+        if not isinstance(objective, BatchObjective):
+            return batch, None
+        tables = {name: torch.zeros_like(batch.samples.proposal_logprob) for name in ("base", "policy", "values")}
+        for rows in self._chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
+            chunk = batch.samples.select(rows).trimmed()
+            for name, found in self._assess_chunk(batch, chunk, rows).items():
+                tables[name][rows, : found.shape[1]] = found.to(tables[name])
+        base, policy = tables["base"], tables["policy"]
+        scores = Scores.of(batch.samples, NextToken(policy, base))
+        scores = self._with_target(batch, torch.arange(len(batch.samples)), scores)
+        values = tables["values"] if self.critic else None
+        reward = target_reward(self.target, scores.base_logprob, batch.features)
+        record = record_of(batch.samples, scores, log_z, policy, base, reward=reward, values=values)
+        advantage = finite(objective, objective.advantages(record), record)
+        returns = objective.returns(record) if isinstance(objective, CriticObjective) else None
+        return replace(batch, assessment=Assessment(advantage, base, policy, values, returns)), record
+
+    def pull(self, batch: Batch, log_z: float | Tensor, guide: Guide | None = None) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``guide`` teaches beside that."""
-        idle = self._impossible(batch) if self.skips and guide is None else None
-        return self._walk(batch, idle, log_z, guide, backward=True)
+        return self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
 
     def score(self, batch: Batch) -> Scores:
         """Score every row of the batch, without a gradient."""
@@ -60,19 +86,36 @@ class Scorer:
         """The same, but the base reads no row with P = 0, as it takes no part in any distance to the target."""
         return self._walk(batch, self._impossible(batch), 0.0, None, backward=False)
 
-    def _walk(self, batch: Batch, idle: Tensor | None, log_z: float, guide: Guide | None, *, backward: bool) -> Scores:
+    def _walk(
+        self, batch: Batch, idle: Tensor | None, log_z: float | Tensor, guide: Guide | None, *, backward: bool
+    ) -> Scores:
         parts, order = [], []
         idle = torch.zeros(len(batch.samples), dtype=torch.bool) if idle is None else idle
         for rows in self._chunks(batch.samples, ~idle):
             chunk = batch.samples.select(rows).trimmed()
-            base = self._read_base(batch, chunk, guide)
+            known = _rows(batch.base_logprob, rows, chunk)
+            base = self._read_base(chunk) if known is None or guide is not None else None
             with self.timed("policy"), torch.set_grad_enabled(backward):
-                laws = self._read_policy(chunk, base, guide)
-            scores = self._with_target(batch, rows, _scores(batch, chunk, laws))
+                reading = self._read_policy(chunk)
+                laws = next_token(chunk, reading, base, guide)
+            scores = self._with_target(batch, rows, _scores(batch, chunk, laws, known))
             if backward:
                 with self.timed("policy"):
-                    pulled = pull_chunk(self.objective, chunk, scores, laws, log_z)
-                    self.accelerator.backward(-pulled.sum() / len(batch.samples))
+                    base_tokens = laws.base if laws.base is not None else known
+                    assert base_tokens is not None
+                    record = record_of(
+                        chunk,
+                        scores,
+                        log_z[rows.cpu()] if isinstance(log_z, Tensor) else log_z,
+                        laws.policy,
+                        base_tokens,
+                        guide=laws.guide,
+                        advantage=_rows(batch.assessment.advantage, rows, chunk) if batch.assessment else None,
+                    )
+                    loss = -pull_chunk(self.objective, chunk, record, laws).sum()
+                    if self.critic is not None:
+                        loss = loss + self._critic_loss(batch, rows, chunk, reading)
+                    self.accelerator.backward(loss / len(batch.samples))
             parts.append(scores)
             order.append(rows)
         if backward and not parts:
@@ -80,9 +123,16 @@ class Scorer:
             nothing = torch.stack([0.0 * p.sum() for p in self.roles.trainable().values()]).sum()
             self.accelerator.backward(nothing)
         for rows in self._chunks(batch.samples, idle):
-            parts.append(self._score_idle(batch, batch.samples.select(rows).trimmed()))
+            parts.append(self._score_idle(batch, rows))
             order.append(rows)
         return Scores.concatenate(parts, torch.cat(order).argsort())
+
+    def _idle(self, batch: Batch) -> Tensor | None:
+        """Which rows [N] get no coefficient, as far as that is known beforehand."""
+        if batch.assessment is None:
+            return self._impossible(batch) if self.skips else None
+        advantage = batch.assessment.advantage.cpu()
+        return (advantage.reshape(len(advantage), -1) == 0).all(-1) if self.follows_advantage else None
 
     def _impossible(self, batch: Batch) -> Tensor:
         """Which rows [N] have P = 0."""
@@ -100,36 +150,68 @@ class Scorer:
             return []
         return [rows[piece] for piece in self.roles.policy.chunks(samples.select(rows), self.rows_at_once)]
 
-    def _read_base(self, batch: Batch, chunk: Samples, guide: Guide | None) -> Reading | None:
-        if batch.from_base and guide is None:
-            return None
+    @torch.no_grad()
+    def _assess_chunk(self, batch: Batch, chunk: Samples, rows: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities of base and policy and the critic's values, each [n, t]."""
+        base, policy = _rows(batch.base_logprob, rows, chunk), _rows(batch.policy_logprob, rows, chunk)
+        found = {"base": base if base is not None else next_token(chunk, self._read_base(chunk)).policy}
+        if policy is None or self.critic is not None:
+            with self.timed("policy"):
+                reading = self._read_policy(chunk)
+                found["policy"] = policy if policy is not None else next_token(chunk, reading).policy
+                if self.critic is not None:
+                    found["values"] = self.critic.values(chunk, reading)
+        else:
+            found["policy"] = policy
+        return found
+
+    def _critic_loss(self, batch: Batch, rows: Tensor, chunk: Samples, reading: Reading) -> Tensor:
+        assert isinstance(self.objective, CriticObjective)
+        assert self.critic is not None
+        assert batch.assessment is not None
+        before, returns = (_rows(x, rows, chunk) for x in (batch.assessment.values, batch.assessment.returns))
+        assert before is not None
+        assert returns is not None
+        loss = self.objective.value_loss(self.critic.values(chunk, reading), before, returns.to(before))
+        return (loss * chunk.mask).sum()
+
+    def _read_base(self, chunk: Samples) -> Reading:
         self.passes.read(chunk)
         with self.timed("base"), torch.no_grad(), self.roles.use("base") as model, self.accelerator.autocast():
             return model.read(chunk)
 
-    def _read_policy(self, chunk: Samples, base: Reading | None, guide: Guide | None) -> NextToken:
+    def _read_policy(self, chunk: Samples) -> Reading:
         self.passes.read(chunk)
         with self.accelerator.autocast():
-            reading = self.roles.policy.read(chunk)
-        return next_token(chunk, reading, base, guide)
+            return self.roles.policy.read(chunk)
 
     def _with_target(self, batch: Batch, rows: Tensor, scores: Scores) -> Scores:
         with self.timed("features"):
             features = batch.features[rows.cpu()]
         return scores.with_target(self.target.log_score(scores.base_logprob, features))
 
-    def _score_idle(self, batch: Batch, chunk: Samples) -> Scores:
-        if batch.source == "policy":
-            policy = chunk.proposal_logprob
-        else:
+    def _score_idle(self, batch: Batch, rows: Tensor) -> Scores:
+        chunk = batch.samples.select(rows).trimmed()
+        base, policy = _rows(batch.base_logprob, rows, chunk), _rows(batch.policy_logprob, rows, chunk)
+        if policy is None:
             with self.timed("policy"), torch.no_grad():
-                policy = self._read_policy(chunk, None, None).policy
+                policy = next_token(chunk, self._read_policy(chunk)).policy
         unknown = torch.full_like(chunk.proposal_logprob, math.nan)
-        base = chunk.proposal_logprob if batch.from_base else unknown
-        return Scores.of(chunk, NextToken(policy, base)).with_target(torch.full((len(chunk),), -math.inf))
+        scores = Scores.of(chunk, NextToken(policy, base if base is not None else unknown))
+        if batch.assessment is not None:
+            return self._with_target(batch, rows, scores)
+        return scores.with_target(torch.full((len(chunk),), -math.inf))
 
 
-def _scores(batch: Batch, chunk: Samples, laws: NextToken) -> Scores:
+def _rows(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:
+    """These rows of a value per sequence [N] or token [N, T], as wide as the chunk that they make."""
+    if table is None:
+        return None
+    found = table[rows.to(table.device)]
+    return found[:, : chunk.tokens.shape[1]] if found.ndim == 2 else found
+
+
+def _scores(batch: Batch, chunk: Samples, laws: NextToken, base: Tensor | None) -> Scores:
     again = {"policy": laws.policy, "base": laws.base, "guided": laws.guide}.get(batch.source)
-    scores = Scores.of(chunk, laws, chunk.proposal_logprob if batch.from_base else None)
+    scores = Scores.of(chunk, laws, base)
     return scores if again is None else scores.with_rescored(again)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tiltlm.estimation import Partition
+from tiltlm.objectives import AdaptiveObjective, Objective
 from tiltlm.training.passes import Passes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "source": trainer.source,
         "step": trainer.step,
         "passes": asdict(trainer.passes),
+        "beta": _beta(trainer.scorer.objective),
         "seconds": trainer.spent,
     }
     return tensors, numbers
@@ -54,4 +56,12 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
         trainer.guidance.lean(tensors["leaning"])
     trainer.partition = Partition.from_json(numbers["partition"])
     trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]
+    if numbers["beta"] is not None:
+        adaptive: Any = trainer.scorer.objective
+        trainer.scorer.objective = replace(adaptive, beta=numbers["beta"])
     vars(trainer.passes).update(vars(Passes(**numbers["passes"])))
+
+
+def _beta(objective: Objective) -> float | None:
+    """The price on KL as it has moved; None for an objective in which nothing moves."""
+    return objective.beta if isinstance(objective, AdaptiveObjective) else None

@@ -14,7 +14,7 @@ from typing import Literal
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition
 from tiltlm.lm import Guide, Roles
-from tiltlm.objectives import Guided, Objective
+from tiltlm.objectives import AdaptiveObjective, CriticObjective, Guided, Objective
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
@@ -22,6 +22,7 @@ from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.batch import Batch
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tiltlm.training.critic import Critic
 from tiltlm.training.drawing import Drawer
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
@@ -29,6 +30,7 @@ from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.passes import Passes
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
+from tiltlm.training.pulling import updates_per_batch
 from tiltlm.training.scoring import Scorer
 from tiltlm.training.state import pack, unpack
 
@@ -64,10 +66,13 @@ class Trainer:
         checkpoint_dir: Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.target, self.objective, self.rule, self.args = target, objective, rule, args
+        self.target, self.rule, self.args = target, rule, args
         self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
         self.accelerator = build_accelerator(args, roles.policy.device)
-        self.roles, self.parameters = roles, roles.trainable()
+        self.iterations = updates_per_batch(objective, args.num_iterations)
+        self.critic = Critic(roles.policy) if isinstance(objective, CriticObjective) else None
+        self.roles = roles
+        self.parameters = {**roles.trainable(), **(self.critic.parameters() if self.critic else {})}
         optimizer = build_optimizer(self.parameters.values(), args)
         self.scheduler = build_scheduler(optimizer, args)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -76,8 +81,9 @@ class Trainer:
         self.drawer = Drawer(
             roles, target, base_sample, args.batch_size, args.reuse_fit_samples, seed, self.accelerator.autocast
         )
+        rows_at_once = args.per_device_train_batch_size
         self.scorer = Scorer(
-            roles, target, objective, self.accelerator, args.per_device_train_batch_size, self.passes, self._timed
+            roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic
         )
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
@@ -108,17 +114,18 @@ class Trainer:
         return Outcome("done", self.progress)
 
     def train_step(self) -> StepMetrics:
-        """One optimizer step on one batch, and what the batch says of policy and target before that step."""
+        """The optimizer steps on one batch, and what the batch says of policy and target before them."""
         self.waited = self.seconds["features"]
         self.seconds.clear()
         self.step += 1
         batch = self.draw()
         # A batch must not normalize itself: that would correlate Z with the weights that it divides.
+        log_z = self.partition.log_z.value
         try:
-            scores = self.pull(batch, self.partition.log_z.value)
+            batch, record = self.scorer.assess(batch, log_z)
+            scores = self.pull(batch, log_z)
         except NumericalError as error:
             raise NumericalError(f"step {self.step}: {error}") from error
-        self.passes.train(batch.samples)
         if not batch.reused:
             self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
@@ -126,8 +133,12 @@ class Trainer:
         if self.guidance:
             self.guidance.follow(scores, batch.features)
         rate = float(self.scheduler.get_last_lr()[0])
-        with self._timed("step"):
-            norm = self.update()
+        norm = self.update()
+        for _ in range(self.iterations - 1):
+            self.pull(batch.after_update(), log_z)
+            self.update(schedule=False)
+        if record is not None and isinstance(self.scorer.objective, AdaptiveObjective):
+            self.scorer.objective = self.scorer.objective.adapted(record)
         return metrics.completed(self.progress, norm, rate, batch.source, replaced, dict(self.seconds))
 
     def draw(self) -> Batch:
@@ -148,10 +159,15 @@ class Trainer:
 
     def pull(self, batch: Batch, log_z: float) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π)."""
+        self.passes.train(batch.samples)
         return self.scorer.pull(batch, log_z, self.guidance.guide if self.guidance and self.distills else None)
 
-    def update(self) -> float:
+    def update(self, *, schedule: bool = True) -> float:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
+        with self._timed("step"):
+            return self._update(schedule)
+
+    def _update(self, schedule: bool) -> float:
         limit = self.args.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
         scaler = self.accelerator.scaler
@@ -159,7 +175,7 @@ class Trainer:
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             raise NumericalError(f"step {self.step}: the gradient is not finite; lower training.learning_rate")
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:
+        if schedule and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -1,0 +1,55 @@
+"""Statistics over the samples of one prompt: sums, means and deviations, given back to each row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError
+
+Baseline = Literal["none", "mean", "leave_one_out"]
+BASELINES: tuple[Baseline, ...] = ("none", "mean", "leave_one_out")
+
+
+def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
+    """Σ of the values [N] in each row's group [N]; one group without ``groups`` [N]."""
+    if groups is None:
+        return values.sum().expand_as(values)
+    _, place = torch.unique(groups.to(values.device), return_inverse=True)
+    return values.new_zeros(int(place.max()) + 1).index_add_(0, place, values)[place]
+
+
+def group_size(values: Tensor, groups: Tensor | None) -> Tensor:
+    """The number of rows in each row's group [N]."""
+    return group_sum(torch.ones_like(values), groups)
+
+
+def group_mean(values: Tensor, groups: Tensor | None) -> Tensor:
+    """The mean over each row's group [N], the row included."""
+    return group_sum(values, groups) / group_size(values, groups)
+
+
+def group_std(values: Tensor, groups: Tensor | None) -> Tensor:
+    """The sample standard deviation of each row's group [N]; 0 in a group of one."""
+    squares = group_sum((values - group_mean(values, groups)).square(), groups)
+    return (squares / (group_size(values, groups) - 1).clamp_min(1)).sqrt()
+
+
+def others_mean(values: Tensor, groups: Tensor | None) -> Tensor:
+    """The mean over the other rows of each row's group [N]. Raises UsageError for a group of one."""
+    size = group_size(values, groups)
+    if bool((size < 2).any()):
+        raise UsageError(
+            "training.batch_size: a prompt has only one sample in a batch, so there are no others to compare it with; "
+            "draw at least two of each prompt"
+        )
+    return (group_sum(values, groups) - values) / (size - 1)
+
+
+def baseline(kind: Baseline, rewards: Tensor, groups: Tensor | None = None) -> Tensor:
+    """What is taken off each reward [N]: nothing, the mean of its group, or that of the others in it."""
+    if kind == "none":
+        return torch.zeros_like(rewards)
+    return group_mean(rewards, groups) if kind == "mean" else others_mean(rewards, groups)
