@@ -1,5 +1,17 @@
 """What samples tell about target and policy, each number with its standard error; pure functions of tensors."""
 
+from tiltlm.estimation.acceptance import (
+    Closeness,
+    acceptance_rate,
+    accepted_law,
+    chain_acceptance,
+    chain_law,
+    chain_repeats,
+    log_beta_for_acceptance,
+    log_beta_for_kl,
+    proposal_law,
+    resampled_law,
+)
 from tiltlm.estimation.divergences import (
     kl_difference,
     kl_from_target,
@@ -23,8 +35,14 @@ from tiltlm.estimation.weights import (
 )
 
 __all__ = [
+    "Closeness",
     "Estimate",
     "Partition",
+    "acceptance_rate",
+    "accepted_law",
+    "chain_acceptance",
+    "chain_law",
+    "chain_repeats",
     "distinct_1",
     "distinct_n",
     "effective_sample_size",
@@ -33,6 +51,8 @@ __all__ = [
     "kl_difference",
     "kl_from_target",
     "kl_policy_base",
+    "log_beta_for_acceptance",
+    "log_beta_for_kl",
     "log_importance_weights",
     "log_partition",
     "mean",
@@ -42,7 +62,9 @@ __all__ = [
     "pareto_k",
     "pareto_k_threshold",
     "perplexity",
+    "proposal_law",
     "ratio_of_means",
+    "resampled_law",
     "self_bleu_5",
     "self_normalize",
     "tv_difference",

@@ -1,0 +1,254 @@
+"""How near to p is the law of the texts that a sampler keeps, foretold from proposals x ~ q before it keeps any.
+
+All take ``log_weights_N``, log w = log P(x) − log q(x) [N] of a sample of q, −inf outside of the support of P. The
+laws here differ from p by a function of w alone, so KL(p‖law) and TV(p, law) follow from the weights. Given
+``shares_N``, the probabilities q(x) [N] of a list of all x, the same formulas are exact, with error 0; otherwise errors
+are a jackknife's over groups of proposals. Values in nats; nan ± nan where no proposal hits the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError
+from tiltlm.estimation.estimate import Estimate
+from tiltlm.estimation.means import float64_rows
+from tiltlm.estimation.weights import checked_log_weights, no_hit
+
+JACKKNIFE_GROUPS = 50
+BISECTIONS = 60
+# The trapezoidal rule in u = log t integrates exp(−ct) over t to exp(−π²/step) of itself, whatever c is.
+STEP = 0.25
+NEGLIGIBLE_NATS = 40.0
+# Beside the largest weight; what lies below holds no part of p that could show.
+SMALLEST_WEIGHT = 1e-12
+
+# What a law is, given the shares [N] of the rows: its density against p [N], and its mass where P = 0.
+Density = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """KL(p‖law) in nats and TV(p, law)."""
+
+    kl: Estimate
+    tv: Estimate
+
+
+def proposal_law(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Closeness:
+    """q itself, of which everything is kept."""
+
+    def law(weights: Tensor) -> Density:
+        return lambda shares: ((shares @ weights) / weights, shares[weights == 0].sum())
+
+    return _closeness(log_weights_N, shares_N, law)
+
+
+def acceptance_rate(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Estimate:
+    """E_q[min(1, w/β)]: the share of proposals that (quasi-)rejection with the bound β accepts."""
+    accepted = (checked_log_weights(log_weights_N) - log_beta).clamp_max(0).exp()
+    return _estimates(len(accepted), shares_N, lambda shares: [shares @ accepted])[0]
+
+
+def accepted_law(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Closeness:
+    """p_β ∝ min(P, βq): proposals that are accepted with probability min(1, w/β). It is p itself if β ≥ max w.
+
+    Source: quasi-rejection sampling, Eikema et al. 2022 (arXiv 2112.05702).
+    """
+    most = float(checked_log_weights(log_weights_N).max())
+
+    def law(weights: Tensor) -> Density:
+        beta = math.exp(min(log_beta - most, 0.0))
+        cut = weights.clamp_max(beta)
+        kept = torch.where(weights > 0, cut / weights, 0.0)
+        return lambda shares: (kept * (shares @ weights) / (shares @ cut), torch.zeros(()))
+
+    return _closeness(log_weights_N, shares_N, law)
+
+
+def resampled_law(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = None) -> Closeness:
+    """One of ``pool`` proposals, chosen in proportion to its weight; pools without a hit are thrown away.
+
+    Of M proposals the law against p is M Z E[1/(w(x) + S)] / (1 − q(P = 0)^M), where S is the sum of M − 1 further
+    weights, and E[1/(w + S)] = ∫ exp(−tw) L(t)^(M−1) dt with L(t) = E_q[exp(−tw)].
+    """
+    if pool < 1:
+        raise UsageError(f"pool: {pool} must be at least 1")
+
+    def law(weights: Tensor) -> Density:
+        low, high = -NEGLIGIBLE_NATS - math.log(pool), math.log(NEGLIGIBLE_NATS / SMALLEST_WEIGHT)
+        log_t = torch.arange(low, high, STEP, dtype=torch.float64)
+        hits = weights > 0
+        decay = (-log_t.exp()[:, None] * weights.clamp_min(SMALLEST_WEIGHT)).exp()
+
+        def density(shares: Tensor) -> tuple[Tensor, Tensor]:
+            missed = shares[~hits].sum()
+            laplace = missed + decay[:, hits] @ shares[hits]
+            mass = (log_t + torch.special.xlogy(pool - 1, laplace)).exp() * STEP
+            return pool * (shares @ weights) * (mass @ decay) / (1 - missed**pool), torch.zeros(())
+
+        return density
+
+    return _closeness(log_weights_N, shares_N, law)
+
+
+def chain_law(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Closeness:
+    """A chain of independent Metropolis–Hastings, begun with a draw of q, after ``steps`` proposals.
+
+    With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the chance to stay where w = v, the law against p is
+    E_q[T(max(w(x), w(y)))] + λ(w(x))^n / w(x) after n steps, y ~ q, where T(v) = ∫_v^∞ n λ(u)^(n−1) u⁻² du.
+    Source: Smith & Tierney 1996, Exact transition probabilities for the independence Metropolis sampler.
+    """
+    if steps < 0:
+        raise UsageError(f"steps: {steps} must be at least 0")
+
+    def law(weights: Tensor) -> Density:
+        ordered, order = weights.sort()
+        first = int((ordered == 0).sum())
+        back = order.argsort()
+
+        def density(shares: Tensor) -> tuple[Tensor, Tensor]:
+            share = shares[order]
+            missed = share[:first].sum()
+            upto, w, weight_upto, stay = _staying(ordered, share, first)
+            left = torch.cat([upto[:-1] - weight_upto[:-1] / w[1:], torch.ones(1, dtype=w.dtype)])
+            # Between two neighbouring weights λ is A − B/u, and the integral a difference of powers of it.
+            pieces = torch.where(weight_upto > 0, (left**steps - stay**steps) / weight_upto.clamp_min(1e-300), 0.0)
+            t = pieces.flip(0).cumsum(0).flip(0)
+            above = (share[first:] * t).flip(0).cumsum(0).flip(0) - share[first:] * t
+            found = upto * t + above + stay**steps / w
+            return torch.cat([torch.zeros(first, dtype=w.dtype), found])[back], missed ** (steps + 1)
+
+        return density
+
+    return _closeness(log_weights_N, shares_N, law)
+
+
+def chain_acceptance(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Estimate:
+    """E[min(1, w(y)/w(x))], x ~ p and y ~ q: how often a chain at its goal moves on."""
+    ordered, order = _relative(log_weights_N).sort()
+
+    def moves(shares: Tensor) -> list[Tensor]:
+        share = shares[order]
+        above = share.flip(0).cumsum(0).flip(0) - share
+        return [(share * ordered * (share + 2 * above)).sum() / (share @ ordered)]
+
+    return _estimates(len(ordered), shares_N, moves)[0]
+
+
+def chain_repeats(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Estimate:
+    """E_p[λ^steps]: how often a chain at its goal still has the same text after ``steps`` proposals."""
+    ordered, order = _relative(log_weights_N).sort()
+    first = int((ordered == 0).sum())
+
+    def repeats(shares: Tensor) -> list[Tensor]:
+        share = shares[order]
+        _, w, _, stay = _staying(ordered, share, first)
+        return [(share[first:] * w * stay**steps).sum()]
+
+    return _estimates(len(ordered), shares_N, repeats)[0]
+
+
+def log_beta_for_acceptance(log_weights: Sequence[Tensor], acceptance: float) -> float:
+    """The largest log β at which so much is accepted, on average over prompts, each with its log-weights [N].
+
+    No more than the largest log-weight: from there on the law is p, as far as these rows show. Raises UsageError where
+    not even β → 0, which accepts all of the support, accepts as much.
+    """
+    rows = [checked_log_weights(weights) for weights in log_weights]
+    support = sum(float((weights > -math.inf).double().mean()) for weights in rows) / len(rows)
+    if not 0 < acceptance <= support:
+        raise UsageError(
+            f"acceptance: {acceptance:g} cannot be reached: {support:.3g} of the proposals lie in the target's "
+            f"support; ask for less"
+        )
+    return _bisected(rows, lambda log_beta: _mean_acceptance(rows, log_beta) < acceptance, largest=True)
+
+
+def log_beta_for_kl(log_weights: Sequence[Tensor], kl: float) -> float:
+    """The smallest log β at which KL(p‖p_β) is at most ``kl`` nats, on average over prompts."""
+    rows = [checked_log_weights(weights) for weights in log_weights]
+    rows = [weights for weights in rows if not no_hit(weights)]
+
+    def near(log_beta: float) -> bool:
+        return sum(_accepted_kl(weights, log_beta) for weights in rows) <= kl * len(rows)
+
+    return _bisected(rows, near)
+
+
+def _bisected(rows: Sequence[Tensor], holds: Callable[[float], bool], *, largest: bool = False) -> float:
+    """The smallest log β from where on ``holds`` is true, or the largest until where it is false, among the weights."""
+    hits = torch.cat([weights[weights > -math.inf] for weights in rows])
+    low, high = float(hits.min()), float(hits.max())
+    if holds(low) or low == high:
+        return low
+    if not holds(high):
+        return high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return low if largest else high
+
+
+def _mean_acceptance(rows: Sequence[Tensor], log_beta: float) -> float:
+    return sum(float((weights - log_beta).clamp_max(0).exp().mean()) for weights in rows) / len(rows)
+
+
+def _accepted_kl(log_weights: Tensor, log_beta: float) -> float:
+    """KL(p‖p_β) = E_p[log max(1, w/β)] + log Z_β − log Z of equally likely rows."""
+    cut = log_weights.clamp_max(log_beta)
+    excess = (log_weights - log_beta).clamp_min(0)
+    return float(log_weights.softmax(0) @ excess + cut.logsumexp(0) - log_weights.logsumexp(0))
+
+
+def _relative(log_weights_N: Tensor) -> Tensor:
+    """Weights [N] in units of the largest; zeros where no row hits."""
+    log_weights = checked_log_weights(log_weights_N)
+    return torch.zeros_like(log_weights) if no_hit(log_weights) else (log_weights - log_weights.max()).exp()
+
+
+def _staying(ordered: Tensor, share: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of ascending weights from place ``first`` on, where they are above 0: q up to each, each in units of Z, E_q[w] up
+    to each, and λ, the chance that a chain stays there."""
+    w = ordered[first:] / (share @ ordered)
+    upto, weight_upto = share.cumsum(0)[first:], (share[first:] * w).cumsum(0)
+    return upto, w, weight_upto, (upto - weight_upto / w).clamp(0, 1)
+
+
+def _closeness(log_weights_N: Tensor, shares_N: Tensor | None, law: Callable[[Tensor], Density]) -> Closeness:
+    """KL(p‖law) = −E_p[log density] and TV(p, law) = ½ (E_p|1 − density| + the law's mass where P = 0)."""
+    weights = _relative(log_weights_N)
+    density_of = law(weights)
+
+    def distances(shares: Tensor) -> list[Tensor]:
+        p = shares * weights / (shares @ weights)
+        density, outside = density_of(shares)
+        relevant = torch.where(p > 0, density, 1.0)
+        return [-(p @ relevant.log()), 0.5 * (p @ (1 - relevant).abs() + outside)]
+
+    kl, tv = _estimates(len(weights), shares_N, distances)
+    return Closeness(kl, tv)
+
+
+def _estimates(n: int, shares_N: Tensor | None, statistics: Callable[[Tensor], list[Tensor]]) -> list[Estimate]:
+    """Functions of the rows' shares, at the given ones or, with errors, at equal ones."""
+    if shares_N is not None:
+        (shares,) = float64_rows(shares_N=shares_N)
+        return [Estimate(float(value), 0.0) for value in statistics(shares)]
+    values = torch.stack(statistics(torch.full((n,), 1 / n, dtype=torch.float64)))
+    groups = min(n, JACKKNIFE_GROUPS)
+    if groups < 2:
+        return [Estimate(float(value), math.nan) for value in values]
+    group = torch.arange(n) % groups
+    without = []
+    for left_out in range(groups):
+        kept = (group != left_out).double()
+        without.append(torch.stack(statistics(kept / kept.sum())))
+    spread = torch.stack(without) - torch.stack(without).mean(0)
+    errors = ((groups - 1) / groups * spread.square().sum(0)).sqrt()
+    return [Estimate(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
