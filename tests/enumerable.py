@@ -84,6 +84,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
     "lfm2": {k: v for k, v in SMALL.items() if k != "head_dim"} | {"layer_types": ["conv", "full_attention"]},
 }
+# Encoder and decoder: distances between positions, states scaled before the output layer; and learned positions.
+CROSSING: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+    "bart": {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": POSITIONS,
+    },
+}
 # In transformers, whatever the weights are: the softmax of attention is float32 in the first two (and rows of padding
 # become NaN where the weights are float64), and the logits are float32 in the last.
 FLOAT32_ONLY = ("gemma2", "bloom", "mamba")
@@ -114,15 +128,24 @@ def tiny_model(
     vocabulary = TOKENS[tokens]
     tokenizer = vocabulary.tokenizer()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = transformers.AutoConfig.for_model(
-        architecture, vocab_size=len(vocabulary.ids), initializer_range=0.4, **special, **SIZES[architecture]
-    )
+    crossing = architecture in CROSSING
+    if crossing:
+        start = {"decoder_start_token_id": tokenizer.convert_tokens_to_ids("b")}
+        special, sizes = special | start, CROSSING[architecture]
+    else:
+        sizes = {"initializer_range": 0.4, **SIZES[architecture]}
+    config = transformers.AutoConfig.for_model(architecture, vocab_size=len(vocabulary.ids), **special, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        auto = transformers.AutoModelForSeq2SeqLM if crossing else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if any(part in name for part in ("emb", "wte", "wpe")):
+                if crossing and parameter.ndim == 2:
+                    # A decoder hardly hears a random encoder otherwise.
+                    heard = any(part in name for part in ("encoder_attn", "EncDecAttention"))
+                    parameter.normal_(std=1.0 if heard else 0.5)
+                elif any(part in name for part in ("emb", "wte", "wpe")):
                     parameter.normal_(std=EMBEDDING_STD.get(architecture, 0.7))
     if vocabulary.further_eos:
         further = [vocabulary.ids[word] for word in vocabulary.further_eos]

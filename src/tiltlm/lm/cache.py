@@ -45,8 +45,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def reserve(cache: Any, capacity: int, dtype: torch.dtype | None = None) -> None:
-    """Give every plain layer of a model's cache room for ``capacity`` tokens in all; leave the others as they are."""
-    layers = getattr(cache, "layers", [])
+    """Give every plain layer of a model's cache room for ``capacity`` tokens in all; leave the others as they are.
+
+    What a decoder keeps of its encoder does not grow.
+    """
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
             layers[i] = RoomyLayer(layer, capacity, dtype)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiltlm.lm.prompts import Prompts
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -165,28 +163,3 @@ def can_be_static(model: PreTrainedModel) -> bool:
         return False
     layers = StaticCache(config=model.config.get_text_config(), max_cache_len=1).layers
     return all(type(layer) is StaticLayer for layer in layers)
-
-
-def prefill(
-    model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor, max_new_tokens: int
-) -> tuple[Decoder, Tensor]:
-    """A decoder that has read the prompt of each row [N], and the logits [N, V] of the first token.
-
-    Rows of one prompt share its reading, where the model's cache can be spread over them.
-    """
-
-    def decoder_of(rows: Tensor) -> Decoder:
-        tokens, mask = prompts.tokens[rows], prompts.mask[rows]
-        if can_be_static(unwrapped(model)):
-            return StaticDecoder(model, tokens, mask, tokens.shape[1] + max_new_tokens)
-        return Decoder(model, tokens, mask)
-
-    shared, row = torch.unique(prompt_index, return_inverse=True)
-    # One token is read as quickly for all rows.
-    if prompts.tokens.shape[1] > 1 and len(shared) < len(prompt_index):
-        decoder = decoder_of(shared)
-        logits = decoder.logits()
-        if decoder.keep(row):
-            return decoder, logits[row]
-    decoder = decoder_of(prompt_index)
-    return decoder, decoder.logits()

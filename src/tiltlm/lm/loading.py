@@ -43,12 +43,12 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
-    """The causal language model, from safetensors only; ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``.
+    """The language model, causal or encoder–decoder, from safetensors only; ``kwargs`` go to ``from_pretrained``.
 
     Where ``name`` is a PEFT adapter, its base model with the adapter merged into the weights. Raises UsageError for an
     unknown dtype, ModelError for weights that are missing, damaged or incomplete.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if dtype not in DTYPES:
@@ -56,7 +56,8 @@ def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     with _explained(name, "model"):
         if find_adapter_config_file(_source(name), revision=kwargs.get("revision")) is not None:
             return _merged_adapter(name, dtype, **kwargs)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        crossing = AutoConfig.from_pretrained(_source(name), **kwargs).is_encoder_decoder
+        model, info = (AutoModelForSeq2SeqLM if crossing else AutoModelForCausalLM).from_pretrained(
             _source(name),
             dtype=DTYPES[dtype],
             use_safetensors=True,

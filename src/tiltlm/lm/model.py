@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiltlm.errors import UsageError
+from tiltlm.errors import ModelError, UsageError
+from tiltlm.lm.cross import Source, decoder_states
 from tiltlm.lm.decoding import accepts, positions, unwrapped
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
@@ -46,11 +47,12 @@ HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
 
 
 class LanguageModel:
-    """A causal language model that samples text and scores it under exactly the law that it samples from.
+    """A language model that samples text and scores it under exactly the law that it samples from.
 
     ``model`` and ``tokenizer`` are the Hugging Face objects; matrix products are taken in ``compute_dtype``, or in the
     dtype of the weights if it is None. A completion starts after BOS (or EOS, for tokenizers without BOS) or after a
-    prompt, and ends with the first EOS or at the length limit.
+    prompt, and ends with the first EOS or at the length limit. Of an encoder–decoder model the encoder reads the
+    prompt, and the completion starts after ``decoder_start_token_id``.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class LanguageModel:
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-        self.start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.is_encoder_decoder = bool(unwrapped(model).config.is_encoder_decoder)
+        self.start_id = _start_id(unwrapped(model), tokenizer)
         pad = tokenizer.pad_token_id
         # A pad token that was added to the tokenizer alone has no embedding; any other id pads as well.
         self.pad_id = pad if pad is not None and pad < self.vocab_size else (self.eos_ids or [0])[0]
@@ -117,7 +120,8 @@ class LanguageModel:
         try:
             with quiet_peft(), torch.random.fork_rng():
                 torch.manual_seed(seed)
-                config = LoraConfig(task_type="CAUSAL_LM", **settings)
+                task = "SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM"
+                config = LoraConfig(task_type=task, **settings)
                 model = get_peft_model(self.model, config)
         except (TypeError, ValueError) as error:
             raise UsageError(f"peft: LoRA with {settings} was refused: {error}") from error
@@ -144,14 +148,14 @@ class LanguageModel:
         prompts: str | Messages | Sequence[str | Messages | None] | None,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Prompts:
-        """Tokenize prompts, left-padded; None is the one empty prompt, which is just BOS.
+        """Tokenize prompts, left-padded; None is the one empty prompt: just BOS, or what an encoder is given for "".
 
         Chat messages, mappings with role and content, are encoded by the tokenizer's chat template. ``columns`` hold
         one further value per prompt each, which features may read. Raises UsageError for what cannot be encoded.
         """
         listed = prompt_list(prompts)
         encoded = (encode(self.tokenizer, prompt, row, self.name) for row, prompt in enumerate(listed, 1))
-        rows = [row or [int(self.start_id)] for row in encoded]
+        rows = [row or self._no_prompt for row in encoded]
         for name, values in (columns or {}).items():
             if len(values) != len(rows):
                 raise UsageError(f"columns: '{name}' has {len(values)} values for {len(rows)} prompts")
@@ -211,6 +215,7 @@ class LanguageModel:
                     max_new_tokens=max_completion_length,
                     eos_ids=torch.tensor(self.eos_ids, device=self.device, dtype=torch.long),
                     pad_id=self.pad_id,
+                    start_id=self.start_id,
                     law=law,
                     generator=generator,
                     guide=guide,
@@ -245,8 +250,14 @@ class LanguageModel:
 
         For one chunk at a time: the caller bounds N. ``next_token`` makes log-probabilities of it.
         """
+        with computing(self._inner, self.compute_dtype):
+            read, layer = self._read_crossing(samples) if self.is_encoder_decoder else self._read_on(samples)
+            last = read[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
+            return Reading.of(last, layer.weight, layer.bias) if layer is not None else Reading.of(last, None, None)
+
+    def _read_on(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
+        """Hidden states of prompt and completion and the layer after them, or logits and None."""
         tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
-        width = samples.tokens.shape[1]
         arguments: dict[str, Any] = {
             "input_ids": torch.cat([tokens, samples.tokens[:, :-1]], dim=1),
             "use_cache": False,
@@ -258,14 +269,20 @@ class LanguageModel:
             if accepts(self.model, "position_ids"):
                 arguments["position_ids"] = positions(full)
         layer = self.output_layer
-        if layer is None and accepts(self.model, "logits_to_keep"):
-            arguments["logits_to_keep"] = width
-        with computing(self._inner, self.compute_dtype):
-            if layer is None:
-                read, weight, bias = self.model(**arguments).logits, None, None
-            else:
-                read, weight, bias = self._inner.base_model(**arguments).last_hidden_state, layer.weight, layer.bias
-            return Reading.of(read[:, -width:][samples.flat_rows, samples.flat_columns], weight, bias)
+        if layer is not None:
+            return self._inner.base_model(**arguments).last_hidden_state, layer
+        if accepts(self.model, "logits_to_keep"):
+            arguments["logits_to_keep"] = samples.tokens.shape[1]
+        return self.model(**arguments).logits, None
+
+    def _read_crossing(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
+        """The same of the completion alone, where an encoder reads the prompt."""
+        start = torch.full_like(samples.tokens[:, :1], self.start_id)
+        tokens = torch.cat([start, samples.tokens[:, :-1]], dim=1)
+        layer, source = self.output_layer, Source.of(self.model, samples.prompts, samples.prompt_index)
+        if layer is not None:
+            return decoder_states(self.model, tokens, source), layer
+        return self.model(decoder_input_ids=tokens, use_cache=False, **source.arguments).logits, None
 
     def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
         """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
@@ -288,6 +305,13 @@ class LanguageModel:
     def output_layer(self) -> torch.nn.Linear | None:
         """The layer that makes logits of hidden states, where that is all that the model does with them."""
         return plain_output_layer(self._inner, [self.start_id, self.pad_id])
+
+    @property
+    def _no_prompt(self) -> list[int]:
+        """The tokens of an empty prompt."""
+        if not self.is_encoder_decoder:
+            return [int(self.start_id)]
+        return [int(i) for i in self.tokenizer("")["input_ids"]] or [(self.eos_ids or [self.pad_id])[0]]
 
     @property
     def _inner(self) -> PreTrainedModel:
@@ -343,17 +367,36 @@ class LanguageModel:
     def check_length(self, prompts: Prompts, completion: int) -> None:
         """Raise UsageError, which names the longest prompt, where the model has too few positions for it."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return
         row = int(prompts.lengths.argmax())
         longest = int(prompts.lengths[row])
-        # The last token is never read.
-        room = 0 if positions is None else positions + 1 - longest
-        if positions is not None and completion > room:
-            which = f"prompt {prompts.ids[row] + 1}, {prompts.texts[row]!r:.60}" if len(prompts) > 1 else "a prompt"
+        which = f"prompt {prompts.ids[row] + 1}, {prompts.texts[row]!r:.60}," if len(prompts) > 1 else "a prompt"
+        # The last token is never read. A decoder has its positions for itself, but for the one that starts it.
+        room = positions if self.is_encoder_decoder else positions + 1 - longest
+        if self.is_encoder_decoder and longest > positions:
             raise UsageError(
-                f"max_completion_length: {completion} tokens after {which} of {longest} are more than the {positions} "
-                f"positions of '{self.name}'; "
+                f"prompts: {which} of {longest} tokens has more than the {positions} positions of '{self.name}'; "
+                f"shorten it"
+            )
+        if completion > room:
+            after = "" if self.is_encoder_decoder else f"after {which} of {longest} "
+            raise UsageError(
+                f"max_completion_length: {completion} tokens {after}are more than the {positions} positions of "
+                f"'{self.name}'; "
                 + (f"ask for at most {room}, or shorten the prompts" if room > 0 else "shorten the prompts")
             )
+
+
+def _start_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text without a prompt starts after. Raises ModelError for a decoder that names none."""
+    if not model.config.is_encoder_decoder:
+        return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for place in (model.generation_config, model.config):
+            if getattr(place, name, None) is not None:
+                return int(getattr(place, name))
+    raise ModelError("model: its config.json has no decoder_start_token_id, after which its decoder would start")
 
 
 def _check_whole(name: str, value: int | None, least: int) -> None:

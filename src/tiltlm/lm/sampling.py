@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError
 from tiltlm.lm.cache import reserve
-from tiltlm.lm.decoding import prefill
 from tiltlm.lm.guide import Guide
+from tiltlm.lm.prefill import prefill
 from tiltlm.lm.prompts import Prompts
 from tiltlm.lm.samples import Law
 
@@ -90,6 +90,7 @@ def sample_batch(
     max_new_tokens: int,
     eos_ids: Tensor,
     pad_id: int,
+    start_id: int,
     law: Law,
     generator: torch.Generator,
     guide: Guide | None = None,
@@ -109,8 +110,8 @@ def sample_batch(
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
     between = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
-    decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens)
-    reserve(decoder.cache, prompts.tokens.shape[1] + max_new_tokens, cache_dtype)
+    decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens, start_id)
+    reserve(decoder.cache, decoder.mask.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:
             drawn, found = draw(logits, law, generator, partial(_weights, guide, states, t))
