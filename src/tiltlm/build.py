@@ -30,8 +30,8 @@ from tiltlm.training.proposal import ProposalRule, proposal_rule
 from tiltlm.training.pulling import updates_per_batch
 
 DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided"}
-# Of the policy's own samples only: their clipping, groups or prices mean nothing under another proposal.
-ON_POLICY_ONLY = ("ppo", "grpo", "rloo", "kl_control")
+# Their clipping is around the law of the samples, token by token: it must be the policy's.
+ON_POLICY_ONLY = ("ppo", "grpo")
 
 
 def build_base(config: RunConfig) -> LanguageModel:

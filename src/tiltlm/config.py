@@ -70,13 +70,7 @@ class TargetConfig(Section):
 class MethodConfig(Section):
     """The objective and its proposal rule."""
 
-    name: Annotated[
-        str,
-        Field(
-            description="dpg, gdc, gdc++, guided, f_dpg, alpha_dpg, brain, vargrad; reinforce, reinforce_p, "
-            "kl_control, rloo, ppo, grpo; or package.module:name of your own"
-        ),
-    ] = "gdc++"
+    name: Annotated[str, Field(description="one of docs/methods.md, or package.module:name of your own")] = "gdc++"
     proposal: Annotated[
         str | None, Field(description="on_policy, interval, kl, tv, published or guided; null: the method's own")
     ] = None

@@ -14,15 +14,15 @@ from tiltlm.targets.constrain import BaseSample
 
 @dataclass(frozen=True)
 class Assessment:
-    """What was found out about a whole batch before any update on it.
+    """What was found out about a whole batch before any update on it; None where nobody asked.
 
-    ``advantage`` is [N] or [N, T]; ``base``, ``policy`` and, with a critic, ``values`` and ``returns`` are [N, T].
-    ``policy`` is None once the policy has changed.
+    ``advantage`` is [N] or [N, T]; ``base`` and ``policy``, log-probabilities until the policy changes, ``values`` and
+    ``returns`` are [N, T].
     """
 
-    advantage: Tensor
-    base: Tensor
-    policy: Tensor | None
+    advantage: Tensor | None = None
+    base: Tensor | None = None
+    policy: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
 
@@ -58,9 +58,9 @@ class Batch:
     @property
     def base_logprob(self) -> Tensor | None:
         """log a of each token [N, T], where it is known without asking the base."""
-        if self.assessment is not None:
-            return self.assessment.base
-        return self.samples.proposal_logprob if self.from_base else None
+        if self.from_base:
+            return self.samples.proposal_logprob
+        return self.assessment.base if self.assessment is not None else None
 
     @property
     def policy_logprob(self) -> Tensor | None:

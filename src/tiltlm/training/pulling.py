@@ -95,6 +95,20 @@ def follows_its_advantage(objective: Objective) -> bool:
     return isinstance(objective, BatchObjective) and _is_silent(objective, record)
 
 
+def needs_the_base(objective: Objective) -> bool:
+    """Whether what an objective says of a whole batch depends on log a or log P, as in KL control, not in REINFORCE."""
+    record = _made_up(torch.tensor([-0.1, -3.0, -10.0, -100.0], dtype=torch.float64))
+    if not isinstance(objective, BatchObjective) or record.tokens is None:
+        return False
+    other = torch.tensor([-7.0, -0.5, -40.0, -2.0], dtype=torch.float64)
+    moved = replace(record, base_logprob=other, target_logscore=other - 2.0)
+    moved = replace(moved, tokens=replace(record.tokens, base=other[:, None]))
+    try:
+        return not torch.equal(objective.advantages(record), objective.advantages(moved))
+    except Exception:  # an objective of the user's own that takes no such record
+        return True
+
+
 def _is_silent(objective: Objective, record: Record) -> bool:
     try:
         return bool((objective.coefficients(record) == 0).all())

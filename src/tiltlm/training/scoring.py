@@ -18,7 +18,14 @@ from tiltlm.training.batch import Assessment, Batch
 from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
 from tiltlm.training.passes import Passes
-from tiltlm.training.pulling import finite, follows_its_advantage, ignores_the_impossible, pull_chunk, record_of
+from tiltlm.training.pulling import (
+    finite,
+    follows_its_advantage,
+    ignores_the_impossible,
+    needs_the_base,
+    pull_chunk,
+    record_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +39,8 @@ class Scorer:
     """Scores batches in chunks of bounded memory, which do not change the result.
 
     A row that gets no coefficient, as one with P = 0 in GDC, matters to no gradient: it takes no base pass and no
-    backward, and on-policy, where the sampler has told its log-probability, no pass at all.
+    backward, and on-policy, where the sampler has told its log-probability, no pass at all. ``keeps_base`` is for
+    batches that are pulled more than once: the base then reads each once.
     """
 
     def __init__(
@@ -45,34 +53,39 @@ class Scorer:
         passes: Passes,
         timed: Callable[[str], AbstractContextManager[Any]],
         critic: Critic | None = None,
+        keeps_base: bool = False,
     ) -> None:
         self.roles, self.target, self.objective, self.accelerator = roles, target, objective, accelerator
         self.rows_at_once, self.passes, self.timed, self.critic = rows_at_once, passes, timed, critic
+        self.keeps_base, self.needs_base = keeps_base, needs_the_base(objective)
         self.skips = ignores_the_impossible(objective)
         self.follows_advantage = follows_its_advantage(objective) and critic is None
 
     def assess(self, batch: Batch, log_z: float | Tensor) -> tuple[Batch, Record | None]:
-        """The batch with what the objective says of it as a whole, where it says anything; no gradient.
+        """The batch with what must be known of it as a whole, and the record that the objective judged it by.
 
-        The base reads all of it, and off-policy, or for a critic, the policy as well.
+        The base, and off-policy or for a critic the policy, reads all of it where that is needed; no gradient.
         """
         objective = self.objective
-        if not isinstance(objective, BatchObjective):
-            return batch, None
-        tables = {name: torch.zeros_like(batch.samples.proposal_logprob) for name in ("base", "policy", "values")}
+        whole = isinstance(objective, BatchObjective)
+        wanted = {"base": self.keeps_base or (whole and self.needs_base), "policy": whole}
+        tables: dict[str, Tensor] = {}
         for rows in self._chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
             chunk = batch.samples.select(rows).trimmed()
-            for name, found in self._assess_chunk(batch, chunk, rows).items():
-                tables[name][rows, : found.shape[1]] = found.to(tables[name])
-        base, policy = tables["base"], tables["policy"]
-        scores = Scores.of(batch.samples, NextToken(policy, base))
-        scores = self._with_target(batch, torch.arange(len(batch.samples)), scores)
-        values = tables["values"] if self.critic else None
+            for name, found in self._assess_chunk(batch, chunk, rows, **wanted).items():
+                table = tables.setdefault(name, torch.zeros_like(batch.samples.proposal_logprob))
+                table[rows, : found.shape[1]] = found.to(table)
+        assessment = Assessment(**tables)
+        if not isinstance(objective, BatchObjective):
+            return replace(batch, assessment=assessment) if tables else batch, None
+        policy = tables["policy"]
+        base = tables.get("base", torch.full_like(policy, math.nan))
+        scores = self._with_target(batch, torch.arange(len(policy)), Scores.of(batch.samples, NextToken(policy, base)))
         reward = target_reward(self.target, scores.base_logprob, batch.features)
-        record = record_of(batch.samples, scores, log_z, policy, base, reward=reward, values=values)
+        record = record_of(batch.samples, scores, log_z, policy, base, reward=reward, values=tables.get("values"))
         advantage = finite(objective, objective.advantages(record), record)
         returns = objective.returns(record) if isinstance(objective, CriticObjective) else None
-        return replace(batch, assessment=Assessment(advantage, base, policy, values, returns)), record
+        return replace(batch, assessment=replace(assessment, advantage=advantage, returns=returns)), record
 
     def pull(self, batch: Batch, log_z: float | Tensor, guide: Guide | None = None) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``guide`` teaches beside that."""
@@ -110,7 +123,7 @@ class Scorer:
                         laws.policy,
                         base_tokens,
                         guide=laws.guide,
-                        advantage=_rows(batch.assessment.advantage, rows, chunk) if batch.assessment else None,
+                        advantage=_rows(batch.assessment.advantage if batch.assessment else None, rows, chunk),
                     )
                     loss = -pull_chunk(self.objective, chunk, record, laws).sum()
                     if self.critic is not None:
@@ -129,10 +142,14 @@ class Scorer:
 
     def _idle(self, batch: Batch) -> Tensor | None:
         """Which rows [N] get no coefficient, as far as that is known beforehand."""
-        if batch.assessment is None:
+        advantage = batch.assessment.advantage if batch.assessment is not None else None
+        if advantage is None:
             return self._impossible(batch) if self.skips else None
-        advantage = batch.assessment.advantage.cpu()
-        return (advantage.reshape(len(advantage), -1) == 0).all(-1) if self.follows_advantage else None
+        if not self.follows_advantage:
+            return None
+        silent = (advantage.cpu().reshape(len(advantage), -1) == 0).all(-1)
+        # What the base makes of a text that can be is measured, if nobody has asked it yet.
+        return silent if batch.base_logprob is not None else silent & self._impossible(batch)
 
     def _impossible(self, batch: Batch) -> Tensor:
         """Which rows [N] have P = 0."""
@@ -151,18 +168,23 @@ class Scorer:
         return [rows[piece] for piece in self.roles.policy.chunks(samples.select(rows), self.rows_at_once)]
 
     @torch.no_grad()
-    def _assess_chunk(self, batch: Batch, chunk: Samples, rows: Tensor) -> dict[str, Tensor]:
-        """Log-probabilities of base and policy and the critic's values, each [n, t]."""
-        base, policy = _rows(batch.base_logprob, rows, chunk), _rows(batch.policy_logprob, rows, chunk)
-        found = {"base": base if base is not None else next_token(chunk, self._read_base(chunk)).policy}
-        if policy is None or self.critic is not None:
+    def _assess_chunk(
+        self, batch: Batch, chunk: Samples, rows: Tensor, *, base: bool, policy: bool
+    ) -> dict[str, Tensor]:
+        """Log-probabilities of base and policy, where wanted, and the critic's values, each [n, t]."""
+        found: dict[str, Tensor] = {}
+        if base:
+            known = _rows(batch.base_logprob, rows, chunk)
+            found["base"] = known if known is not None else next_token(chunk, self._read_base(chunk)).policy
+        known = _rows(batch.policy_logprob, rows, chunk)
+        if policy and known is not None:
+            found["policy"] = known
+        if policy and (known is None or self.critic is not None):
             with self.timed("policy"):
                 reading = self._read_policy(chunk)
-                found["policy"] = policy if policy is not None else next_token(chunk, reading).policy
+                found.setdefault("policy", next_token(chunk, reading).policy)
                 if self.critic is not None:
                     found["values"] = self.critic.values(chunk, reading)
-        else:
-            found["policy"] = policy
         return found
 
     def _critic_loss(self, batch: Batch, rows: Tensor, chunk: Samples, reading: Reading) -> Tensor:
@@ -198,7 +220,7 @@ class Scorer:
                 policy = next_token(chunk, self._read_policy(chunk)).policy
         unknown = torch.full_like(chunk.proposal_logprob, math.nan)
         scores = Scores.of(chunk, NextToken(policy, base if base is not None else unknown))
-        if batch.assessment is not None:
+        if base is not None:
             return self._with_target(batch, rows, scores)
         return scores.with_target(torch.full((len(chunk),), -math.inf))
 

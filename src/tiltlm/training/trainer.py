@@ -69,6 +69,8 @@ class Trainer:
         self.target, self.rule, self.args = target, rule, args
         self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
         self.accelerator = build_accelerator(args, roles.policy.device)
+        # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
+        self.distills = isinstance(objective, Guided)
         self.iterations = updates_per_batch(objective, args.num_iterations)
         self.critic = Critic(roles.policy) if isinstance(objective, CriticObjective) else None
         self.roles = roles
@@ -81,15 +83,13 @@ class Trainer:
         self.drawer = Drawer(
             roles, target, base_sample, args.batch_size, args.reuse_fit_samples, seed, self.accelerator.autocast
         )
-        rows_at_once = args.per_device_train_batch_size
+        rows_at_once, keep = args.per_device_train_batch_size, self.iterations > 1 and not self.distills
         self.scorer = Scorer(
-            roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic
+            roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic, keep
         )
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
         self.source = rule.first
-        # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
-        self.distills = isinstance(objective, Guided)
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
