@@ -12,6 +12,7 @@ from tiltlm.estimation.acceptance import (
     proposal_law,
     resampled_law,
 )
+from tiltlm.estimation.conditional import PromptPartition, partition_for
 from tiltlm.estimation.divergences import (
     kl_difference,
     kl_from_target,
@@ -25,6 +26,7 @@ from tiltlm.estimation.diversity import distinct_1, distinct_n, entropy, entropy
 from tiltlm.estimation.estimate import Estimate
 from tiltlm.estimation.means import mean, ratio_of_means, weighted_mean
 from tiltlm.estimation.partition import Partition, log_partition
+from tiltlm.estimation.strata import Strata
 from tiltlm.estimation.weights import (
     effective_sample_size,
     log_importance_weights,
@@ -38,6 +40,8 @@ __all__ = [
     "Closeness",
     "Estimate",
     "Partition",
+    "PromptPartition",
+    "Strata",
     "acceptance_rate",
     "accepted_law",
     "chain_acceptance",
@@ -61,6 +65,7 @@ __all__ = [
     "no_hit",
     "pareto_k",
     "pareto_k_threshold",
+    "partition_for",
     "perplexity",
     "proposal_law",
     "ratio_of_means",

@@ -47,17 +47,26 @@ class Partition:
         """Whether a sample has hit the target yet; while none has, the estimate of Z is 0 and log Z is −inf."""
         return self.log_weight_sum > -math.inf
 
-    def updated(self, log_weights_N: Tensor) -> Partition:
-        """The state after one more round, log w = log P − log q [N]; a round without hits pulls Z down, as it must."""
+    def rating(self, log_weights: Tensor) -> float:
+        """α of a round with these log-weights [N]: inverse variance, as the rounds before it foretell that."""
+        n = len(log_weights)
+        # A round's own spread must not rate it: luck moves both, so low estimates (or rare hits) would win and bias Z.
+        # Past rounds share none of its luck; the +1s (rule of succession) keep a bad or perfect past from extremes.
+        past_effective, past = self.recent_effective, self.recent_samples
+        if not self.rounds:
+            past_effective, past = _effective(log_weights), float(n)
+        return (past_effective + 1) / (max(past - past_effective, 0.0) + 1)
+
+    def updated(self, log_weights_N: Tensor, prompts_N: Tensor | None = None) -> Partition:
+        """The state after one more round, log w = log P − log q [N]; a round without hits pulls Z down, as it must.
+
+        All samples count alike, whatever the prompts [N] that they continue.
+        """
         log_weights = checked_log_weights(log_weights_N)
         n = len(log_weights)
         log_sum = float(log_weights.logsumexp(0))
         log_squares = float((2 * log_weights).logsumexp(0))
-        effective = 0.0 if no_hit(log_weights) else math.exp(2 * log_sum - log_squares)
-        # A round's own spread must not rate it: luck moves both, so low estimates (or rare hits) would win and bias Z.
-        # Past rounds share none of its luck; the +1s (rule of succession) keep a bad or perfect past from extremes.
-        past_effective, past = (self.recent_effective, self.recent_samples) if self.rounds else (effective, float(n))
-        rating = (past_effective + 1) / (max(past - past_effective, 0.0) + 1)
+        effective, rating = _effective(log_weights), self.rating(log_weights)
         return Partition(
             rounds=self.rounds + 1,
             samples=self.samples + n,
@@ -88,6 +97,10 @@ class Partition:
             return Estimate(log_z, math.nan)
         return Estimate(log_z, math.sqrt(max(spread, 0.0) * rated / (rated - 1)) / self.rating_sum)
 
+    def at(self, prompts_N: Tensor) -> float:
+        """log Ẑ of the one prompt."""
+        return self.log_z.value
+
     def to_json(self) -> dict[str, float | None]:
         """The state for a checkpoint; ``from_json`` gives it back bit for bit (None stands for −inf)."""
         return {name: value if value > -math.inf else None for name, value in asdict(self).items()}
@@ -113,6 +126,12 @@ class Partition:
 def log_partition(log_weights_N: Tensor) -> Estimate:
     """log Z from one round of log-weights [N] alone: logsumexp − log N, with √(1/ESS − 1/N) as error."""
     return Partition.empty().updated(log_weights_N).log_z
+
+
+def _effective(log_weights: Tensor) -> float:
+    """(Σw)²/Σw² [N]; 0 where no sample hits."""
+    log_sum, log_squares = float(log_weights.logsumexp(0)), float((2 * log_weights).logsumexp(0))
+    return 0.0 if no_hit(log_weights) else math.exp(2 * log_sum - log_squares)
 
 
 def _log_add(a: float, b: float) -> float:
