@@ -108,7 +108,8 @@ def test_rooms_of_pure_functions_never_see_a_model(room: str) -> None:
 
 def test_what_is_installed_for_users_is_what_the_code_imports() -> None:
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["data"], *extras["schema"]]
     named = {re.split(r"[^\w-]", dependency)[0] for dependency in asked}
     imported = {
         alias.name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]

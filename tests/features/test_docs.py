@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -10,9 +11,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_models import classifier_model, embedding_model
 
 import tiltlm.features
-from tiltlm.features import Feature, build_feature, builtin_wordlists, measure
+from tiltlm.features import (
+    Feature,
+    build_feature,
+    builtin_wordlists,
+    classifier,
+    measure,
+    perplexity,
+    reward_model,
+    similarity,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\{.+?\})` \| `(.+?)` \|", PAGE, flags=re.MULTILINE)
@@ -20,9 +31,21 @@ CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 TEXTS = ["She won the race.", "He won the world cup in 1966!", "", "An amazing painting of an album. " * 5]
 
 
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder ``examples``, with models of random weights where scripts/train_example_models.py writes its own."""
+    folder = tmp_path_factory.mktemp("examples")
+    classifier_model(folder / "models" / "topics", "sports", "other")
+    classifier_model(folder / "models" / "reward", "positive")
+    embedding_model(folder / "models" / "sentences")
+    (folder / "features").symlink_to(Path(__file__).parents[2] / "examples" / "features")
+    return folder
+
+
 @pytest.fixture
-def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's own examples, as the file that it tells the reader to write."""
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: Path) -> None:
+    """The page's own examples, as the file that it tells the reader to write, where the reader stands."""
+    (tmp_path / "examples").symlink_to(examples)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -57,7 +80,10 @@ def test_the_first_example_gives_what_it_shows() -> None:
 
 @pytest.mark.usefixtures("my_rewards")
 def test_the_examples_of_own_features_work_from_a_run_file() -> None:
-    specs = [yaml.safe_load(block)[0]["feature"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
+    section = PAGE[PAGE.index("## Your own") :]
+    specs = [
+        yaml.safe_load(block)[0]["feature"] for block in re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    ]
     specs.append(yaml.safe_load(re.findall(r"`(\{python: \"my_rewards:Exclaims\".*?\}\})`", PAGE)[0]))
     features = [build_feature(spec) for spec in specs]
     assert [feature.name for feature in features] == ["brevity(words=12)", "repeats_prompt", "exclaims"]
@@ -66,7 +92,28 @@ def test_the_examples_of_own_features_work_from_a_run_file() -> None:
     assert features[2].evidence("No! Yes!") == [(2, 3), (7, 8)]
 
 
+@pytest.mark.usefixtures("my_rewards")
+def test_the_examples_of_models_and_code_work_from_a_run_file() -> None:
+    section = PAGE[PAGE.index("## Models that") : PAGE.index("## Your own")]
+    specs = [
+        yaml.safe_load(block)[0]["feature"] for block in re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    ]
+    features = [build_feature(spec) for spec in specs]
+    assert [(feature.name, feature.binary) for feature in features] == [("sports", True), ("doubles", True)]
+    assert features[1](["def f(x):\n    return 2 * x", "def f(x):\n    return x"]).tolist() == [1.0, 0.0]
+
+
+def test_the_page_lists_every_option_of_the_models() -> None:
+    section = PAGE[PAGE.index("## Models that") : PAGE.index("## Code")]
+    named = set(
+        re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in section.splitlines() if line[:3] == "| `"))
+    )
+    for make in (classifier, reward_model, similarity, perplexity):
+        own = {"model", "label", "threshold", "to", "value"}
+        assert set(inspect.signature(make).parameters) - own == named
+
+
 def test_the_page_names_the_word_lists_and_is_one_page() -> None:
     paragraph = PAGE[PAGE.index("**Word lists**") :].split("\n\n")[0]
     assert re.findall(r"`(\w+)`", paragraph.split(". ")[0]) == builtin_wordlists()
-    assert len(PAGE.splitlines()) < 130
+    assert len(PAGE.splitlines()) < 200

@@ -1,10 +1,15 @@
 """Features: what is measured on a text, one finite number each."""
 
 from tiltlm.features.callables import callable_feature, feature, python_feature
+from tiltlm.features.classifier import classifier, reward_model
+from tiltlm.features.code import code_feature
 from tiltlm.features.combine import all_of, any_of, negation, threshold
 from tiltlm.features.feature import Batch, Feature, measure, measure_batch
+from tiltlm.features.json_schema import json_feature
 from tiltlm.features.lexical import builtin_wordlists, contains, length, pronouns, regex, wordlist
+from tiltlm.features.perplexity import perplexity
 from tiltlm.features.sentiment import sentiment
+from tiltlm.features.similarity import similarity
 from tiltlm.features.spec import FeatureSpec, build_feature, run_file_form
 
 __all__ = [
@@ -16,17 +21,23 @@ __all__ = [
     "build_feature",
     "builtin_wordlists",
     "callable_feature",
+    "classifier",
+    "code_feature",
     "contains",
     "feature",
+    "json_feature",
     "length",
     "measure",
     "measure_batch",
     "negation",
+    "perplexity",
     "pronouns",
     "python_feature",
     "regex",
+    "reward_model",
     "run_file_form",
     "sentiment",
+    "similarity",
     "threshold",
     "wordlist",
 ]

@@ -8,10 +8,15 @@ from typing import Any
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, python_feature
+from tiltlm.features.classifier import classifier, reward_model
+from tiltlm.features.code import code_feature
 from tiltlm.features.combine import Combination, Negation, Threshold, all_of, any_of, negation, threshold
 from tiltlm.features.feature import Feature
+from tiltlm.features.json_schema import json_feature
 from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
+from tiltlm.features.perplexity import perplexity
 from tiltlm.features.sentiment import sentiment
+from tiltlm.features.similarity import similarity
 
 FeatureSpec = str | Mapping[str, Any] | Feature | Callable[..., Any]
 
@@ -22,6 +27,12 @@ MEASURES: dict[str, Callable[..., Feature]] = {
     "length": length,
     "pronouns": pronouns,
     "sentiment": sentiment,
+    "classifier": classifier,
+    "reward_model": reward_model,
+    "similarity": similarity,
+    "perplexity": perplexity,
+    "code": code_feature,
+    "json": json_feature,
     "python": python_feature,
 }
 COMBINATORS = ("all", "any", "not", "threshold")
@@ -52,7 +63,9 @@ def build_feature(spec: FeatureSpec) -> Feature:
             f"function of __main__ or of a notebook, an object of a class of your own). Tune with a function that a "
             f"module defines, or hand it over again in Python: tiltlm.build.load_run(run_dir, features=[...])"
         )
-    kinds = [key for key in spec if key in KINDS]
+    # A classifier's own threshold is an option of it.
+    options_of = {name for key in spec if key in MEASURES for name in inspect.signature(MEASURES[key]).parameters}
+    kinds = [key for key in spec if key in KINDS and key not in options_of]
     if not kinds:
         wrong = next((str(key) for key in spec if key != "name"), "")
         raise UsageError(f"feature: unknown feature '{wrong}'; {nearest(wrong, KINDS)}")

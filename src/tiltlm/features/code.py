@@ -1,0 +1,176 @@
+"""Whether a text is Python code that compiles, or that passes tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tiltlm.errors import FeatureError, UsageError, nearest
+from tiltlm.features.feature import Batch, Feature, remembers
+from tiltlm.features.reading import check_reads, read_texts
+
+CHECKS = ("compiles",)
+RUNNER = Path(__file__).with_name("code_runner.py")
+# A block that is cut off goes on to the end of the text.
+FENCED = re.compile(r"^```[ \t]*(?:python3?|py)[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+# Programs wait for a core, so more at once would only make each of them late.
+MOST_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code(Feature):
+    """1 where the text is Python code that compiles and, where there are ``tests``, passes them, else 0."""
+
+    tests: str | None
+    timeout: float
+    memory: int
+    reads: str
+
+    def compute(self, batch: Batch) -> list[float]:
+        programs = [program_of(text) for text in read_texts(batch, self.reads)]
+        distinct = list(dict.fromkeys(programs))
+        held = dict(zip(distinct, map(compiles, distinct), strict=True))
+        if self.tests is not None:
+            to_run = [program for program in distinct if held[program]]
+            with ThreadPoolExecutor(max_workers=min(MOST_AT_ONCE, os.cpu_count() or 1)) as pool:
+                held.update(zip(to_run, pool.map(self._passes, to_run), strict=True))
+        return [float(held[program]) for program in programs]
+
+    def _passes(self, program: str) -> bool:
+        return passes(program, self.tests or "", self.timeout, self.memory)
+
+
+@remembers("code")
+def code_feature(
+    check: str = "compiles",
+    passes: str | Path | None = None,
+    timeout: float = 2.0,
+    memory: int = 256,
+    reads: str = "completion",
+) -> Code:
+    """1 where the text is Python code that ``compiles`` here; with ``passes``, where it also passes these tests.
+
+    ``passes`` is a file that ends in ``.py`` or the tests themselves: statements such as ``assert f(2) == 4``, which
+    run among the names of the program, and functions ``test_…`` without arguments, which are called. Each program runs
+    in a process of its own, without site packages, in an empty folder, for at most ``timeout`` seconds and with
+    ``memory`` megabytes. These limits are no sandbox. The program is the text's fenced ```python blocks, where it has
+    any. Raises UsageError for tests that cannot be read or do not compile.
+    """
+    if check not in CHECKS:
+        raise UsageError(f"code.check: {check!r} is not known; {nearest(str(check), CHECKS)}, or 'passes' with tests")
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout < math.inf:
+        raise UsageError(f"code.timeout: expected seconds above 0, got {timeout!r}")
+    if not isinstance(memory, int) or isinstance(memory, bool) or memory < 32:
+        raise UsageError(f"code.memory: expected a whole number of megabytes, at least 32, got {memory!r}")
+    return Code(
+        name="compiles" if passes is None else "passes tests",
+        binary=True,
+        tests=None if passes is None else _tests(passes),
+        timeout=float(timeout),
+        memory=memory,
+        reads=check_reads("code", reads),
+    )
+
+
+def program_of(text: str) -> str:
+    """The text's fenced blocks of Python one after the other, or the text where it has none."""
+    blocks = FENCED.findall(text)
+    return "\n".join(blocks) if blocks else text
+
+
+def compiles(program: str) -> bool:
+    """Whether the Python that runs here would take it for a program."""
+    try:
+        with warnings.catch_warnings():
+            for category in (SyntaxWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category)
+            compile(program, "<text>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=2**14)
+def passes(program: str, tests: str, timeout: float, memory: int) -> bool:
+    """Whether the program passes the tests in a process of its own, within ``timeout`` seconds and ``memory`` MB.
+
+    A verdict is kept, for a policy that narrows writes the same programs again.
+    Raises FeatureError where this system has no such processes.
+    """
+    if os.name != "posix":
+        raise FeatureError("code: tests run on Linux and macOS only; on this system use {code: compiles}")
+    word = secrets.token_hex(16)
+    # A pipe of our own and not the exit status: a program may end with any status that it likes.
+    answer, pipe = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="tiltlm-code-") as folder, tempfile.TemporaryFile("w+") as job:
+        json.dump({"program": program, "tests": tests, "word": word}, job)
+        job.seek(0)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(RUNNER), str(timeout), str(memory), str(pipe)],
+                cwd=folder,
+                env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder},
+                stdin=job,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[pipe],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(answer)
+            raise
+        finally:
+            os.close(pipe)
+        try:
+            return _received(answer, time.monotonic() + timeout) == word.encode()
+        finally:
+            # Before its own process is waited for, so that the number of the group is still its own.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            os.close(answer)
+
+
+def _received(pipe: int, deadline: float) -> bytes:
+    """What is written to the pipe before the deadline; nothing if it is closed or late."""
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    milliseconds = max(0, math.ceil(1000 * (deadline - time.monotonic())))
+    return os.read(pipe, 64) if waiting.poll(milliseconds) else b""
+
+
+def _tests(passes: str | Path) -> str:
+    """The tests as source. Raises UsageError for a file that cannot be read and for what does not compile."""
+    if not isinstance(passes, str | Path) or not str(passes).strip():
+        raise UsageError(f"code.passes: expected a file of tests or the tests themselves, got {passes!r}")
+    source, where = str(passes), "the tests"
+    if source.strip().endswith(".py") and "\n" not in source.strip():
+        where = f"'{source.strip()}'"
+        try:
+            source = Path(source.strip()).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UsageError(f"code.passes: cannot read {where}: {reason}") from error
+    try:
+        compile(source, "<tests>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UsageError(f"code.passes: {where} do not compile: {reason}{line}") from error
+    return source
