@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from test_sampling import count_rows
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from enumerable import PROMPTS, tiny_model
-from tiltlm.lm import LanguageModel, Samples
+from tiltlm.lm import LanguageModel, Samples, next_token
 from tiltlm.lm import sampling as sampling_module
 from tiltlm.lm.cache import RoomyLayer, reserve
 from tiltlm.lm.precision import FLOAT32_ATTENTION, cache_dtype, native_bfloat16
@@ -239,6 +240,70 @@ def test_a_reading_is_made_in_bfloat16(auto: LanguageModel, single: LanguageMode
         assert reading.compute == dtype
         assert reading.weight is model.model.get_output_embeddings().weight
         assert reading.weight.dtype == torch.float32
+
+
+def pull(model: LanguageModel, samples: Samples, *, once: bool) -> dict[str, Tensor]:
+    """The gradient that accumulates over chunks of seven rows, a backward each, of a weighted log-probability."""
+    parameters = dict(model.model.named_parameters())
+    model.model.zero_grad()
+    with model.cast_once() if once else nullcontext():
+        for rows in model.chunks(samples, 7):
+            chunk = samples.select(rows).trimmed()
+            table = next_token(chunk, model.read(chunk)).policy
+            (table.sum(-1) * torch.linspace(-1, 2, len(chunk))).sum().backward()
+    return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", models())
+def test_weights_cast_once_for_many_chunks_get_the_gradient_of_weights_cast_anew(name: str) -> None:
+    model = models()[name]()
+    samples = model.sample(20, PROMPT if "embedded" in name else None, 0, max_completion_length=6)
+    expected = pull(model, samples, once=False)
+    with left_alone(model):
+        with model.cast_once():
+            layers = [m for m in model.model.modules() if type(m) in (nn.Linear, Conv1D)]
+            assert {p.dtype for m in layers for p in m.parameters()} == {torch.bfloat16}
+            assert model._chunk_bytes() == models()[name]()._chunk_bytes()
+        found = pull(model, samples, once=True)
+    assert not any(m.sparse for m in model.model.modules() if isinstance(m, nn.Embedding))
+    again = pull(model, samples, once=False)
+    assert found.keys() == expected.keys()
+    inner = model._inner
+    summed_elsewhere = [inner.get_input_embeddings().weight, inner.get_output_embeddings().weight]
+    for name, parameter in model.model.named_parameters():
+        if name not in expected:
+            continue
+        assert torch.equal(again[name], expected[name]), name
+        assert found[name].dtype == torch.float32
+        assert bool(expected[name].any())
+        if any(parameter is p for p in summed_elsewhere):
+            # In another order, and all of it in float32.
+            bound = 1e-6 * float(expected[name].norm())
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=bound)
+        else:
+            assert torch.equal(found[name], expected[name]), name
+
+
+def test_gradients_of_weights_cast_once_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four hundred chunks, of which the last would be lost one by one in a sum of 16 bits."""
+    model = models()["gpt2, tied"]()
+    samples = model.sample(3, seed=0, max_completion_length=4)
+    one = pull(model, samples, once=True)
+    chunks = 400 * model.chunks(samples, 7)
+    monkeypatch.setattr(model, "chunks", lambda samples, size: chunks)
+    many = pull(model, samples, once=True)
+    for name, gradient in one.items():
+        torch.testing.assert_close(many[name], 400 * gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_a_forward_without_gradient_reads_weights_cast_once(auto: LanguageModel) -> None:
+    samples = auto.sample(4, seed=2, max_completion_length=6)
+    with torch.no_grad():
+        expected = auto.logprob(samples)
+        with auto.cast_once():
+            assert torch.equal(auto.logprob(samples), expected)
+            drawn = auto.sample(4, seed=2, max_completion_length=6)
+    assert torch.equal(drawn.proposal_logprob, samples.proposal_logprob)
 
 
 # The cache with room for the tokens to come.

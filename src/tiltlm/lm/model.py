@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from tiltlm.lm.decoding import accepts, positions, unwrapped
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.output_layer import plain_output_layer
-from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16
+from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
 from tiltlm.lm.reading import Reading, token_logprobs
 from tiltlm.lm.samples import Law, Samples
@@ -288,6 +289,19 @@ class LanguageModel:
         """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
 
         Another ``law`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
+    @contextlib.contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Hold the weights of linear layers in ``compute_dtype`` for the length of the block, for many passes.
+
+        The parameters must not change in it. Gradients accumulate on ``grad`` of the parameters as ever.
+        """
+        _ = self.output_layer, self._weight_bytes  # are found with the weights as they are
+        with contextlib.ExitStack() as held:
+            held.enter_context(cast_weights(self.model, self.compute_dtype))
+            if self.compute_dtype is not None and self.device.type == "cpu":
+                held.enter_context(sparse_lookups(self.model))
+            yield
+
         memory; under ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
         """
         if not len(samples):
@@ -295,10 +309,11 @@ class LanguageModel:
         guide = self.placed(samples.guide) if law is None and samples.guide is not None else None
         pieces, order = [], self.chunks(samples, batch_size)
         width = samples.tokens.shape[1]
-        for rows in order:
-            chunk = samples.select(rows).trimmed()
-            scores = token_logprobs(chunk, self.read(chunk), law or samples.law, guide)
-            pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
+        with contextlib.nullcontext() if torch.is_grad_enabled() else self.cast_once():
+            for rows in order:
+                chunk = samples.select(rows).trimmed()
+                scores = token_logprobs(chunk, self.read(chunk), law or samples.law, guide)
+                pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
         return torch.cat(pieces)[torch.cat(order).argsort()]
 
     @cached_property
@@ -353,8 +368,11 @@ class LanguageModel:
         if self.device.type == "cuda":
             # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
             return int(torch.cuda.mem_get_info(self.device)[1] // 8)
-        weights: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return max(CPU_CHUNK_BYTES, weights)
+    @cached_property
+    def _weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+        return max(CPU_CHUNK_BYTES, self._weight_bytes)
 
     def _rows_at_once(self, length: int) -> int:
         """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""

@@ -65,17 +65,77 @@ def cache_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype 
 
 @contextlib.contextmanager
 def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Hold the weights of linear layers in ``dtype`` for the length of the block, so that no token casts them anew.
+    """Hold the weights of linear layers in ``dtype`` for the length of the block, so that no pass casts them anew.
 
     The layers' parameters themselves are put aside and come back as they were: what is tied to them, or trains them,
-    does not notice.
+    does not notice. Gradients of their copies are added to ``grad`` of the parameters, in the dtype of these, at every
+    backward; ``torch.autograd.grad`` does not reach them.
     """
     layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if dtype is not None else []
     held = [(layer, name, p) for layer in layers for name, p in layer._parameters.items() if p is not None]
+    copies: dict[nn.Parameter, nn.Parameter] = {}
     try:
         for layer, name, parameter in held:
-            layer._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            if parameter.dtype != dtype:
+                if parameter not in copies:
+                    copies[parameter] = _copy(parameter, dtype)
+                layer._parameters[name] = copies[parameter]
         yield
     finally:
         for layer, name, parameter in held:
             layer._parameters[name] = parameter
+
+
+def _copy(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    copied = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    if parameter.requires_grad:
+        copied.original = parameter  # type: ignore[attr-defined]
+        copied.register_post_accumulate_grad_hook(_hand_over)  # type: ignore[no-untyped-call]
+    return copied
+
+
+def _hand_over(copied: Tensor) -> None:
+    gradient, copied.grad = copied.grad, None
+    # A backward that has added its gradient to the original by itself leaves none.
+    if gradient is not None:
+        add_gradient(copied.original, gradient)  # type: ignore[attr-defined]
+
+
+def original_of(weight: Tensor) -> nn.Parameter | None:
+    """The parameter that trains where ``weight`` is its copy from ``cast_weights``; None for any other tensor."""
+    return getattr(weight, "original", None)
+
+
+@torch.no_grad()
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to the gradient that has accumulated on a parameter, in its dtype."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
+@contextlib.contextmanager
+def sparse_lookups(model: nn.Module) -> Iterator[None]:
+    """Let a backward within the block touch only those rows of an embedding's gradient that were looked up.
+
+    torch's own fills a table of zeros at every backward, which on a CPU takes as long as much of the rest of it.
+    """
+    tables = [m for m in model.modules() if type(m) is nn.Embedding and m.weight.requires_grad]
+    tables = [table for table in tables if not (table.sparse or table.scale_grad_by_freq)]
+    weights: set[Any] = {table.weight for table in tables}
+    hooks = [weight.register_post_accumulate_grad_hook(_fill) for weight in weights]
+    try:
+        for table in tables:
+            table.sparse = True
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
+        for hook in hooks:
+            hook.remove()
+
+
+def _fill(parameter: Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from tiltlm.lm.guide import Guide
+from tiltlm.lm.precision import original_of
 from tiltlm.lm.samples import Law, Samples
 
 # A piece of logits that stays in a CPU's cache, but of rows enough for a fast matrix product.
@@ -216,8 +217,11 @@ class _Laws(torch.autograd.Function):
                     pulls[1].append(g.to(policy.weight) @ policy.weight - mean)
         outputs = [torch.cat(part) if part else hidden.new_zeros(len(hidden)) for part in found]
         ctx.job, ctx.frozen, ctx.dtype = job, frozen, hidden.dtype
+        # Where the weight is a copy for the length of a batch, its gradient is summed on the parameter itself.
+        ctx.original = original_of(weight) if weight is not None else None
         # What was cast is no input, and is not cast again.
-        ctx.cast = policy if weight is not None and job.compute != weight.dtype and not frozen else None
+        was_cast = policy.hidden is not hidden or policy.weight is not weight
+        ctx.cast = policy if was_cast and not frozen else None
         ctx.save_for_backward(*([torch.cat(p) for p in pulls if p] if frozen else [hidden, weight, bias]))
         ctx.mark_non_differentiable(*outputs[1:4])
         return tuple(outputs)  # type: ignore[return-value]
@@ -236,7 +240,7 @@ class _Laws(torch.autograd.Function):
         policy, base = ctx.cast or Reading(hidden, weight, bias, job.compute), job.base
         of_hidden: list[Tensor] = []
         of_bias = None
-        of_weight = _WeightGradient(policy.hidden, weight.dtype, policy.width) if ctx.needs_input_grad[1] else None
+        of_weight = _WeightGradient(policy, weight, ctx.original) if ctx.needs_input_grad[1] else None
         scratch = _Scratch(policy)
         # Many gradients at once, by vmap, are of another shape than the memory that is kept for one.
         functorch = torch._C._functorch
@@ -263,20 +267,21 @@ class _Laws(torch.autograd.Function):
 
 
 class _WeightGradient:
-    """The sum over pieces of (∂/∂logits)ᵀ · hidden, in the weight's own dtype [V, H].
+    """The sum over pieces of (∂/∂logits)ᵀ · hidden [V, H], in the dtype of the weight, or of its original.
 
     A product in 16 bits cannot add to a sum in 32, and with a large vocabulary that sum is larger than a piece: there
-    the gradients of several pieces of logits are held, in 16 bits, and multiplied at once.
+    the gradients of several pieces of logits are held, in 16 bits, and multiplied at once, some words at a time.
     """
 
-    def __init__(self, hidden: Tensor, dtype: torch.dtype, width: int) -> None:
-        self.hidden, self.dtype = hidden, dtype
-        self.total: Tensor | None = None
+    def __init__(self, policy: Reading, weight: Tensor, original: nn.Parameter | None) -> None:
+        self.hidden, self.original = policy.hidden, original
+        self.total = original.grad if original is not None else None
+        self.shape, self.dtype = weight.shape, weight.dtype if original is None else original.dtype
         self.held: Tensor | None = None
         self.start = self.stop = 0
-        if hidden.dtype != dtype:
-            rows = min(len(hidden), max(FEWEST_ROWS, HELD_BYTES // (hidden.element_size() * width)))
-            self.held = hidden.new_empty(rows, width)
+        if self.hidden.dtype != self.dtype:
+            rows = min(len(self.hidden), max(FEWEST_ROWS, HELD_BYTES // (self.hidden.element_size() * policy.width)))
+            self.held = self.hidden.new_empty(rows, policy.width)
 
     def hold(self, of_logits: Tensor) -> Tensor:
         """The gradient of a piece of logits [p, V] in the dtype of the product."""
@@ -296,18 +301,28 @@ class _WeightGradient:
         else:
             self.total.addmm_(of_logits.T, self.hidden[piece])
 
-    def finish(self) -> Tensor:
-        """The sum over all pieces."""
+    def finish(self) -> Tensor | None:
+        """The sum over all pieces; None where it has been added to the original's gradient."""
         if self.held is not None:
             self._flush()
         assert self.total is not None
-        return self.total
+        if self.original is None:
+            return self.total
+        self.original.grad = self.total
+        return None
 
     def _flush(self) -> None:
-        if self.held is not None and self.stop > self.start:
-            part = self.held[: self.stop - self.start].T @ self.hidden[self.start : self.stop]
-            self.total = part.to(self.dtype) if self.total is None else self.total.add_(part)
-            self.start = self.stop
+        if self.held is None or self.stop == self.start:
+            return
+        of_logits, hidden = self.held[: self.stop - self.start], self.hidden[self.start : self.stop]
+        first, self.start = self.total is None, self.stop
+        if self.total is None:
+            self.total = hidden.new_empty(self.shape, dtype=self.dtype)
+        bound = PIECE_BYTES.get(hidden.device.type, PIECE_BYTES_ELSEWHERE)
+        words = max(FEWEST_ROWS, bound // (hidden.element_size() * hidden.shape[1]))
+        for start in range(0, len(self.total), words):
+            part, product = self.total[start : start + words], of_logits[:, start : start + words].T @ hidden
+            part.copy_(product) if first else part.add_(product)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

@@ -53,6 +53,12 @@ class Roles:
             finally:
                 self.policy.model.set_adapter(POLICY_ADAPTER)
 
+    @contextlib.contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """``LanguageModel.cast_once`` of policy and base."""
+        with self.policy.cast_once(), contextlib.nullcontext() if self.shared else self._base.cast_once():
+            yield
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The policy's parameters that training changes, by name."""
         return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}

@@ -148,12 +148,13 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
     """Scores of the policy's own samples; the second pass of both models gives KL(π‖a) by Rao–Blackwell."""
     order = roles.policy.chunks(samples)
     parts = []
-    for rows in order:
-        chunk = samples.select(rows).trimmed()
-        with roles.use("base") as base:
-            base_reading = base.read(chunk)
-        laws = next_token(chunk, roles.policy.read(chunk), base_reading)
-        parts.append(Scores.of(chunk, laws).with_rescored(laws.policy))
+    with roles.cast_once():
+        for rows in order:
+            chunk = samples.select(rows).trimmed()
+            with roles.use("base") as base:
+                base_reading = base.read(chunk)
+            laws = next_token(chunk, roles.policy.read(chunk), base_reading)
+            parts.append(Scores.of(chunk, laws).with_rescored(laws.policy))
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 

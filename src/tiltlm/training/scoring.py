@@ -89,15 +89,18 @@ class Scorer:
 
     def pull(self, batch: Batch, log_z: float | Tensor, guide: Guide | None = None) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``guide`` teaches beside that."""
-        return self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
+        with self.roles.cast_once():
+            return self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
 
     def score(self, batch: Batch) -> Scores:
         """Score every row of the batch, without a gradient."""
-        return self._walk(batch, None, 0.0, None, backward=False)
+        with self.roles.cast_once():
+            return self._walk(batch, None, 0.0, None, backward=False)
 
     def score_possible(self, batch: Batch) -> Scores:
         """The same, but the base reads no row with P = 0, as it takes no part in any distance to the target."""
-        return self._walk(batch, self._impossible(batch), 0.0, None, backward=False)
+        with self.roles.cast_once():
+            return self._walk(batch, self._impossible(batch), 0.0, None, backward=False)
 
     def _walk(
         self, batch: Batch, idle: Tensor | None, log_z: float | Tensor, guide: Guide | None, *, backward: bool
