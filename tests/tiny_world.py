@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,18 @@ def tiny_world(strength: float = 1.0) -> World:
     samples = enumerate_completions(base, max_completion_length=LENGTH)
     drawn = draw_base_sample(base, target.features, 600, None, LENGTH, seed=11)
     return World(base, target, samples, exact_target(base, target, samples), drawn)
+
+
+def as_if_uniform(samples: Samples) -> Samples:
+    """All N completions as a sample from the law 1/N, under which a plain mean is an exact expectation."""
+    # Token by token it is the share of completions that go on so, which a weight of prefixes asks for.
+    rows = samples.completion_ids
+    shared = Counter(tuple(row[:t]) for row in rows for t in range(len(row) + 1))
+    logprob = torch.zeros_like(samples.proposal_logprob)
+    for i, row in enumerate(rows):
+        for t in range(len(row)):
+            logprob[i, t] = math.log(shared[tuple(row[: t + 1])] / shared[tuple(row[:t])])
+    return replace(samples, proposal_logprob=logprob)
 
 
 def near(model: LanguageModel, distance: float = 0.01, seed: int = 0) -> LanguageModel:

@@ -26,6 +26,7 @@ from tiltlm.targets import Target, Term, TiltedTarget, prefix_automaton, state_t
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
+from tiltlm.training.pool import check_pool
 from tiltlm.training.proposal import ProposalRule, proposal_rule
 from tiltlm.training.pulling import updates_per_batch
 
@@ -145,7 +146,8 @@ def check_names(config: RunConfig) -> None:
         _check_peft(config.peft)
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
     check_expressible(objective, target)
-    updates_per_batch(objective, config.training.num_iterations)
+    iterations = updates_per_batch(objective, config.training.num_iterations)
+    check_pool(config.training, iterations, objective, rule)
     if isinstance(objective, Guided) or rule.first == "guided":
         prefix_automaton(target.features)
     read_prompts(config.prompts)

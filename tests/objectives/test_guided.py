@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampled_gradients import as_if_uniform
 from torch import Tensor
 
 from enumerable import random_guide
@@ -19,7 +18,7 @@ from tiltlm.objectives import Guided, prefix_weights
 from tiltlm.training import scoring
 from tiltlm.training.batch import Batch
 from tiltlm.training.trainer import Trainer
-from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, tiny_world, true_gradient
+from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
 PROPOSALS = ("uniform", "guided", "another guide", "base", "policy")
 

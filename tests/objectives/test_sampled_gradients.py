@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from tiltlm.estimation import effective_sample_size
 from tiltlm.exact import expected_gradient
-from tiltlm.lm import Samples
 from tiltlm.objectives import BUILT_IN, GDC, Guided, Objective
 from tiltlm.training.batch import Batch
 from tiltlm.training.proposal import RULES
 from tiltlm.training.pulling import ignores_the_impossible
 from tiltlm.training.trainer import Trainer
-from tiny_world import KL_METHODS, World, build_trainer, flat, gradient, near, tiny_world, true_gradient
+from tiny_world import KL_METHODS, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
 BATCHES, DIRECTIONS = 20, 12
 # What the rule has made of the proposal after three steps: the policy, or a policy that was left behind.
@@ -30,18 +28,6 @@ EXPECTED_SOURCE = {"on_policy": "policy", "guided": "guided"} | dict.fromkeys(
 @pytest.fixture(scope="module")
 def world() -> World:
     return tiny_world()
-
-
-def as_if_uniform(samples: Samples) -> Samples:
-    """All N completions as a sample from the law 1/N, under which a plain mean is an exact expectation."""
-    # Token by token it is the share of completions that go on so, which a weight of prefixes asks for.
-    rows = samples.completion_ids
-    shared = Counter(tuple(row[:t]) for row in rows for t in range(len(row) + 1))
-    logprob = torch.zeros_like(samples.proposal_logprob)
-    for i, row in enumerate(rows):
-        for t in range(len(row)):
-            logprob[i, t] = math.log(shared[tuple(row[: t + 1])] / shared[tuple(row[:t])])
-    return replace(samples, proposal_logprob=logprob)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -102,7 +102,8 @@ def test_passes_of_a_batch(world: World, objective: Objective, iterations: int |
     before = trainer.passes.forward_passes
     trainer.train_step()
     assert trainer.passes.forward_passes - before == 50 * passes
-    assert trainer.optimizer.optimizer.state[next(iter(trainer.parameters.values()))]["step"] == trainer.iterations
+    state = trainer.optimizer.optimizer.state[next(iter(trainer.parameters.values()))]
+    assert state["step"] == trainer.reuse.iterations
 
 
 def test_a_text_without_reward_takes_no_pass_where_no_baseline_is_taken_off(world: World) -> None:

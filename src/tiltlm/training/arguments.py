@@ -18,6 +18,9 @@ class TrainingArguments:
         int | None,
         Field(ge=1, description="optimizer steps on each batch; null: as the method does, 4 for ppo, else 1"),
     ] = None
+    pool: Annotated[
+        int, Field(ge=0, description="past sequences kept; all updates of a step but the first train on some of them")
+    ] = 0
     per_device_train_batch_size: Annotated[
         int | None,
         Field(ge=1, description="sequences per forward pass, which does not change the result; null: what fits"),

@@ -31,7 +31,8 @@ class Assessment:
 class Batch:
     """N samples of the proposal with their ``measured`` features, and the ``source``: the name of that proposal.
 
-    ``reused`` are samples that the target was fitted on, so that log Z has counted them already.
+    ``reused`` are samples that the target was fitted on, so that log Z has counted them already. With a ``base_share``
+    the samples, however each was drawn, count as drawn from the mixture of base and guided base with that share.
     """
 
     samples: Samples
@@ -39,6 +40,7 @@ class Batch:
     source: str
     reused: bool = False
     assessment: Assessment | None = None
+    base_share: float | None = None
 
     @property
     def features(self) -> Tensor:

@@ -18,6 +18,7 @@ from tiltlm.training.batch import Assessment, Batch
 from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
 from tiltlm.training.passes import Passes
+from tiltlm.training.pool import mixture
 from tiltlm.training.pulling import (
     finite,
     follows_its_advantage,
@@ -114,6 +115,7 @@ class Scorer:
             with self.timed("policy"), torch.set_grad_enabled(backward):
                 reading = self._read_policy(chunk)
                 laws = next_token(chunk, reading, base, guide)
+            chunk = _as_from_mixture(chunk, laws, batch.base_share)
             scores = self._with_target(batch, rows, _scores(batch, chunk, laws, known))
             if backward:
                 with self.timed("policy"):
@@ -226,6 +228,15 @@ class Scorer:
         if base is not None:
             return self._with_target(batch, rows, scores)
         return scores.with_target(torch.full((len(chunk),), -math.inf))
+
+
+def _as_from_mixture(chunk: Samples, laws: NextToken, base_share: float | None) -> Samples:
+    """The same samples with the log-probabilities of the mixture that they count as drawn from, if any."""
+    if base_share is None:
+        return chunk
+    assert laws.base is not None
+    assert laws.guide is not None
+    return replace(chunk, proposal_logprob=mixture(laws.base, laws.guide, base_share))
 
 
 def _rows(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:

@@ -25,6 +25,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "generator": trainer.drawer.generator_state,
+        "pool": trainer.reuse.state()[0],
         "leaning": trainer.guidance.leaning if trainer.guidance else None,
     }
     numbers = {
@@ -32,6 +33,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "queue": trainer.drawer.queue.position,
         "drawn": trainer.drawer.drawn,
         "source": trainer.source,
+        "reuse": trainer.reuse.state()[1],
         "step": trainer.step,
         "passes": asdict(trainer.passes),
         "beta": _beta(trainer.scorer.objective),
@@ -52,6 +54,7 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(tensors["scaler"])
     trainer.drawer.restore(tensors["generator"], numbers["queue"], numbers["drawn"])
+    trainer.reuse.restore(tensors["pool"], numbers["reuse"])
     if trainer.guidance:
         trainer.guidance.lean(tensors["leaning"])
     trainer.partition = Partition.from_json(numbers["partition"])

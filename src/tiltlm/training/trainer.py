@@ -29,6 +29,7 @@ from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.passes import Passes
+from tiltlm.training.pool import Reuse, check_pool
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
 from tiltlm.training.pulling import updates_per_batch
 from tiltlm.training.scoring import Scorer
@@ -71,7 +72,7 @@ class Trainer:
         self.accelerator = build_accelerator(args, roles.policy.device)
         # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
         self.distills = isinstance(objective, Guided)
-        self.iterations = updates_per_batch(objective, args.num_iterations)
+        self.reuse = Reuse(updates_per_batch(objective, args.num_iterations), args.pool, seed, base_sample.samples)
         self.critic = Critic(roles.policy) if isinstance(objective, CriticObjective) else None
         self.roles = roles
         self.parameters = {**roles.trainable(), **(self.critic.parameters() if self.critic else {})}
@@ -83,13 +84,14 @@ class Trainer:
         self.drawer = Drawer(
             roles, target, base_sample, args.batch_size, args.reuse_fit_samples, seed, self.accelerator.autocast
         )
-        rows_at_once, keep = args.per_device_train_batch_size, self.iterations > 1 and not self.distills
+        rows_at_once, keep = args.per_device_train_batch_size, self.reuse.iterations > 1 and not self.distills
         self.scorer = Scorer(
             roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic, keep
         )
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
         self.source = rule.first
+        check_pool(args, self.reuse.iterations, objective, rule)
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
@@ -134,8 +136,8 @@ class Trainer:
             self.guidance.follow(scores, batch.features)
         rate = float(self.scheduler.get_last_lr()[0])
         norm = self.update()
-        for _ in range(self.iterations - 1):
-            self.pull(batch.after_update(), log_z)
+        for again in self.reuse.after(batch, metrics.kl_p_pi.value):
+            self.pull(again, log_z)
             self.update(schedule=False)
         if record is not None and isinstance(self.scorer.objective, AdaptiveObjective):
             self.scorer.objective = self.scorer.objective.adapted(record)
