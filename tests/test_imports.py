@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "features": {"errors"},
     "lm": {"errors"},
     "targets": {"errors", "estimation", "features", "lm"},
+    "sampling": {"errors", "estimation", "lm", "targets"},
     "objectives": {"errors", "estimation"},
     "exact": {"errors", "estimation", "features", "lm", "targets", "objectives"},
     "training": {"errors", "estimation", "features", "lm", "targets", "objectives"},

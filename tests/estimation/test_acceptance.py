@@ -52,7 +52,7 @@ def assert_exact(found: Closeness, law: Tensor) -> None:
 
 
 def transitions() -> Tensor:
-    """Of a chain that starts anywhere; where the weight is 0 it takes whatever comes."""
+    """Of a chain; it is never where the weight is 0."""
     moves = Q * torch.where(W[:, None] > 0, (W / W[:, None].clamp_min(1e-300)).clamp_max(1), 1.0)
     moves.fill_diagonal_(0)
     return moves + torch.diag(1 - moves.sum(1))
@@ -79,7 +79,8 @@ def test_rejection_under_a_bound_is_p() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 40])
 def test_a_chain_after_some_steps(steps: int) -> None:
-    assert_exact(chain_law(LOG_W, steps, Q), Q @ torch.linalg.matrix_power(transitions(), steps))
+    start = torch.where(W > 0, Q, 0.0)
+    assert_exact(chain_law(LOG_W, steps, Q), start / start.sum() @ torch.linalg.matrix_power(transitions(), steps))
 
 
 def test_a_chain_at_its_goal() -> None:
@@ -109,7 +110,7 @@ def test_a_large_pool_comes_to_p_by_one_over_its_size() -> None:
 def test_estimates_and_their_errors_on_samples(name: str) -> None:
     truth = LAWS[name](LOG_W, Q)
     generator = torch.Generator().manual_seed(1)
-    rows = torch.multinomial(Q, 150 * 1_000, replacement=True, generator=generator).reshape(150, -1)
+    rows = torch.multinomial(Q, 150 * 500, replacement=True, generator=generator).reshape(150, -1)
     found = [LAWS[name](LOG_W[row]) for row in rows]
     for what in ("kl", "tv"):
         values = torch.tensor([getattr(one, what).value for one in found])

@@ -98,10 +98,10 @@ def resampled_law(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = No
 
 
 def chain_law(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Closeness:
-    """A chain of independent Metropolis–Hastings, begun with a draw of q, after ``steps`` proposals.
+    """A chain of independent Metropolis–Hastings, begun with the first draw of q that hits, after ``steps`` proposals.
 
-    With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the chance to stay where w = v, the law against p is
-    E_q[T(max(w(x), w(y)))] + λ(w(x))^n / w(x) after n steps, y ~ q, where T(v) = ∫_v^∞ n λ(u)^(n−1) u⁻² du.
+    With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the chance to stay where w = v, the law against p after n steps is
+    E[T(max(w(x), w(y)))] + λ(w(x))^n / (w(x) q(P > 0)), y ~ q where P > 0, with T(v) = ∫_v^∞ n λ(u)^(n−1) u⁻² du.
     Source: Smith & Tierney 1996, Exact transition probabilities for the independence Metropolis sampler.
     """
     if steps < 0:
@@ -121,8 +121,8 @@ def chain_law(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None)
             pieces = torch.where(weight_upto > 0, (left**steps - stay**steps) / weight_upto.clamp_min(1e-300), 0.0)
             t = pieces.flip(0).cumsum(0).flip(0)
             above = (share[first:] * t).flip(0).cumsum(0).flip(0) - share[first:] * t
-            found = upto * t + above + stay**steps / w
-            return torch.cat([torch.zeros(first, dtype=w.dtype), found])[back], missed ** (steps + 1)
+            found = ((upto - missed) * t + above + stay**steps / w) / (1 - missed)
+            return torch.cat([torch.zeros(first, dtype=w.dtype), found])[back], torch.zeros(())
 
         return density
 

@@ -1,0 +1,39 @@
+"""Sampling from the target itself, exactly or nearly, without tuning."""
+
+from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
+from tiltlm.sampling.proposal import Draws, Proposal, build_proposal, guide_toward, is_guidable
+from tiltlm.sampling.samplers import (
+    SAMPLERS,
+    Guided,
+    Metropolis,
+    QuasiRejection,
+    Rejection,
+    Resampling,
+    Sampler,
+    build_sampler,
+    known_bound,
+)
+from tiltlm.sampling.target_sampler import TargetSampler, TargetSamples, sample_target
+
+__all__ = [
+    "SAMPLERS",
+    "CurvePoint",
+    "Draws",
+    "Forecast",
+    "Guided",
+    "Metropolis",
+    "Proposal",
+    "QuasiRejection",
+    "Rejection",
+    "Resampling",
+    "Sampler",
+    "TargetSampler",
+    "TargetSamples",
+    "build_proposal",
+    "build_sampler",
+    "guide_toward",
+    "is_guidable",
+    "known_bound",
+    "qrs_curve",
+    "sample_target",
+]

@@ -1,0 +1,137 @@
+"""The law to draw from, the base, a guided base or a policy, and what its draws weigh under the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.estimation import log_importance_weights
+from tiltlm.lm import Guide, LanguageModel, Law, Prompts, Roles, Samples
+from tiltlm.targets import BaseSample, Target, Twist, measure_samples, prefix_automaton
+
+Source = Literal["base", "guided", "policy"]
+SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples of a proposal with their log-weights, log P(x) − log q(x) [N], float64 on the CPU."""
+
+    samples: Samples
+    log_weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, rows: Tensor) -> Draws:
+        """These rows [N'], places on the CPU."""
+        return Draws(self.samples.select(rows.to(self.samples.tokens.device)), self.log_weights[rows])
+
+    def by_prompt(self) -> Iterator[tuple[int, Draws]]:
+        """The draws of each prompt, by its place, in the order in which they were drawn."""
+        index = self.samples.prompt_index.cpu()
+        places = list(dict.fromkeys(index.tolist()))
+        for place in places:
+            yield place, self if len(places) == 1 else self.select((index == place).nonzero().squeeze(-1))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Draws]) -> Draws:
+        """The rows of all parts, which come from the same prompts and law."""
+        samples = Samples.concatenate([part.samples for part in parts])
+        return Draws(samples, torch.cat([part.log_weights for part in parts]))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``."""
+
+    roles: Roles
+    target: Target
+    source: Source
+    prompts: Prompts
+    max_completion_length: int = 40
+    guide: Guide | None = None
+
+    @torch.no_grad()
+    def draw(self, n: int, places: Sequence[int], generator: torch.Generator) -> Draws:
+        """``n`` completions of the prompts at these places, in turn, with their weights."""
+        with self.roles.use("policy" if self.source == "policy" else "base") as model:
+            samples = model.sample(
+                n,
+                self.prompts.select(places),
+                generator=generator,
+                max_completion_length=self.max_completion_length,
+                guide=self.guide,
+            )
+        logprob = base_logprob = samples.sequence_logprob.cpu()
+        features = measure_samples(self.target.features, samples)
+        if self.source != "base":
+            with self.roles.use("base") as base:
+                base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)
+        among_all = torch.tensor(places, device=samples.tokens.device)[samples.prompt_index]
+        return Draws(replace(samples, prompts=self.prompts, prompt_index=among_all), log_weights)
+
+
+def build_proposal(
+    source: str | None,
+    roles: Roles,
+    target: Target,
+    *,
+    policy: bool,
+    base_sample: BaseSample | None = None,
+    prompts: Prompts,
+    max_completion_length: int = 40,
+) -> Proposal:
+    """The proposal called ``source``, by default the one at hand that is nearest to the target.
+
+    That is the policy if there is one, else the base under the guide that ``base_sample``, what the target was fitted
+    on, makes, else the base. Raises UsageError for one that there is not.
+    """
+    if source is None:
+        source = "policy" if policy else "guided" if base_sample is not None and is_guidable(target) else "base"
+    if source not in SOURCES:
+        raise UsageError(f"proposal: '{source}' is not known; {nearest(source, SOURCES)}")
+    if source == "policy" and not policy:
+        raise UsageError("proposal: there is no tuned policy here; choose base or guided")
+    guide = None
+    if source == "guided":
+        with roles.use("base") as base:
+            guide = guide_toward(base, target, base_sample)
+    return Proposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
+
+
+def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | None) -> Guide:
+    """The guide of a guided base, made of the samples that the target was fitted on.
+
+    Raises UsageError where these are not there, and where no feature says anything of a prefix.
+    """
+    if not is_guidable(target):
+        names = ", ".join(f"'{feature.name}'" for feature in target.features)
+        raise UsageError(
+            f"guided: a guide needs a feature that can be read off a prefix (words, phrases, pronouns, word counts, "
+            f"and combinations of them), and {names} cannot; take another proposal, with rejection, qrs, resample or "
+            f"mcmc"
+        )
+    if base_sample is None:
+        raise UsageError(
+            "guided: a guide is made of the base's samples that the target was fitted on, and they are not there; take "
+            "another proposal, with rejection, qrs, resample or mcmc"
+        )
+    logprob = base_sample.samples.sequence_logprob.cpu()
+    log_tilt = target.log_score(logprob, base_sample.features).double() - logprob
+    return Twist.of(base, target, base_sample).guide(log_tilt)
+
+
+def is_guidable(target: Target) -> bool:
+    """Whether a feature of the target can be read off a prefix, so that there is a guide."""
+    try:
+        prefix_automaton(target.features)
+    except UsageError:
+        return False
+    return True

@@ -1,0 +1,501 @@
+"""Samplers on a model whose every completion is known: what they give follows the law that they say, exactly."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from enumerable import tiny_model
+from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
+from tiltlm.estimation import (
+    Closeness,
+    Estimate,
+    acceptance_rate,
+    accepted_law,
+    chain_acceptance,
+    chain_law,
+    proposal_law,
+    resampled_law,
+)
+from tiltlm.exact import ExactTarget, enumerate_completions, exact_target
+from tiltlm.features import build_feature, feature, length
+from tiltlm.lm import LanguageModel, Law, Roles, Samples
+from tiltlm.sampling import (
+    SAMPLERS,
+    Draws,
+    Guided,
+    Metropolis,
+    Proposal,
+    QuasiRejection,
+    Rejection,
+    Resampling,
+    Sampler,
+    TargetSampler,
+    TargetSamples,
+    build_proposal,
+    build_sampler,
+    known_bound,
+    sample_target,
+)
+from tiltlm.sampling.target_sampler import ROUND
+from tiltlm.targets import BaseSample, Term, TiltedTarget, constrain, draw_base_sample
+from tiny_world import LORA, near
+
+LENGTH = 4
+NO_C = Term(build_feature({"not": {"contains": "c"}}).renamed("no c"), "filter", 1.0)
+AN_A = Term(build_feature({"contains": "a"}).renamed("a"), "moment", 0.6, 1.5)
+WORDS = Term(length("words").renamed("words"), "reward", coefficient=0.6)
+BINARY = TiltedTarget((NO_C, AN_A))
+TARGET = TiltedTarget((NO_C, AN_A, WORDS))
+SIZES: dict[str, Any] = {"max_completion_length": LENGTH, "pilot": 512}
+
+
+@cache
+def base() -> LanguageModel:
+    return tiny_model("gpt2", "pad_is_eos")
+
+
+@cache
+def policy() -> LanguageModel:
+    return near(base(), 0.01)
+
+
+@cache
+def base_sample() -> BaseSample:
+    return draw_base_sample(base(), TARGET.features, 300, None, LENGTH, seed=11)
+
+
+@cache
+def listed(prompt: str | None = None) -> Samples:
+    return enumerate_completions(base(), prompt, max_completion_length=LENGTH)
+
+
+@cache
+def truth(target: TiltedTarget = TARGET, prompt: str | None = None) -> ExactTarget:
+    return exact_target(base(), target, listed(prompt))
+
+
+def proposal(source: str = "base", target: TiltedTarget = TARGET, **settings: Any) -> Proposal:
+    prompts = base().encode_prompts(settings.pop("prompts", None))
+    roles = Roles(policy(), base=base())
+    given: dict[str, Any] = {"policy": True, "base_sample": base_sample(), "prompts": prompts, **settings}
+    return build_proposal(source, roles, target, max_completion_length=LENGTH, **given)
+
+
+@cache
+@torch.no_grad()
+def law_of(source: str) -> Tensor:
+    """log q [N] of every completion."""
+    if source == "guided":
+        guided = replace(listed(), guide=proposal("guided").guide)
+        return base().logprob(guided).sum(-1)
+    return {"base": base(), "policy": policy()}[source].logprob(listed(), law=Law()).sum(-1)
+
+
+def exact_weights(source: str, target: TiltedTarget = TARGET) -> tuple[Tensor, Tensor]:
+    """log w [N] and q [N] of every completion."""
+    return truth(target).target_logscore - law_of(source), law_of(source).exp()
+
+
+def chi_squared(samples: Samples, law: Tensor, prompt: str | None = None) -> float:
+    """The chance of counts that differ from the law at least as much; cells of few texts are put together."""
+    places = {tuple(ids): i for i, ids in enumerate(listed(prompt).completion_ids)}
+    counts = torch.zeros(len(places), dtype=torch.float64)
+    for ids in samples.completion_ids:
+        counts[places[tuple(ids)]] += 1
+    expected = law / law.sum() * len(samples)
+    assert float(counts[expected == 0].sum()) == 0
+    rare = expected < 5
+    cells = [(counts[~rare], expected[~rare]), (counts[rare].sum()[None], expected[rare].sum()[None])]
+    found, wanted = (torch.cat(parts) for parts in zip(*cells, strict=True))
+    kept = wanted > 0
+    return float(stats.chisquare(found[kept].numpy(), wanted[kept].numpy()).pvalue)
+
+
+def drawn(n: int, sampler: str | Sampler, source: str, target: TiltedTarget = TARGET, **settings: Any) -> TargetSamples:
+    given: dict[str, Any] = {**SIZES, "policy": policy(), "base_sample": base_sample(), "seed": 1, **settings}
+    return sample_target(base(), target, n, sampler=sampler, proposal=source, **given)
+
+
+def assert_drawn_from(result: TargetSamples, law: Tensor, other: Tensor) -> None:
+    """The texts follow the law, and there are enough of them to tell it from another one."""
+    assert chi_squared(result.samples, law) > 1e-3
+    assert chi_squared(result.samples, other) < 1e-6
+
+
+def test_rejection_from_the_base_is_exact() -> None:
+    p, a = truth(BINARY).logprob.exp(), truth(BINARY).base_logprob.exp()
+    assert_drawn_from(drawn(4_000, "rejection", "base", BINARY), p, p + 0.2 * a)
+    only = TiltedTarget((NO_C,))
+    assert known_bound(only) == 0
+    result = drawn(3_000, "rejection", "base", only)
+    assert chi_squared(result.samples, truth(only).logprob.exp()) > 1e-3
+    assert result.forecast.acceptance.value == pytest.approx(math.exp(truth(only).log_z), abs=0.1)
+
+
+@pytest.mark.parametrize("source", ["policy", "guided"])
+def test_rejection_under_a_bound_that_is_vouched_for(source: str) -> None:
+    log_w, _ = exact_weights(source)
+    result = drawn(1_500, Rejection(float(log_w.max())), source)
+    assert_drawn_from(result, truth().logprob.exp(), law_of("base").exp() * (log_w > -math.inf))
+
+
+@pytest.mark.parametrize("source", ["base", "policy", "guided"])
+def test_quasi_rejection_follows_p_beta(source: str) -> None:
+    log_w, q = exact_weights(source)
+    log_beta = float(log_w[log_w > -math.inf].quantile(0.4))
+    result = drawn(4_000, QuasiRejection(log_beta), source)
+    p_beta = q * log_w.clamp_max(log_beta).exp()
+    assert chi_squared(result.samples, p_beta) > 1e-3
+    assert chi_squared(result.samples, truth().logprob.exp()) < (0.05 if source == "guided" else 1e-6)
+
+
+def test_quasi_rejection_that_settles_its_own_bound() -> None:
+    sampler = TargetSampler(proposal("policy"), QuasiRejection(), 1_500, seed=4, pilot=512)
+    forecast = sampler.forecast()
+    assert forecast.closeness.kl.value <= 0.01 + 1e-9
+    assert isinstance(sampler.sampler, QuasiRejection)
+    texts = Draws.concatenate(list(sampler.texts()))
+    log_w, q = exact_weights("policy")
+    assert chi_squared(texts.samples, q * log_w.clamp_max(sampler.sampler.bound).exp()) > 1e-3
+    wanted = drawn(5, QuasiRejection(acceptance=0.3), "policy", pilot=2_000).forecast
+    assert wanted.acceptance.value == pytest.approx(0.3)
+
+
+def test_long_chains_come_to_p() -> None:
+    result = drawn(2_000, Metropolis(chains=16, burn_in=30, thin=16), "policy")
+    assert_drawn_from(result, truth().logprob.exp(), law_of("policy").exp() * (truth().features[:, 0] > 0))
+
+
+def test_short_chains_follow_the_law_that_is_foretold() -> None:
+    # A prompt for each text, so that no two texts share a chain.
+    n, steps = 2_500, 2
+    result = drawn(n, Metropolis(burn_in=steps), "base", prompts=[None] * n, pilot=2)
+    log_w, q = exact_weights("base")
+    hits = log_w > -math.inf
+    start = q[hits] / q[hits].sum()
+    moves = (q[hits] * (log_w[hits] - log_w[hits][:, None]).clamp_max(0).exp()).fill_diagonal_(0)
+    moves = moves + torch.diag(1 - moves.sum(1))
+    law = torch.zeros_like(q)
+    law[hits] = start @ torch.linalg.matrix_power(moves, steps)
+    assert_drawn_from(result, law, truth().logprob.exp())
+    assert chi_squared(result.samples, q * hits) < 1e-6
+
+
+def test_resampling_follows_the_law_of_its_pool() -> None:
+    # A pool for each text, so that texts are independent.
+    n, pool = 2_500, 3
+    result = drawn(n, Resampling(oversample=pool, least=1), "base", prompts=[None] * n, pilot=2)
+    log_w, q = exact_weights("base")
+    p = truth().logprob.exp()
+    # Of three draws the first one, given the sum of the other two, by enumeration of pairs of weights.
+    w = log_w.exp()
+    values, place = w.unique(return_inverse=True)
+    chance = torch.zeros_like(values).index_add_(0, place, q)
+    pairs, sums = chance[:, None] * chance, values[:, None] + values
+    law = torch.stack(
+        [q_x * w_x * pool * (pairs / (w_x + sums)).sum() if w_x > 0 else w_x for q_x, w_x in zip(q, w, strict=True)]
+    )
+    assert_drawn_from(result, law, p)
+
+
+def test_a_large_pool_gives_each_text_its_share() -> None:
+    result = drawn(1_000, Resampling(oversample=40), "policy")
+    # Systematic resampling leaves less to chance than independent draws, so the test can only pass too often.
+    assert_drawn_from(result, truth().logprob.exp(), law_of("base").exp() * (truth().features[:, 0] > 0))
+    # Three pools, the last one smaller.
+    sampler = Resampling(oversample=40, least=512)
+    assert (sampler.block, sampler.pool(1_000), result.draws) == (409, 16_360, 40_000)
+
+
+def test_the_guided_base_is_what_it_is_said_to_be() -> None:
+    result = drawn(3_000, "guided", "guided")
+    assert_drawn_from(result, law_of("guided").exp(), law_of("base").exp())
+    assert result.draws == 3_000
+    places = {tuple(ids): i for i, ids in enumerate(listed().completion_ids)}
+    rows = [places[tuple(ids)] for ids in result.samples.completion_ids]
+    torch.testing.assert_close(result.log_weights, exact_weights("guided")[0][rows], rtol=0, atol=1e-9)
+
+
+def foretold(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estimate, Closeness]:
+    """The truth of a forecast, by the exact forms of the same formulas."""
+    match sampler:
+        case Metropolis():
+            return chain_acceptance(log_w, q), chain_law(log_w, sampler.burn_in, q)
+        case Resampling():
+            return Estimate(n / sampler.needed(n), 0.0), resampled_law(log_w, sampler.pool(n), q)
+        case QuasiRejection():
+            return acceptance_rate(log_w, sampler.bound, q), accepted_law(log_w, sampler.bound, q)
+        case Rejection():
+            zero = Estimate(0.0, 0.0)
+            return acceptance_rate(log_w, sampler.bound, q), Closeness(zero, zero)
+    return Estimate(1.0, 0.0), proposal_law(log_w, q)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "source"),
+    [
+        (Rejection(), "base"),
+        (QuasiRejection(), "base"),
+        (QuasiRejection(0.3), "policy"),
+        (Metropolis(burn_in=5), "policy"),
+        (Metropolis(burn_in=0), "base"),
+        (Resampling(oversample=4, least=1), "base"),
+        (Guided(), "guided"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_forecasts_hold(sampler: Sampler, source: str) -> None:
+    target = BINARY if type(sampler) is Rejection else TARGET
+    work = TargetSampler(proposal(source, target), sampler, 5, seed=2, pilot=8_000)
+    forecast = work.forecast()
+    log_w, q = exact_weights(source, target)
+    acceptance, closeness = foretold(work.sampler, log_w, q, 5)
+    plain = proposal_law(log_w, q)
+    for name, found, exact in (
+        ("acceptance", forecast.acceptance, acceptance),
+        ("KL", forecast.closeness.kl, closeness.kl),
+        ("TV", forecast.closeness.tv, closeness.tv),
+        ("KL of q", forecast.proposal_closeness.kl, plain.kl),
+        ("TV of q", forecast.proposal_closeness.tv, plain.tv),
+    ):
+        assert abs(found.value - exact.value) <= 4 * found.se + 1e-9, (name, found, exact)
+        assert found.se < 0.05
+    assert (forecast.proposals, forecast.texts, forecast.prompts, forecast.source) == (8_000, 5, 1, source)
+    weights = log_w.exp()
+    assert forecast.ess.value == pytest.approx(8_000 * float((q @ weights) ** 2 / (q @ weights**2)), rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", [QuasiRejection(1.0), Metropolis(chains=3, burn_in=8, thin=20), Resampling(12)])
+def test_each_prompt_has_texts_of_its_own_target(sampler: Sampler) -> None:
+    prompts = ["a", "b d", None]
+    result = drawn(1_800, sampler, "policy", prompts=prompts)
+    assert Counter(result.samples.prompt_texts) == {"a": 600, "b d": 600, None: 600}
+    for place, prompt in enumerate(prompts):
+        p = truth(TARGET, prompt).logprob
+        law = p.exp()
+        if isinstance(sampler, QuasiRejection):
+            with torch.no_grad():
+                q = policy().logprob(listed(prompt), law=Law()).sum(-1)
+            log_w = truth(TARGET, prompt).target_logscore - q
+            law = q.exp() * log_w.clamp_max(1.0).exp()
+        own = result.samples.select(result.samples.prompt_index == place)
+        # The prompt makes a difference that would be seen.
+        other = truth(TARGET, prompts[place - 1]).logprob.exp()
+        assert chi_squared(own, law, prompt) > 1e-3
+        assert chi_squared(own, other, prompt) < 1e-6
+
+
+def test_texts_and_prompts_that_do_not_come_out_even() -> None:
+    prompts = ["a", "b", "a b"]
+    for sampler in SAMPLERS:
+        target = BINARY if sampler == "rejection" else TARGET
+        result = drawn(7, sampler, None, target, prompts=prompts)  # type: ignore[arg-type]
+        assert sorted(Counter(result.samples.prompt_texts).values()) == [2, 2, 3]
+    # More prompts than the pilot looks at, or than there are texts.
+    many = [f"{first} {second} {third}" for first in "abcd" for second in "abcd" for third in "abcd"]
+    work = TargetSampler(proposal("policy", prompts=many), Metropolis(burn_in=3), 30, seed=0, pilot=100)
+    assert work.forecast().prompts == 16
+    assert work.pilot_size == 112
+    texts = Draws.concatenate(list(work.texts()))
+    assert set(Counter(texts.samples.prompt_index.tolist()).values()) == {1}
+    assert len(texts) == work.found == 30
+
+
+def test_a_seed_fixes_the_texts_and_is_none_that_fitted_the_target() -> None:
+    for sampler in ("qrs", "resample", "mcmc", "guided"):
+        texts = [drawn(40, sampler, None, seed=seed).samples.texts for seed in (3, 3, 4)]  # type: ignore[arg-type]
+        assert texts[0] == texts[1] != texts[2]
+    fit = draw_base_sample(base(), TARGET.features, 40, None, LENGTH, seed=3).samples
+    own = proposal().draw(40, [0], TargetSampler(proposal(), Metropolis(), 1, seed=3).generator)
+    assert fit.texts != own.samples.texts
+    assert drawn(40, "mcmc", "base", seed=None).samples.texts != drawn(40, "mcmc", "base", seed=None).samples.texts
+
+
+class Counting(Proposal):
+    """A proposal that remembers how much it was asked for."""
+
+    asked: list[int]
+
+    def draw(self, n: int, places: Any, generator: torch.Generator) -> Draws:
+        self.asked.append(n)
+        return super().draw(n, places, generator)
+
+
+def counting(source: str, target: TiltedTarget = TARGET) -> Counting:
+    plain = proposal(source, target)
+    made = Counting(plain.roles, plain.target, plain.source, plain.prompts, plain.max_completion_length, plain.guide)
+    object.__setattr__(made, "asked", [])
+    return made
+
+
+@pytest.mark.parametrize("sampler", [Rejection(), QuasiRejection(), Metropolis(), Resampling(), Guided()])
+def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
+    rejects = type(sampler) is Rejection
+    source = counting("guided" if isinstance(sampler, Guided) else "base", BINARY if rejects else TARGET)
+    work = TargetSampler(source, sampler, 900, seed=0, pilot=1_500)
+    forecast, told = work.forecast(), []
+    texts = list(work.texts(lambda found, n: told.append((found, n))))
+    assert sum(map(len, texts)) == work.found == 900
+    assert told[-1] == (900, 900)
+    assert [found for found, _ in told] == sorted(found for found, _ in told)
+    assert sum(source.asked) == work.drawn
+    assert max(source.asked) <= ROUND
+    exact = not isinstance(sampler, Rejection | Metropolis)
+    assert work.drawn == forecast.draws if exact else abs(work.drawn / forecast.draws - 1) < 0.25
+    if not isinstance(sampler, Guided):
+        assert all(float(part.log_weights.min()) > -math.inf for part in texts)
+
+
+def test_small_needs_are_met_by_the_pilot_alone() -> None:
+    for sampler in (Rejection(), QuasiRejection(3.0), Metropolis(), Resampling()):
+        result = drawn(4, sampler, "base", BINARY, pilot=1_000)
+        assert result.draws == result.forecast.draws == 1_000
+    # Its weights decided on β, so its texts are no fair draws under that β.
+    assert drawn(4, QuasiRejection(), "base", pilot=1_000).draws > 1_000
+
+
+def test_too_many_draws_are_refused_before_and_stopped_in_the_middle() -> None:
+    rare = TiltedTarget((Term(build_feature({"contains": "a b a b"}), "filter", 1.0),))
+    assert math.exp(truth(rare).log_z) == pytest.approx(0.00097, abs=1e-5)
+    with pytest.raises(
+        UnreachableTargetError, match=r"10,000 draws are allowed, and 500 texts take about [\d,]+ draws"
+    ):
+        drawn(500, "rejection", "base", rare, pilot=4_000, max_draws=10_000)
+    work = TargetSampler(proposal("base", rare), Rejection(), 9, seed=5, pilot=4_000, max_draws=10**6)
+    work.forecast()
+    work.max_draws = work.forecast().draws  # as a pilot that was too hopeful would have it
+    work.sampler = Rejection(math.log(4.0))
+    with pytest.raises(UnreachableTargetError, match=r"9 texts take about [\d,]+ draws; [\d,]+ were found in"):
+        list(work.texts())
+    assert 0 < work.found < 9
+    with pytest.raises(
+        UnreachableTargetError, match=r"none of 20 draws .* fewer than 0\.1 .* 5 texts .* than 34 draws"
+    ):
+        drawn(5, "rejection", "base", rare, pilot=20)
+
+
+def test_what_is_uncertain_is_said() -> None:
+    rare = TiltedTarget((Term(build_feature({"contains": "b b b"}), "filter", 1.0), WORDS))
+    (note,) = drawn(2, "qrs", "base", rare, pilot=1_000).forecast.notes
+    assert note.startswith("only ")
+    assert "larger pilot" in note
+    sticky = drawn(2, Metropolis(thin=1), "base", TiltedTarget((NO_C, AN_A))).forecast.notes
+    assert any("repeat the one before" in note for note in sticky)
+    assert drawn(2, Metropolis(), "guided").forecast.notes == ()
+    few = TargetSampler(proposal("base", rare, prompts=["a", "b", "c"]), Metropolis(), 3, pilot=90, seed=0).forecast()
+    assert few.notes[0].startswith("2 of the pilot's 3 prompts had no draw in the target's support")
+    assert math.isfinite(few.closeness.kl.value)
+
+
+def test_adapters_on_shared_weights_are_the_same_three_laws() -> None:
+    roles = Roles(base().copy().with_lora(**LORA))
+    for name, part in roles.trainable().items():
+        part.data.add_(0.3 * torch.randn(part.shape, generator=torch.Generator().manual_seed(len(name))).to(part))
+    prompts = base().encode_prompts(None)
+    made = build_proposal(None, roles, TARGET, policy=True, prompts=prompts, max_completion_length=LENGTH)
+    assert made.source == "policy"
+    work = TargetSampler(made, QuasiRejection(2.0), 2_000, seed=0, pilot=512)
+    texts = Draws.concatenate(list(work.texts()))
+    with torch.no_grad():
+        q = roles.policy.logprob(listed(), law=Law()).sum(-1)
+    assert float((q - law_of("base")).abs().max()) > 0.1
+    log_w = truth().target_logscore - q
+    assert chi_squared(texts.samples, q.exp() * log_w.clamp_max(2.0).exp()) > 1e-3
+
+
+def test_a_fitted_target_brings_what_it_needs() -> None:
+    fitted = constrain(base(), {AN_A.feature: 0.5}, samples=500, prompts=["a", "b"], max_completion_length=3, seed=0)
+    result = sample_target(base(), fitted, 200, seed=0, pilot=400)
+    assert result.forecast.source == "guided"
+    assert result.samples.tokens.shape[1] <= 3
+    assert set(result.samples.prompt_texts) == {"a", "b"}
+    share = sum("a" in text for text in result.samples.texts) / 200
+    assert share == pytest.approx(0.5, abs=0.15)
+    assert sample_target(base(), fitted, 3, sampler="rejection", seed=0, pilot=400).forecast.source == "base"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "source", "settings", "said"),
+    [
+        ("rejecton", None, {}, "sampler: 'rejecton'.*did you mean 'rejection'"),
+        ("rejection", None, {}, "'words', which is no binary feature.*qrs"),
+        ("rejection", "policy", {}, "rejection takes draws of the base model, not of the policy one.*qrs"),
+        ("guided", "base", {}, "guided takes draws of the guided model, not of the base"),
+        ("qrs", "bas", {}, "proposal: 'bas'.*did you mean 'base'"),
+        ("qrs", "policy", {"policy": None}, "no tuned policy"),
+        ("guided", None, {"base_sample": None}, "samples that the target was fitted on, and they are not there"),
+        (QuasiRejection(acceptance=0.999), "base", {}, "acceptance: 0.999 cannot be reached"),
+        ("qrs", None, {"pilot": 1}, "pilot: 1"),
+        ("qrs", None, {"max_draws": 0}, "max_draws: 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(sampler: Any, source: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        drawn(3, sampler, source, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("qrs", {"thin": 3}, "thin: a setting of mcmc, not of qrs"),
+        ("mcmc", {"log_beta": 0.0}, "log_beta: a setting of rejection and qrs, not of mcmc"),
+        ("mcmc", {"chains": 0}, "chains: 0"),
+        ("mcmc", {"thin": 0}, "thin: 0"),
+        ("mcmc", {"burn_in": -1}, "burn_in: -1"),
+        ("resample", {"oversample": 0}, "oversample: 0"),
+        ("qrs", {"acceptance": 1.5}, "acceptance: 1.5"),
+        ("qrs", {"acceptance": 0.5, "log_beta": 1.0}, "give one of them"),
+        ("rejection", {"log_beta": math.inf}, "log_beta: inf"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        build_sampler(name, **settings)
+
+
+def test_no_guide_and_no_bound_where_features_tell_nothing() -> None:
+    class Own:
+        features = (feature(lambda texts: [len(text) for text in texts], name="own"),)
+
+        def log_score(self, base_logprob: Tensor, features: Tensor) -> Tensor:
+            return base_logprob + features[:, 0] / 10
+
+    for sampler, said in (("rejection", "none is known of this target"), ("guided", "'own' cannot")):
+        with pytest.raises(UsageError, match=said):
+            drawn(3, sampler, None, Own())  # type: ignore[arg-type]
+    result = drawn(3, "qrs", None, Own(), policy=None)  # type: ignore[arg-type]
+    assert result.forecast.source == "base"
+
+
+def test_a_bound_that_does_not_hold_is_found_out() -> None:
+    with pytest.raises(NumericalError, match=r"log_beta: 0 is no bound: log P\(x\)/q\(x\) is"):
+        drawn(200, Rejection(0.0), "base")
+
+
+def test_the_curve_trades_acceptance_against_divergence() -> None:
+    work = TargetSampler(proposal("base"), QuasiRejection(), 1, seed=0, pilot=2_000)
+    curve = work.qrs_curve()
+    assert len(curve) == 25
+    rates, kls = ([point.acceptance.value for point in curve], [point.closeness.kl.value for point in curve])
+    assert rates == sorted(rates, reverse=True)
+    assert kls == sorted(kls, reverse=True)
+    assert (kls[-1], curve[-1].closeness.tv.value) == pytest.approx((0, 0), abs=1e-9)
+    log_w, q = exact_weights("base")
+    for point in curve[::6]:
+        exact = accepted_law(log_w, point.log_beta, q)
+        assert abs(point.closeness.kl.value - exact.kl.value) < 4 * point.closeness.kl.se + 0.01
+        assert abs(point.acceptance.value - acceptance_rate(log_w, point.log_beta, q).value) < 4 * point.acceptance.se
+    # Weights of 0 and 1 leave no choice.
+    binary = TargetSampler(proposal("base", TiltedTarget((NO_C,))), QuasiRejection(), 1, seed=0, pilot=500)
+    points = binary.qrs_curve()
+    assert len(points) == 1
+    assert points[0].closeness.kl.value == pytest.approx(0, abs=1e-9)
