@@ -117,6 +117,46 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown method": ({"method": "gdc+"}, ["method.name", "'gdc+'", "did you mean 'gdc++'"]),
     "method that is no objective": ({"method": "mine:text"}, ["method.name", "mine:text", "coefficients(record)"]),
     "arguments of a method that has none": ({"method": {"name": "gdc", "args": {"a": 1}}}, ["method.args", "'a'"]),
+    "unknown argument of a method": (
+        {"method": {"name": "ppo", "args": {"clipp": 0.1}}},
+        ["method.args", "ppo has no 'clipp'", "did you mean 'clip'"],
+    ),
+    "wrong argument of a method": (
+        {"method": {"name": "alpha_dpg", "args": {"alpha": 1.5}}},
+        ["method.args.alpha", "1.5", "from 0 to 1"],
+    ),
+    "unknown choice of a method": (
+        {"method": {"name": "f_dpg", "args": {"divergence": "jss"}}},
+        ["method.args.divergence", "'jss'", "did you mean 'js'"],
+    ),
+    "unknown baseline": (
+        {"method": {"name": "reinforce", "args": {"baseline": "average"}}},
+        ["method.args.baseline", "'average'", "leave_one_out"],
+    ),
+    "method that is infinite where a filter rules out": (
+        {"method": "vargrad", **constraint(FEMALE, 1.0)},
+        ["method.name", "vargrad cannot reach a target with the filter", "log P is −∞"],
+    ),
+    "divergence that is infinite where a filter rules out": (
+        {"method": {"name": "f_dpg", "args": {"divergence": "reverse_kl"}}, **constraint(FEMALE, 1.0)},
+        ["method.name", "choose kl, js, tv or chi2"],
+    ),
+    "clipping around another law": (
+        {"method": {"name": "grpo", "proposal": "kl"}},
+        ["method.proposal", "grpo trains on the policy's own samples"],
+    ),
+    "several updates of a method that compares a batch": (
+        {"method": "brain", "training.num_iterations": 3},
+        ["training.num_iterations", "3 is too many for brain"],
+    ),
+    "pool that nothing trains on": (
+        {"method": "guided", "training.pool": 500},
+        ["training.pool", "set training.num_iterations to 2 or more"],
+    ),
+    "pool of a method that does not mix": (
+        {"method": "gdc++", "training.pool": 500, "training.num_iterations": 2},
+        ["training.pool", "use method guided"],
+    ),
     "unknown proposal": ({"method.proposal": "intervall"}, ["method.proposal", "did you mean 'interval'"]),
     "unknown optimizer": ({"training.optim": "adamm"}, ["training.optim", "'adamm'", "did you mean 'adam"]),
     "bad argument of the optimizer": ({"training.optim_args": {"betta": 1}}, ["training.optim", "betta"]),
