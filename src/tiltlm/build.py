@@ -235,7 +235,8 @@ def load_run(
     """
     directory = directory if isinstance(directory, RunDirectory) else RunDirectory.open(directory)
     config, policy = load_policy(directory, device)
-    roles = Roles(policy) if config.peft is not None else Roles(policy, base=_unchanged_base(directory, config))
+    base = _unchanged_base(directory, config).freeze() if config.peft is None else None
+    roles = Roles(policy, base)
     if config.target.python is not None:
         return config, roles, build_own_target(config)
     fitted = [entry["coefficient"] for entry in directory.read_run()["target"]["features"]]

@@ -194,6 +194,8 @@ def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, co
         # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
         build_accelerator(config.training, base.device)
         roles = build_roles(config, base)
+        if not roles.shared:
+            base.freeze()  # nobody else holds it
         try:
             with roles.use("base") as model:
                 stated = state_target(config, model, display, directory.checkpoint_dir if resume else None)

@@ -15,9 +15,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from enumerable import PROMPTS, tiny_model
-from tiltlm.lm import LanguageModel, Samples, next_token
+from tiltlm.errors import UsageError
+from tiltlm.lm import LanguageModel, Roles, Samples, next_token
 from tiltlm.lm import sampling as sampling_module
 from tiltlm.lm.cache import RoomyLayer, reserve
+from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.lm.precision import FLOAT32_ATTENTION, cache_dtype, native_bfloat16
 
 CPU = torch.device("cpu")
@@ -304,6 +306,53 @@ def test_a_forward_without_gradient_reads_weights_cast_once(auto: LanguageModel)
             assert torch.equal(auto.logprob(samples), expected)
             drawn = auto.sample(4, seed=2, max_completion_length=6)
     assert torch.equal(drawn.proposal_logprob, samples.proposal_logprob)
+
+
+# A base that is only read.
+
+
+@pytest.mark.parametrize("name", [name for name in models() if "lora" not in name])
+def test_a_frozen_base_keeps_its_law_and_its_fingerprint(name: str) -> None:
+    model, frozen = models()[name](), models()[name]()
+    samples = model.sample(30, seed=1, max_completion_length=6)
+    known = fingerprint(model)
+    assert frozen.freeze() is frozen
+    layers = [m for m in frozen.model.modules() if type(m) in (nn.Linear, Conv1D)]
+    assert {p.dtype for m in layers for p in m.parameters()} == {torch.bfloat16}
+    assert frozen.model.get_input_embeddings().weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in frozen.model.parameters())
+    assert fingerprint(frozen) == fingerprint(frozen.freeze()) == known
+    again = frozen.sample(30, seed=1, max_completion_length=6)
+    assert torch.equal(again.tokens, samples.tokens)
+    assert torch.equal(again.proposal_logprob, samples.proposal_logprob)
+    with torch.no_grad():
+        assert torch.equal(frozen.logprob(samples), model.logprob(samples))
+    for use in (frozen.copy, frozen.with_lora, lambda: frozen.save_pretrained("nowhere")):
+        with pytest.raises(UsageError, match="load it again"):
+            use()
+
+
+def test_in_one_precision_freezing_changes_no_weight(single: LanguageModel) -> None:
+    frozen = single.copy().freeze()
+    for one, other in zip(frozen.model.parameters(), single.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == torch.float32
+        assert not one.requires_grad
+    assert frozen.copy().fingerprint is None
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_roles_hold_the_base_frozen_and_the_policy_whole(given: bool) -> None:
+    model = models()["llama, tied"]()
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    policy = model.copy()
+    roles = Roles(policy, base=model.freeze()) if given else Roles(policy)
+    for name, parameter in roles.policy.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+    with roles.use("base") as base:
+        sizes = [sum(p.nbytes for p in m.model.model.layers.parameters()) for m in (base, policy)]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 # The cache with room for the tokens to come.

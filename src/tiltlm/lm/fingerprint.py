@@ -24,6 +24,8 @@ def fingerprint(model: LanguageModel) -> str:
     Every bit counts, but what is hashed are sums, several times as fast to take as a cryptographic hash of all bytes:
     it tells weights apart that were trained or loaded otherwise, and withstands no one who forges them.
     """
+    if model.fingerprint is not None:
+        return model.fingerprint
     digest = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         if not any(part in name for part in OF_ADAPTERS):

@@ -16,10 +16,11 @@ from torch import Tensor
 from tiltlm.errors import ModelError, UsageError
 from tiltlm.lm.cross import Source, decoder_states
 from tiltlm.lm.decoding import accepts, positions, unwrapped
+from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.output_layer import plain_output_layer
-from tiltlm.lm.precision import cache_dtype, cast_weights, computing, native_bfloat16, sparse_lookups
+from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
 from tiltlm.lm.reading import Reading, token_logprobs
 from tiltlm.lm.samples import Law, Samples
@@ -68,6 +69,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.compute_dtype = compute_dtype
+        self.fingerprint: str | None = None  # where the weights no longer tell it
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -106,6 +108,17 @@ class LanguageModel:
         """The same model in memory of its own."""
         return self._with(copy.deepcopy(self.model))
 
+    def freeze(self) -> LanguageModel:
+        """Make this a model that is only read, and keep in ``compute_dtype`` alone what is only read in it; returns it.
+
+        Its law and its fingerprint stay what they are. It cannot be copied, adapted or saved any more.
+        """
+        _ = self.output_layer, self._weight_bytes  # are found with the weights as they are
+        if self.compute_dtype is not None and self.fingerprint is None:
+            self.fingerprint = fingerprint(self)
+        keep_cast(self.model, self.compute_dtype)
+        return self
+
     def with_lora(self, *, seed: int = 0, **settings: Any) -> LanguageModel:
         """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``).
 
@@ -133,6 +146,7 @@ class LanguageModel:
         return self._with(load_adapter(self.model, str(folder)))
 
     def _with(self, model: PreTrainedModel) -> LanguageModel:
+        self._check_whole_weights()
         return LanguageModel(model, self.tokenizer, name=self.name, compute_dtype=self.compute_dtype)
 
     @property
@@ -345,6 +359,7 @@ class LanguageModel:
         adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
+        self._check_whole_weights()
 
     def placed(self, guide: Guide) -> Guide:
         """The guide where the logits are, as precise as they are but no less than float32."""
@@ -354,6 +369,13 @@ class LanguageModel:
     @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
+
+    def _check_whole_weights(self) -> None:
+        if self.fingerprint is not None:
+            raise UsageError(
+                f"model: '{self.name}' is the frozen base of a tuned model, some of whose weights are held in "
+                f"{self.compute_dtype} alone; load it again to copy, adapt or save it"
+            )
 
     def _bytes_of_a_token(self) -> int:
         """What one token needs of memory in a pass with gradient, in float32, about."""

@@ -71,19 +71,39 @@ def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     does not notice. Gradients of their copies are added to ``grad`` of the parameters, in the dtype of these, at every
     backward; ``torch.autograd.grad`` does not reach them.
     """
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if dtype is not None else []
-    held = [(layer, name, p) for layer in layers for name, p in layer._parameters.items() if p is not None]
-    copies: dict[nn.Parameter, nn.Parameter] = {}
+    held = _of_linear_layers(model) if dtype is not None else []
     try:
-        for layer, name, parameter in held:
-            if parameter.dtype != dtype:
-                if parameter not in copies:
-                    copies[parameter] = _copy(parameter, dtype)
-                layer._parameters[name] = copies[parameter]
+        _replace_by_copies(held, dtype)
         yield
     finally:
         for layer, name, parameter in held:
             layer._parameters[name] = parameter
+
+
+def keep_cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Hold the weights of linear layers in ``dtype`` from now on, for a model that is never trained again.
+
+    Its law stays what it is, as products are taken of these numbers anyway; an embedding that is tied to a linear layer
+    stays as it is.
+    """
+    model.requires_grad_(False)
+    if dtype is not None:
+        _replace_by_copies(_of_linear_layers(model), dtype)
+
+
+def _of_linear_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Parameters with the layer that each is in and its name there."""
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    return [(layer, name, p) for layer in layers for name, p in layer._parameters.items() if p is not None]
+
+
+def _replace_by_copies(held: list[tuple[nn.Module, str, nn.Parameter]], dtype: torch.dtype | None) -> None:
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for layer, name, parameter in held:
+        if parameter.dtype != dtype:
+            if parameter not in copies:
+                copies[parameter] = _copy(parameter, dtype)
+            layer._parameters[name] = copies[parameter]
 
 
 def _copy(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

@@ -21,13 +21,14 @@ class Roles:
 
     With a LoRA adapter the weights are in memory once and roles are adapters: none for the base, one each for policy
     and proposal. Otherwise base and proposal are frozen copies. The proposal's copy is made by the first
-    ``keep_proposal``; a run that never calls it holds none. ``base`` spares a copy where one is loaded already.
+    ``keep_proposal``; a run that never calls it holds none. ``base`` spares a copy where one is loaded already, and
+    takes least memory once it is frozen (``LanguageModel.freeze``).
     """
 
     def __init__(self, policy: LanguageModel, base: LanguageModel | None = None) -> None:
         self.policy = policy
         self.shared = policy.has_adapter and base is None
-        self._base = base or (policy if self.shared else _frozen_copy(policy))
+        self._base = base or (policy if self.shared else policy.copy().freeze())
         self._proposal: LanguageModel | None = None
 
     @property
@@ -103,10 +104,5 @@ class Roles:
             model.set_adapter(POLICY_ADAPTER)
             self._proposal = self.policy
         else:
-            self._proposal = _frozen_copy(self.policy)
-
-
-def _frozen_copy(source: LanguageModel) -> LanguageModel:
-    frozen = source.copy()
-    frozen.model.requires_grad_(False)
-    return frozen
+            self._proposal = self.policy.copy()
+            self._proposal.model.requires_grad_(False)
