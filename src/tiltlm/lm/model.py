@@ -299,10 +299,6 @@ class LanguageModel:
             return decoder_states(self.model, tokens, source), layer
         return self.model(decoder_input_ids=tokens, use_cache=False, **source.arguments).logits, None
 
-    def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
-        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
-
-        Another ``law`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
         """Hold the weights of linear layers in ``compute_dtype`` for the length of the block, for many passes.
@@ -316,6 +312,10 @@ class LanguageModel:
                 held.enter_context(sparse_lookups(self.model))
             yield
 
+    def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
+        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
+
+        Another ``law`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
         memory; under ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
         """
         if not len(samples):
@@ -355,20 +355,16 @@ class LanguageModel:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain Hugging Face checkpoint, or a PEFT adapter, with the tokenizer, as safetensors."""
+        self._check_whole_weights()
         # A proposal's adapter is part of a run, not of its result.
         adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
-        self._check_whole_weights()
 
     def placed(self, guide: Guide) -> Guide:
         """The guide where the logits are, as precise as they are but no less than float32."""
         precise = next(self.model.parameters()).dtype == torch.float64
         return guide.to(self.device, torch.float64 if precise else torch.float32)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
 
     def _check_whole_weights(self) -> None:
         if self.fingerprint is not None:
@@ -376,6 +372,10 @@ class LanguageModel:
                 f"model: '{self.name}' is the frozen base of a tuned model, some of whose weights are held in "
                 f"{self.compute_dtype} alone; load it again to copy, adapt or save it"
             )
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     def _bytes_of_a_token(self) -> int:
         """What one token needs of memory in a pass with gradient, in float32, about."""
@@ -386,14 +386,14 @@ class LanguageModel:
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
         return int(4 * config.num_hidden_layers * (HIDDEN_VECTORS * width + INTERMEDIATE_VECTORS * inner))
 
-    def _chunk_bytes(self) -> int:
-        if self.device.type == "cuda":
-            # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
-            return int(torch.cuda.mem_get_info(self.device)[1] // 8)
     @cached_property
     def _weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
+    def _chunk_bytes(self) -> int:
+        if self.device.type == "cuda":
+            # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
+            return int(torch.cuda.mem_get_info(self.device)[1] // 8)
         return max(CPU_CHUNK_BYTES, self._weight_bytes)
 
     def _rows_at_once(self, length: int) -> int:
