@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,12 @@ class Scorer:
         whole = isinstance(objective, BatchObjective)
         wanted = {"base": self.keeps_base or (whole and self.needs_base), "policy": whole}
         tables: dict[str, Tensor] = {}
-        for rows in self._chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
-            chunk = batch.samples.select(rows).trimmed()
-            for name, found in self._assess_chunk(batch, chunk, rows, **wanted).items():
-                table = tables.setdefault(name, torch.zeros_like(batch.samples.proposal_logprob))
-                table[rows, : found.shape[1]] = found.to(table)
+        with self.roles.cast_once() if any(wanted.values()) else nullcontext():
+            for rows in self._chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
+                chunk = batch.samples.select(rows).trimmed()
+                for name, found in self._assess_chunk(batch, chunk, rows, **wanted).items():
+                    table = tables.setdefault(name, torch.zeros_like(batch.samples.proposal_logprob))
+                    table[rows, : found.shape[1]] = found.to(table)
         assessment = Assessment(**tables)
         if not isinstance(objective, BatchObjective):
             return replace(batch, assessment=assessment) if tables else batch, None
