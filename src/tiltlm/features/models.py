@@ -122,7 +122,8 @@ class TextModel:
     def _source(self) -> str:
         if self.name == "embedded":
             return str(EMBEDDED)
-        return str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+        folder = Path(self.name).expanduser()
+        return str(folder.resolve()) if folder.exists() else self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +288,8 @@ def _explained(feature: str, source: str) -> Iterator[None]:
     except Exception as error:
         where = "in this folder" if Path(source).exists() else "as a folder here or a name on the hub"
         reason = str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
+        if not Path(source).exists() and (source.count("/") > 1 or source.startswith((".", "~", "/"))):
+            reason = "there is no such folder"
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which runs with trust_remote_code: true"
         raise ModelError(
