@@ -325,7 +325,7 @@ BUILD_ERRORS: list[tuple[dict[str, Any], type[TiltError], str]] = [
     ({"classifier": "topics", "labels": "music"}, UsageError, "unknown option 'labels'; did you mean 'label'"),
     ({"classifier": "topcis", "label": "music"}, ModelError,
      r"classifier\.model: .* could be loaded from 'topcis' \(as a folder here or a name on the hub\)"),
-    ({"classifier": "./models/topics", "label": "music"}, ModelError, r"'./models/topics' .*: there is no such folder\."),
+    ({"classifier": "./models/topics", "label": "music"}, ModelError, r"topics' .*: there is no such folder\."),
     ({"classifier": 7, "label": "music"}, UsageError, r"classifier\.model: expected a folder or a name .*, got 7"),
     ({"classifier": "topics", "label": "music", "reads": "prompt"}, UsageError,
      r"classifier\.reads: 'prompt' is not known; .*valid: completion, text, pair, chat"),
