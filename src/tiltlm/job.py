@@ -33,7 +33,8 @@ from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
-from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, draw_base_sample, fit_target, report_fit
+from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, Term, draw_base_sample, fit_target, report_fit
+from tiltlm.targets.foresight import foresee, unmet_filters
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample

@@ -26,7 +26,7 @@ SUMS = ("rated", "rated_twice", "hits", "hits_twice")
 LOG_SUMS = ("log_weights", "log_weights_twice", "log_squares_twice")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptPartition:
     """All that past rounds tell about log Z of C prompts; ``updated`` returns the next state.
 

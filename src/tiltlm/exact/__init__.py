@@ -1,8 +1,10 @@
 """The truth where it is known: models small enough to enumerate, and Markov models under a finite automaton."""
 
 from tiltlm.exact.enumeration import (
+    ExactConditional,
     ExactTarget,
     enumerate_completions,
+    exact_conditional,
     exact_kl,
     exact_moments,
     exact_target,
@@ -22,12 +24,14 @@ from tiltlm.exact.markov import (
 )
 
 __all__ = [
+    "ExactConditional",
     "ExactTarget",
     "MarkovModel",
     "MarkovTarget",
     "TokenAutomaton",
     "count_difference",
     "enumerate_completions",
+    "exact_conditional",
     "exact_kl",
     "exact_moments",
     "exact_target",

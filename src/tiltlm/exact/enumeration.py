@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UnreachableTargetError, UsageError
-from tiltlm.features import measure
 from tiltlm.lm import LanguageModel, Law, Prompts, Samples
 from tiltlm.objectives import BatchObjective, Objective, Record
-from tiltlm.targets import Target, target_reward
+from tiltlm.targets import Target, measure_samples, target_reward
 
 # 8 tokens and length 6 make 262,144 completions of a prompt at most.
 MAX_VOCABULARY = 8
@@ -88,6 +87,11 @@ class ExactTarget:
         """E_p[φ] [K]."""
         return exact_moments(self.logprob, self.features)
 
+    def under(self, model: LanguageModel) -> Tensor:
+        """log-probability [N] of the completions under a model."""
+        with torch.no_grad():
+            return model.logprob(self.samples, law=Law()).double().sum(-1).cpu()
+
 
 def exact_target(base: LanguageModel, target: Target, samples: Samples) -> ExactTarget:
     """The target on the listed completions of one prompt, with ``base`` as a under its own law.
@@ -96,13 +100,42 @@ def exact_target(base: LanguageModel, target: Target, samples: Samples) -> Exact
     """
     with torch.no_grad():
         base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
-    features = measure(
-        target.features, samples.texts, prompts=samples.prompt_texts, completion_ids=samples.completion_ids
-    )
+    features = measure_samples(target.features, samples)
     score = target.log_score(base_logprob, features)
     if not bool((score > -math.inf).any()):
         raise UnreachableTargetError(f"none of the {len(samples)} completions has a target score above 0")
     return ExactTarget(samples, base_logprob, features, score, target_reward(target, base_logprob, features))
+
+
+@dataclass(frozen=True)
+class ExactConditional:
+    """A target in full on the completions of C prompts: each prompt's truth, and means over the prompts."""
+
+    prompts: tuple[ExactTarget, ...]
+
+    @property
+    def log_z(self) -> Tensor:
+        """log Z of each prompt [C]."""
+        return torch.tensor([truth.log_z for truth in self.prompts], dtype=torch.float64)
+
+    @property
+    def moments(self) -> Tensor:
+        """E_{p_c}[φ] averaged over prompts [K]."""
+        return torch.stack([truth.moments for truth in self.prompts]).mean(0)
+
+    def kl(self, model: LanguageModel) -> Tensor:
+        """KL(p_c‖model) of each prompt [C]."""
+        return torch.tensor([exact_kl(truth.logprob, truth.under(model)) for truth in self.prompts])
+
+    def tv(self, model: LanguageModel) -> Tensor:
+        """TV(p_c, model) of each prompt [C]."""
+        return torch.tensor([exact_tv(truth.logprob, truth.under(model)) for truth in self.prompts])
+
+
+def exact_conditional(base: LanguageModel, target: Target, samples: Samples) -> ExactConditional:
+    """The target on the listed completions of several prompts, one prompt at a time; see ``exact_target``."""
+    rows = [samples.prompt_index == c for c in range(len(samples.prompts))]
+    return ExactConditional(tuple(exact_target(base, target, samples.select(of_prompt)) for of_prompt in rows))
 
 
 def exact_moments(logprob: Tensor, features: Tensor) -> Tensor:

@@ -197,10 +197,12 @@ class LanguageModel:
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         guide: Guide | None = None,
+        samples_per_prompt: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Draw ``n`` completions in all, the prompts taken in turn, with their log-probabilities.
 
+        ``samples_per_prompt`` of each are drawn before it is the next one's turn.
         ``seed`` or ``generator`` fixes the draw (neither: a fresh seed); ``batch_size`` limits the rows decoded at
         once (default: what fits a fixed memory bound); ``guide`` reweights each next token, before the law's settings;
         ``progress`` is told the number drawn so far and ``n``. Raises UsageError for settings out of range.
@@ -209,6 +211,7 @@ class LanguageModel:
         for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
             _check_whole(name, value, least)
         _check_whole("batch_size", batch_size, 1)
+        _check_whole("samples_per_prompt", samples_per_prompt, 1)
         if not isinstance(prompts, Prompts):
             prompts = self.encode_prompts(prompts)
         self.check_length(prompts, max_completion_length)
@@ -217,7 +220,7 @@ class LanguageModel:
             generator.seed() if seed is None else generator.manual_seed(seed)
         elif seed is not None:
             raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
-        index = torch.arange(n, device=self.device) % len(prompts.texts)
+        index = torch.arange(n, device=self.device) // samples_per_prompt % len(prompts)
         guide = self.placed(guide) if guide is not None else None
         limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
         parts = []

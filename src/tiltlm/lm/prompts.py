@@ -48,13 +48,14 @@ class Prompts:
         """Number of tokens [M] without padding."""
         return self.mask.sum(-1)
 
-    def fair_order(self, n: int, seed: int) -> Tensor:
+    def fair_order(self, n: int, seed: int, each: int = 1) -> Tensor:
         """Their places [M], shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
 
-        So the samples that do not come out even fall on any of the prompts, and not always on the first ones.
+        So the samples that do not come out even fall on any of the prompts, and not always on the first ones. Of each
+        prompt ``each`` samples are taken at a time.
         """
         count = len(self.texts)
-        if n % count == 0:
+        if n % (count * each) == 0:
             return torch.arange(count)
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
-from tiltlm.estimation import Estimate, effective_sample_size
+from tiltlm.estimation import Estimate, Strata, effective_sample_size
 from tiltlm.features import Batch, Feature, build_feature, measure_batch
 from tiltlm.lm import LanguageModel, Prompts, Samples
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
@@ -19,6 +19,8 @@ from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
 
 # Below this many effective samples the fitted coefficients mean little.
 ENOUGH_SAMPLES = 100
+# Weights that are normalized on fewer samples of a prompt are noticeably biased.
+ENOUGH_OF_A_PROMPT = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class TermReport:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a target stands on N samples of the base: log Z, ESS of its weights, KL(p‖a) in nats, and each feature."""
+    """How a target stands on N samples of the base: log Z, ESS of its weights, KL(p‖a) in nats, and each feature.
+
+    With several prompts all are means over them, the weights normalized in each.
+    """
 
     terms: tuple[TermReport, ...]
     log_z: Estimate
@@ -95,6 +100,7 @@ def constrain(
     samples: int = 4096,
     prompts: str | Sequence[str] | Prompts | None = None,
     max_completion_length: int = 40,
+    samples_per_prompt: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FittedTarget:
@@ -102,13 +108,17 @@ def constrain(
 
     ``constraints`` gives each feature (an object, or a short form such as ``"pronouns:female"``) its moment: 1.0 for a
     binary feature is a filter, anything else an expectation. ``reward`` multiplies by exp(r/β). Draws ``samples``
-    completions of the base. Raises UsageError for moments that cannot be right, UnreachableTargetError for those that
+    completions of the base, the prompts in turn, ``samples_per_prompt`` of each at a time; with several the moments are
+    means over the prompts. Raises UsageError for moments that cannot be right, UnreachableTargetError for those that
     the samples show to be out of reach.
     """
     pairs = list(constraints.items() if isinstance(constraints, Mapping) else constraints)
     terms = state_terms(pairs, reward=reward, beta=beta)
     features = [term.feature for term in terms]
-    return fit_target(terms, draw_base_sample(base, features, samples, prompts, max_completion_length, seed, progress))
+    drawn = draw_base_sample(
+        base, features, samples, prompts, max_completion_length, seed, progress, samples_per_prompt=samples_per_prompt
+    )
+    return fit_target(terms, drawn)
 
 
 def state_terms(
@@ -137,12 +147,24 @@ def draw_base_sample(
     max_completion_length: int = 40,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    samples_per_prompt: int = 1,
 ) -> BaseSample:
-    """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them."""
+    """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them.
+
+    ``samples_per_prompt`` are drawn of one before it is the next one's turn.
+    """
     prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
     base.check_length(prompts, max_completion_length)
-    prompts = prompts.select(prompts.fair_order(n, seed))
-    drawn = base.sample(n, prompts, seed, max_completion_length=max_completion_length, progress=progress)
+    prompts = prompts.select(prompts.fair_order(n, seed, samples_per_prompt))
+    drawn = base.sample(
+        n,
+        prompts,
+        seed,
+        max_completion_length=max_completion_length,
+        samples_per_prompt=samples_per_prompt,
+        progress=progress,
+    )
     return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
 
 
@@ -173,8 +195,8 @@ def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
     fixed = TiltedTarget(tuple(term if term.kind != "moment" else replace(term, coefficient=0.0) for term in terms))
     log_weights = fixed.log_tilt(values)
     if not bool(torch.isfinite(log_weights).any()):
-        names = " and ".join(f"'{term.feature.name}'" for term in terms if term.kind == "filter")
-        raise UnreachableTargetError(f"features {names}: never held together in {n} samples. {rarity_advice(n)}")
+        listed = " and ".join(f"'{term.feature.name}'" for term in terms if term.kind == "filter")
+        raise UnreachableTargetError(f"features {listed}: never held together in {n} samples. {rarity_advice(n)}")
     moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
     coefficients: list[Estimate | None] = [
         Estimate(term.coefficient, 0.0) if term.kind == "reward" else None for term in terms
@@ -182,7 +204,8 @@ def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
     fitted = list(terms)
     if moments:
         goals = [float(terms[k].goal or 0.0) for k in moments]
-        fit = fit_moments(values[:, moments], log_weights, goals, [terms[k].feature.name for k in moments])
+        names = [terms[k].feature.name for k in moments]
+        fit = fit_moments(values[:, moments], log_weights, goals, names, base_sample.samples.prompt_ids)
         errors = fit.covariance.diagonal().clamp_min(0).sqrt()
         for k, value, se in zip(moments, fit.coefficients.tolist(), errors.tolist(), strict=True):
             fitted[k] = replace(terms[k], coefficient=value)
@@ -208,35 +231,70 @@ def report_fit(
         )
     if not bool(torch.isfinite(log_weights).any()):
         raise UnreachableTargetError(f"target: none of {n} samples of the base lies in its support. {rarity_advice(n)}")
-    weights = log_weights.softmax(0)
-    ess = effective_sample_size(log_weights)
-    log_z = Estimate(log_mean_exp(log_weights), math.sqrt(max(1 / ess.value - 1 / n, 0.0)))
+    strata = Strata.of(base_sample.samples.prompt_ids, n)
+    held = strata.logsumexp(log_weights) > -math.inf
+    count = int(held.sum())
+    weights = strata.softmax(log_weights) if count == 1 else strata.softmax(log_weights) * (strata.count / count)
+    ess = effective_sample_size(log_weights if strata.count == 1 else weights.log())
+    log_z, by_prompt = _mean_log_z(strata, log_weights, weights, ess)
     # d KL = Σ_i w_i (log w_i − log Z − KL) by the delta method; rows outside of the support weigh nothing.
-    log_ratio = torch.where(weights > 0, log_weights - log_z.value, 0.0)
+    log_ratio = torch.where(weights > 0, log_weights - by_prompt[strata.index], 0.0)
     kl = float((weights * log_ratio).sum())
-    kl_se = float((weights * (log_ratio - kl - 1) + 1 / n).square().sum().sqrt())
+    around = strata.sum(weights * log_ratio)[strata.index] * count
+    share = torch.where(held, 1 / (count * strata.sizes), 0.0)[strata.index]
+    kl_se = float((weights * (log_ratio - around - 1) + share).square().sum().sqrt())
     terms = []
     specs = target.terms if isinstance(target, TiltedTarget) else [Term(f, "reward") for f in target.features]
     for k, term in enumerate(specs):
         column = values[:, k]
-        achieved = float((weights * column).sum())
+        around = strata.sum(weights * column)[strata.index] * count
         terms.append(
             TermReport(
                 term.feature.name,
                 term.kind,
                 1.0 if term.kind == "filter" else term.goal,
                 Estimate(float(column.mean()), float(column.std() / math.sqrt(n)) if n > 1 else math.nan),
-                Estimate(achieved, float((weights * (column - achieved)).square().sum().sqrt())),
+                Estimate(float((weights * column).sum()), float((weights * (column - around)).square().sum().sqrt())),
                 coefficients[k] if coefficients else None,
             )
         )
-    warnings = []
+    warnings = _warnings(strata, ess, count)
+    return FitReport(tuple(terms), log_z, ess, Estimate(kl, kl_se), n, tuple(warnings))
+
+
+def _mean_log_z(strata: Strata, log_weights: Tensor, weights: Tensor, ess: Estimate) -> tuple[Estimate, Tensor]:
+    """The mean of log Z over the prompts with a weight above 0, and log Z of each prompt [C]."""
+    if strata.count == 1:
+        n = len(log_weights)
+        log_z = Estimate(log_mean_exp(log_weights), math.sqrt(max(1 / ess.value - 1 / n, 0.0)))
+        return log_z, torch.tensor([log_z.value], dtype=torch.float64)
+    by_prompt = strata.logsumexp(log_weights) - strata.sizes.log()
+    held = by_prompt > -math.inf
+    count = int(held.sum())
+    errors = (strata.sum(weights.square()) * count**2 - 1 / strata.sizes)[held].clamp_min(0)
+    return Estimate(float(by_prompt[held].mean()), float(errors.sum().sqrt()) / count), by_prompt
+
+
+def _warnings(strata: Strata, ess: Estimate, held: int) -> list[str]:
+    """What makes a fit on these samples doubtful; ``held`` prompts of all have a weight above 0."""
+    found, n = [], len(strata.index)
     if ess.value < ENOUGH_SAMPLES:
-        warnings.append(
+        found.append(
             f"only {ess.value:.0f} of {n} samples carry the target's weight (ESS): λ and log Z are uncertain; "
             f"about {math.ceil(n * ENOUGH_SAMPLES / ess.value):,} samples would give {ENOUGH_SAMPLES}"
         )
-    return FitReport(tuple(terms), log_z, ess, Estimate(kl, kl_se), n, tuple(warnings))
+    few = int(strata.sizes.min())
+    if strata.count > 1 and few < ENOUGH_OF_A_PROMPT:
+        found.append(
+            f"some prompts have only {few} samples: p of a prompt is weighted on its own samples, and so few bias λ "
+            f"upwards; set training.samples_per_prompt (to {ENOUGH_OF_A_PROMPT}, say), or raise target.samples"
+        )
+    if held < strata.count:
+        found.append(
+            f"{strata.count - held} of {strata.count} prompts have no sample that the target allows, and take no part "
+            f"in what is averaged over prompts"
+        )
+    return found
 
 
 def _feature(feature: Feature | str) -> Feature:

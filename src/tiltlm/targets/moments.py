@@ -4,7 +4,9 @@ No model is called here. With weights w_i on samples of the base (a filter's zer
 
     F(λ) = log Σ_i w_i exp(λ·φ_i) − λ·μ̄,    ∇F = E_λ[φ] − μ̄,    ∇²F = Cov_λ(φ)
 
-and its minimum gives the distribution with these moments that is closest to the base in KL (2012.11635, §2).
+and its minimum gives the distribution with these moments that is closest to the base in KL (2012.11635, §2). For
+several prompts F is the mean over prompts of log Z_c(λ), each on its own samples, less λ·μ̄: λ is shared, and what has
+the moments μ̄ is the mean over prompts of E_{p_c}[φ].
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import FeatureError, UnreachableTargetError
+from tiltlm.estimation import Strata
 
 # In units of each feature's spread.
 TOLERANCE = 1e-10
@@ -39,37 +42,52 @@ class MomentFit:
     residual: float
 
 
-def fit_moments(features: Tensor, log_weights: Tensor, goals: Sequence[float], names: Sequence[str]) -> MomentFit:
+def fit_moments(
+    features: Tensor,
+    log_weights: Tensor,
+    goals: Sequence[float],
+    names: Sequence[str],
+    prompts: Tensor | None = None,
+) -> MomentFit:
     """Find λ [K] with E_λ[φ] = ``goals`` on samples with values ``features`` [N, K] and ``log_weights`` [N].
 
-    Raises FeatureError for non-finite values, UnreachableTargetError for what the samples cannot express: a feature
-    without variation, a goal outside its range, goals that exclude each other, linearly dependent features.
+    With ``prompts`` [N], any numbers, E_λ[φ] is the mean over prompts, weights normalized in each; one without a weight
+    above 0 takes no part. Raises FeatureError for non-finite values, UnreachableTargetError for what the samples cannot
+    express: a feature without variation, a goal outside its range, goals that exclude each other, linearly dependent
+    features.
     """
     if not bool(torch.isfinite(features).all()):
         column = int((~torch.isfinite(features)).any(0).nonzero()[0])
         raise FeatureError(f"feature '{names[column]}': a value is not finite, so its moment cannot be fitted")
     supported = torch.isfinite(log_weights)
     features, log_weights = features[supported].double(), log_weights[supported].double()
+    strata = Strata.of(prompts[supported.to(prompts.device)] if prompts is not None else None, len(features))
     goal = torch.tensor(list(goals), dtype=torch.float64)
-    _check_ranges(features, goal, names)
-    _check_collinear(features, names)
-    return _newton(features, log_weights - log_weights.logsumexp(0), goal, names)
+    _check_ranges(features, goal, names, strata)
+    _check_collinear(_within(features, strata), names)
+    return _newton(features, log_weights - strata.logsumexp(log_weights)[strata.index], goal, names, strata)
 
 
-def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence[str]) -> MomentFit:
+def _within(features: Tensor, strata: Strata) -> Tensor:
+    """The features as they are or, with several prompts, without their means over each: only the rest can be tilted."""
+    return features if strata.count == 1 else features - strata.mean(features)[strata.index]
+
+
+def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence[str], strata: Strata) -> MomentFit:
     # Centred on the goal, the dual's gradient is E_λ[φ] itself.
-    scale = features.std(0, correction=0)
+    scale = _within(features, strata).std(0, correction=0)
     z = (features - goal) / scale
     coefficients = torch.zeros(len(goal), dtype=torch.float64)
 
-    def dual(c: Tensor) -> tuple[float, Tensor, Tensor]:
+    def dual(c: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
         logits = log_weights + z @ c
-        weights = logits.softmax(0)
+        weights = strata.softmax(logits)
         gradient = weights @ z
-        hessian = (z * weights[:, None]).T @ z - gradient[:, None] * gradient[None, :]
-        return float(logits.logsumexp(0)), gradient, hessian
+        means = gradient[None] if strata.count == 1 else strata.sum(weights[:, None] * z) * strata.count
+        hessian = (z * weights[:, None]).T @ z - means.T @ means / strata.count
+        return float(strata.logsumexp(logits).mean()), gradient, hessian, means
 
-    value, gradient, hessian = dual(coefficients)
+    value, gradient, hessian, means = dual(coefficients)
     for _ in range(MAX_ITERATIONS):
         if float(gradient.abs().max()) < TOLERANCE:
             break
@@ -77,7 +95,7 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence
         step = torch.linalg.solve(hessian + ridge, -gradient)
         slope = float(gradient @ step)
         # A step that moved all weight onto few samples would leave no curvature to come back by.
-        change = (z - gradient) @ step
+        change = (z - means[strata.index]) @ step
         rate = MAX_GROWTH / max(MAX_GROWTH, float(change.max()))
         trial = dual(coefficients + rate * step)
         # Near the optimum the decrease is below rounding; then the full step is right.
@@ -85,31 +103,42 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence
             rate /= 2
             trial = dual(coefficients + rate * step)
         coefficients = coefficients + rate * step
-        value, gradient, hessian = trial
+        value, gradient, hessian, means = trial
         if rate <= 1e-10:
             break
-    if not float(gradient.abs().max()) < TOLERANCE or _spread_left(z, hessian) < EDGE:
+    if not float(gradient.abs().max()) < TOLERANCE or _spread_left(_within(z, strata), hessian) < EDGE:
         raise _out_of_reach(features, goal, names)
-    weights = (log_weights + z @ coefficients).softmax(0)
-    spread = (z * weights[:, None]).T @ (z * weights[:, None])
+    weights = strata.softmax(log_weights + z @ coefficients)
+    noise = z if strata.count == 1 else z - means[strata.index]
+    spread = (noise * weights[:, None]).T @ (noise * weights[:, None])
     inverse = torch.linalg.pinv(hessian)
     covariance = inverse @ spread @ inverse / scale[:, None] / scale[None, :]
     residual = float((gradient * scale).abs().max())
     return MomentFit(coefficients / scale, covariance, residual)
 
 
-def _check_ranges(features: Tensor, goal: Tensor, names: Sequence[str]) -> None:
+def _check_ranges(features: Tensor, goal: Tensor, names: Sequence[str], strata: Strata) -> None:
     n = features.shape[0]
     for name, values, wanted in zip(names, features.unbind(-1), goal.tolist(), strict=True):
-        low, high = float(values.min()), float(values.max())
-        if low == high:
+        least, greatest = strata.extremes(values)
+        if bool(least.min() == greatest.max()):
+            level = float(least[0])
             raise UnreachableTargetError(
-                f"feature '{name}': it was {low:g} in all {n} samples of the base, so no weighting of them can change "
-                f"its moment to {wanted:g}. {rarity_advice(n) if low == 0 < wanted else ''}Or else leave it out."
+                f"feature '{name}': it was {level:g} in all {n} samples of the base, so no weighting of them can "
+                f"change its moment to {wanted:g}. {rarity_advice(n) if level == 0 < wanted else ''}Or else leave it "
+                f"out."
             )
-        if not low < wanted < high:
+        if bool((least == greatest).all()):
             raise UnreachableTargetError(
-                f"feature '{name}': moment {wanted:g} is outside of what {n} samples of the base show, "
+                f"feature '{name}': it was the same in all samples of each prompt, so no weighting of them can change "
+                f"its moment to {wanted:g}. The base gave {n} samples for {strata.count} prompts: draw more for each "
+                f"(target.samples, training.samples_per_prompt), or leave it out."
+            )
+        low, high = float(least.mean()), float(greatest.mean())
+        if not low < wanted < high:
+            averaged = ", averaged over prompts" if strata.count > 1 else ""
+            raise UnreachableTargetError(
+                f"feature '{name}': moment {wanted:g} is outside of what {n} samples of the base show{averaged}, "
                 f"{low:g} to {high:g}. Choose a moment strictly between them"
                 + (", or make it a filter (moment 1.0)." if (low, high) == (0.0, 1.0) else ", or draw more samples.")
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 
@@ -14,6 +14,10 @@ class TrainingArguments:
 
     max_steps: Annotated[int, Field(ge=0, description="batches, each trained on once or num_iterations times")] = 200
     batch_size: Annotated[int, Field(ge=1, description="sequences per batch")] = 512
+    samples_per_prompt: Annotated[
+        int | None,
+        Field(ge=1, description="of each prompt in a batch (TRL's num_generations); null: one, prompts in turn"),
+    ] = None
     num_iterations: Annotated[
         int | None,
         Field(ge=1, description="optimizer steps on each batch; null: as the method does, 4 for ppo, else 1"),
@@ -49,3 +53,11 @@ class TrainingArguments:
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
     save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only where it stops")] = 50
     logging_steps: Annotated[int, Field(ge=1, description="report every so many steps to display and trackers")] = 1
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> TrainingArguments:
+        if self.batch_size % (self.samples_per_prompt or 1):
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt} does not divide batch_size {self.batch_size}"
+            )
+        return self

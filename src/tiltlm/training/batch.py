@@ -77,10 +77,13 @@ class Batch:
         return replace(self, source="an earlier policy" if self.source == "policy" else self.source, assessment=known)
 
 
-def in_turn(prompts: Prompts, drawn: int, n: int) -> Prompts:
-    """The prompts of ``n`` sequences after ``drawn`` others, the next one first, so that small batches use all."""
-    count = len(prompts)
-    return prompts.select([(drawn + i) % count for i in range(min(n, count))])
+def in_turn(prompts: Prompts, drawn: int, n: int, each: int = 1) -> Prompts:
+    """The prompts of ``n`` sequences after ``drawn`` others, the next one first, so that small batches use all.
+
+    Every prompt gets ``each`` sequences before it is the next one's turn.
+    """
+    count, first = len(prompts), drawn // each
+    return prompts.select([(first + i) % count for i in range(min(-(-n // each), count))])
 
 
 @dataclass

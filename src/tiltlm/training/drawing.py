@@ -32,12 +32,13 @@ class Drawer:
         reuse_fit_samples: bool,
         seed: int,
         autocast: Callable[[], AbstractContextManager[Any]],
+        samples_per_prompt: int = 1,
     ) -> None:
         self.roles, self.features, self.batch_size, self.autocast = roles, target.features, batch_size, autocast
         self.prompts, self.max_completion_length = base_sample.samples.prompts, base_sample.max_completion_length
         self.queue = FitSampleQueue(base_sample if reuse_fit_samples else None)
         self.generator = torch.Generator(roles.policy.device).manual_seed(seed)
-        self.drawn = len(base_sample.samples)
+        self.drawn, self.each = len(base_sample.samples), samples_per_prompt
         self.worker = Aside()
         self.ahead: Batch | None = None
         self.generator_before_ahead: torch.Tensor | None = None
@@ -77,8 +78,9 @@ class Drawer:
         with self.roles.use(role) as model, self.autocast():
             samples = model.sample(
                 self.batch_size,
-                in_turn(self.prompts, self.drawn, self.batch_size),
+                in_turn(self.prompts, self.drawn, self.batch_size, self.each),
                 generator=self.generator,
+                samples_per_prompt=self.each,
                 max_completion_length=self.max_completion_length,
                 guide=guide,
             ).trimmed()

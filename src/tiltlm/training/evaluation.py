@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from tiltlm import estimation
-from tiltlm.estimation import Estimate
+from tiltlm.estimation import Estimate, partition_for
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, next_token
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.training.by_prompt import PromptEvaluation, evaluate_prompts
 from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
 
 
@@ -21,7 +22,8 @@ from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
 class Evaluation:
     """Estimates on samples of one model π: distances in nats, moments and TV as shares, entropy in nats per sequence.
 
-    What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``.
+    What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``. With
+    several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred.
     """
 
     samples: int
@@ -40,6 +42,8 @@ class Evaluation:
     ess: Estimate | None
     mismatch: Mismatch | None
     texts: tuple[dict[str, Any], ...]
+    prompts: int = 1
+    per_prompt: tuple[PromptEvaluation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object; estimates are ``{"value", "se"}``, what does not apply is null."""
@@ -52,6 +56,8 @@ class Evaluation:
         for name in ("distinct_1", "distinct_1_corpus", "self_bleu_5"):
             result[name] = getattr(self, name).to_json()
         result["mismatch"] = asdict(self.mismatch) if self.mismatch else None
+        result["prompts"] = self.prompts
+        result["per_prompt"] = [prompt.to_json() for prompt in self.per_prompt]
         return result
 
 
@@ -122,18 +128,27 @@ def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 
     """
     prompts, prompt_index = base_sample.samples.prompts, base_sample.samples.prompt_index.cpu()
     count, places = len(prompts.texts), prompts.fair_order(n, seed).argsort()
-    # They were drawn in rounds of all prompts; a round that is not used whole is used in fair order.
-    rounds = torch.arange(len(prompt_index)) // count
+    # The first of each prompt, then the second; a round that is not used whole is used in fair order.
+    rounds = _occurrence(prompt_index)
     rows = (rounds * count + places[prompt_index]).argsort()[:n]
     samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
     features = base_sample.features[rows]
     logprob = samples.sequence_logprob.cpu()
-    scores = Scores(logprob, logprob, logprob, target.log_score(logprob, features), torch.zeros_like(logprob))
+    score, nothing = target.log_score(logprob, features), torch.zeros_like(logprob)
+    scores = Scores(logprob, logprob, logprob, score, nothing, prompt_ids=samples.prompt_ids)
     columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
     pooled = Pooled(scores, features, logprob)
     return _evaluation(
         samples, scores, pooled, columns, {}, text_rows("base", samples, target, features, logprob, logprob, texts)
     )
+
+
+def _occurrence(prompt_index: torch.Tensor) -> torch.Tensor:
+    """How many earlier rows [N] have the same prompt."""
+    order = prompt_index.argsort(stable=True)
+    sizes = torch.bincount(prompt_index)
+    starts = (sizes.cumsum(0) - sizes)[prompt_index[order]]
+    return (torch.arange(len(order)) - starts)[order.argsort()]
 
 
 def evaluate_model(model: LanguageModel, n: int, *, seed: int = 0, **sampling: Any) -> Evaluation:
@@ -218,7 +233,14 @@ def _evaluation(
     if scores is None or pooled is None:
         nothing: dict[str, Any] = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
         return Evaluation(**common, **nothing, target_moments={})
-    score, mixture = pooled.scores.target_logscore, pooled.mixture_logprob
+    # What is known of log Z here are these samples; with several prompts, of each its own.
+    assert scores.prompt_ids is not None
+    found, place = torch.unique(pooled.scores.prompt_ids, return_inverse=True)
+    log_weights = pooled.scores.target_logscore - pooled.mixture_logprob
+    partition = partition_for(len(found)).updated(log_weights, place)
+    normalized = replace(pooled.scores, prompt_ids=place).normalized(partition)
+    own = replace(scores, prompt_ids=torch.searchsorted(found, scores.prompt_ids)).normalized(partition)
+    score, mixture = normalized.target_logscore, pooled.mixture_logprob
     over_target = zip(columns, pooled.features.unbind(-1), strict=True)
     return Evaluation(
         **common,
@@ -227,6 +249,8 @@ def _evaluation(
         kl_p_pi=estimation.kl_from_target(score, mixture, pooled.scores.policy_logprob),
         kl_pi_a=kl_policy_base(scores),
         tv_p_pi=estimation.tv_from_target(score, mixture, pooled.scores.policy_logprob),
-        log_z=estimation.log_partition(score - mixture),
-        ess=estimation.effective_sample_size(scores.target_logscore - scores.proposal_logprob),
+        log_z=partition.log_z,
+        ess=estimation.effective_sample_size(own.target_logscore - own.proposal_logprob),
+        prompts=len(found),
+        per_prompt=evaluate_prompts(samples, scores, pooled, columns) if len(found) > 1 else (),
     )

@@ -19,14 +19,24 @@ class Guidance:
 
     With ``feedback`` above 0 the moments' coefficients, in the guide alone, move at each step by feedback · (goal −
     E_π[φ]) / Var_p(φ): distillation closes the last part of a gap slowly, and a guide that leans closes it sooner. The
-    target, and every distance to it, stays what it is. Raises UsageError for features that say nothing of a prefix.
+    target, and every distance to it, stays what it is. ``log_z`` [N] makes prompts count alike where there are several;
+    they share one guide. Raises UsageError for features that say nothing of a prefix.
     """
 
-    def __init__(self, base: LanguageModel, target: Target, base_sample: BaseSample, feedback: float) -> None:
+    def __init__(
+        self,
+        base: LanguageModel,
+        target: Target,
+        base_sample: BaseSample,
+        feedback: float,
+        log_z: float | Tensor = 0.0,
+    ) -> None:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
         self.twist = Twist.of(base, target, base_sample)
         logprob = base_sample.samples.sequence_logprob.cpu()
         self.log_tilt = target.log_score(logprob, base_sample.features).double() - logprob
+        if isinstance(log_z, Tensor):
+            self.log_tilt = self.log_tilt - log_z
         terms = target.terms if isinstance(target, TiltedTarget) else ()
         self.moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
         self.goals = torch.tensor([float(terms[k].goal or 0.0) for k in self.moments], dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltlm import estimation
-from tiltlm.estimation import Estimate, Partition
+from tiltlm.estimation import Estimate, Partition, PromptPartition
 from tiltlm.lm import NextToken, Samples
 from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
@@ -28,7 +28,7 @@ class Scores:
     ``kl_to_base`` [N] is each row's Rao–Blackwell term Σ_t (π/q)(x_<t) KL(π(·|x_<t)‖a(·|x_<t)), whose mean is KL(π‖a)
     whatever the proposal; None where the base's next-token law was not at hand. ``rescored`` [N] is the proposal's
     log-probability by a scoring pass instead of the sampler; None, or NaN in a row, where no pass took that law.
-    ``base_logprob`` is NaN where P is 0 and the base was not asked.
+    ``base_logprob`` is NaN where P is 0 and the base was not asked. ``prompt_ids`` [N] tell prompts apart.
     """
 
     policy_logprob: Tensor
@@ -37,6 +37,7 @@ class Scores:
     target_logscore: Tensor
     kl_to_base: Tensor | None
     rescored: Tensor | None = None
+    prompt_ids: Tensor | None = None
 
     @staticmethod
     @torch.no_grad()
@@ -55,11 +56,21 @@ class Scores:
             proposal_logprob=samples.sequence_logprob.cpu(),
             target_logscore=torch.empty(0, dtype=torch.float64),
             kl_to_base=kl,
+            prompt_ids=samples.prompt_ids,
         )
 
     def with_target(self, target_logscore: Tensor) -> Scores:
         """The same scores with the target's log P [N]."""
         return replace(self, target_logscore=target_logscore.double())
+
+    def normalized(self, partition: Partition | PromptPartition) -> Scores:
+        """The same scores with log p in place of log P where prompts have a log Z each.
+
+        Samples of several prompts are then samples of prompt and completion, and log Z of that law is 0.
+        """
+        if isinstance(partition, Partition) or self.prompt_ids is None:
+            return self
+        return self.with_target(self.target_logscore - partition.at(self.prompt_ids))
 
     def with_rescored(self, token_logprob: Tensor) -> Scores:
         """The same scores with the proposal's log-probabilities of the tokens [N, T] from a scoring pass."""
@@ -171,14 +182,20 @@ class StepMetrics:
         }
 
 
-def step_metrics(scores: Scores, features: Tensor, target: Target, partition: Partition) -> StepMetrics:
-    """Estimates from one batch with feature values [N, K]; π/q weighs what is a mean over the policy."""
+def step_metrics(
+    scores: Scores, features: Tensor, target: Target, partition: Partition | PromptPartition
+) -> StepMetrics:
+    """Estimates from one batch with feature values [N, K]; π/q weighs what is a mean over the policy.
+
+    With several prompts they are means over prompts.
+    """
+    scores = scores.normalized(partition)
     score, proposal, policy = scores.target_logscore, scores.proposal_logprob, scores.policy_logprob
     names = [feature.name for feature in target.features]
     columns = dict(zip(names, features.unbind(-1), strict=True))
-    log_z = partition.log_z
+    log_z = _log_z(partition)
     return StepMetrics(
-        log_z=log_z,
+        log_z=partition.log_z,
         kl_p_pi=estimation.kl_from_target(score, proposal, policy, log_z),
         kl_pi_a=kl_policy_base(scores),
         tv_p_pi=estimation.tv_from_target(score, proposal, policy, log_z),
@@ -198,10 +215,16 @@ def kl_policy_base(scores: Scores) -> Estimate:
     return estimation.kl_policy_base(scores.policy_logprob, scores.base_logprob, scores.proposal_logprob)
 
 
-def distances(scores: Scores, partition: Partition) -> Distances:
+def _log_z(partition: Partition | PromptPartition) -> Estimate:
+    """log Z of normalized scores."""
+    return partition.log_z if isinstance(partition, Partition) else Estimate(0.0, partition.log_z.se)
+
+
+def distances(scores: Scores, partition: Partition | PromptPartition) -> Distances:
     """How much closer to the target the policy is than the proposal, on samples of the proposal."""
+    scores = scores.normalized(partition)
     arguments = scores.target_logscore, scores.proposal_logprob, scores.policy_logprob
     return Distances(
         kl_gain=estimation.kl_difference(*arguments),
-        tv_gain=estimation.tv_difference(*arguments, partition.log_z),
+        tv_gain=estimation.tv_difference(*arguments, _log_z(partition)),
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiltlm.estimation import Partition
 from tiltlm.objectives import AdaptiveObjective, Objective
 from tiltlm.training.passes import Passes
 
@@ -57,7 +56,7 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     trainer.reuse.restore(tensors["pool"], numbers["reuse"])
     if trainer.guidance:
         trainer.guidance.lean(tensors["leaning"])
-    trainer.partition = Partition.from_json(numbers["partition"])
+    trainer.partition = type(trainer.partition).from_json(numbers["partition"])
     trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]
     if numbers["beta"] is not None:
         adaptive: Any = trainer.scorer.objective

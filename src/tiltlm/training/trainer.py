@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from tiltlm.errors import CheckpointError, NumericalError
-from tiltlm.estimation import Partition
+from tiltlm.estimation import Partition, PromptPartition, partition_for
 from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import AdaptiveObjective, CriticObjective, Guided, Objective
 from tiltlm.targets import Target
@@ -82,20 +84,31 @@ class Trainer:
         self.passes = Passes()
         self.passes.drew(base_sample.samples)
         self.drawer = Drawer(
-            roles, target, base_sample, args.batch_size, args.reuse_fit_samples, seed, self.accelerator.autocast
+            roles,
+            target,
+            base_sample,
+            args.batch_size,
+            args.reuse_fit_samples,
+            seed,
+            self.accelerator.autocast,
+            args.samples_per_prompt or 1,
         )
         rows_at_once, keep = args.per_device_train_batch_size, self.reuse.iterations > 1 and not self.distills
         self.scorer = Scorer(
             roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic, keep
         )
         logprob = base_sample.samples.sequence_logprob.cpu()
-        self.partition = Partition.empty().updated(target.log_score(logprob, base_sample.features) - logprob)
+        # Of every prompt its own, also of those that the fit did not come to.
+        self.partition = partition_for(len(base_sample.samples.prompts)).updated(
+            target.log_score(logprob, base_sample.features) - logprob, base_sample.samples.prompt_ids
+        )
         self.source = rule.first
         check_pool(args, self.reuse.iterations, objective, rule)
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
-                self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0))
+                log_z = self.partition.at(base_sample.samples.prompt_ids)
+                self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0), log_z)
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.spent = self.waited = 0.0
@@ -122,14 +135,15 @@ class Trainer:
         self.step += 1
         batch = self.draw()
         # A batch must not normalize itself: that would correlate Z with the weights that it divides.
-        log_z = self.partition.log_z.value
+        before = self.partition
         try:
+            log_z = before.at(batch.samples.prompt_ids)
             batch, record = self.scorer.assess(batch, log_z)
             scores = self.pull(batch, log_z)
         except NumericalError as error:
             raise NumericalError(f"step {self.step}: {error}") from error
         if not batch.reused:
-            self.partition = self.partition.updated(scores.target_logscore - scores.proposal_logprob)
+            self.partition = self._with(scores)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
         replaced = self._follow(batch, scores)
         if self.guidance:
@@ -137,7 +151,7 @@ class Trainer:
         rate = float(self.scheduler.get_last_lr()[0])
         norm = self.update()
         for again in self.reuse.after(batch, metrics.kl_p_pi.value):
-            self.pull(again, log_z)
+            self.pull(again, before.at(again.samples.prompt_ids))
             self.update(schedule=False)
         if record is not None and isinstance(self.scorer.objective, AdaptiveObjective):
             self.scorer.objective = self.scorer.objective.adapted(record)
@@ -159,8 +173,13 @@ class Trainer:
     def _guide(self) -> Guide | None:
         return self.guidance.guide if self.guidance and self.source == "guided" else None
 
-    def pull(self, batch: Batch, log_z: float) -> Scores:
-        """Score the batch and accumulate the gradient of −mean(c · log π)."""
+    def _with(self, scores: Scores) -> Partition | PromptPartition:
+        """What is known of log Z with these samples."""
+        assert scores.prompt_ids is not None
+        return self.partition.updated(scores.target_logscore - scores.proposal_logprob, scores.prompt_ids)
+
+    def pull(self, batch: Batch, log_z: float | Tensor) -> Scores:
+        """Score the batch and accumulate the gradient of −mean(c · log π); ``log_z`` is one number or one a row [N]."""
         self.passes.train(batch.samples)
         return self.scorer.pull(batch, log_z, self.guidance.guide if self.guidance and self.distills else None)
 
@@ -191,7 +210,7 @@ class Trainer:
         if self.rule.extra_batches:
             pieces = [self.scorer.score_possible(self._extra_batch()) for _ in range(self.rule.extra_batches)]
             for piece in pieces:
-                self.partition = self.partition.updated(piece.target_logscore - piece.proposal_logprob)
+                self.partition = self._with(piece)
         known = distances(Scores.concatenate(pieces), self.partition) if pieces else UNKNOWN_DISTANCES
         if not self.rule.replaces(known):
             return False
