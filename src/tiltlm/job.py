@@ -24,6 +24,7 @@ from tiltlm.build import (
     read_prompts,
 )
 from tiltlm.config import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
+from tiltlm.errors import UnreachableTargetError
 from tiltlm.features import run_file_form
 from tiltlm.features.spec import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
@@ -44,7 +45,7 @@ from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.trainer import Trainer
 
 # Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
-STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5}
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6}
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,34 @@ def state_target(
                 config.max_completion_length,
                 stream(config.seed, "fit"),
                 progress,
+                samples_per_prompt=config.training.samples_per_prompt or 1,
             )
     if own:
         return Stated(own, sample, report_fit(own, sample))
-    fitted = fit_target(terms, sample)
+    try:
+        fitted = fit_target(terms, sample)
+    except UnreachableTargetError as error:
+        raise UnreachableTargetError(f"{error} {_foreseen(config, base, terms, sample, display)}".strip()) from error
     return Stated(fitted, sample, fitted.report)
+
+
+def _foreseen(
+    config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
+) -> str:
+    """How rare the filters are that no sample passed, found with a guide; "" where that is not what is wrong."""
+    features = unmet_filters(terms, sample)
+    if not features:
+        return ""
+    with display.counting("looking for it with a guide") as progress:
+        found = foresee(
+            base,
+            features,
+            sample.samples,
+            config.max_completion_length,
+            seed=stream(config.seed, "foresight"),
+            progress=progress,
+        )
+    return found.advice()
 
 
 def goals(report: FitReport) -> dict[str, float | None]:
