@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -19,12 +19,12 @@ from tiltlm.lm.guide import Guide
 from tiltlm.lm.precision import original_of
 from tiltlm.lm.samples import Law, Samples
 
-# A piece of logits that stays in a CPU's cache, but of rows enough for a fast matrix product.
+# A strip of logits stays in a CPU's cache; a piece is as much, but of rows enough for a fast matrix product.
 PIECE_BYTES = {"cpu": 4 * 2**20}
 PIECE_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 128
-# For gradients of logits in 16 bits that are multiplied at once.
-HELD_BYTES = 64 * 2**20
+# For gradients of logits in 16 bits that are multiplied at once: less than what the C library maps anew every time.
+HELD_BYTES = 31 * 2**20
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,30 @@ class Reading:
         """The number V of tokens."""
         return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of a strip in float32, and of a piece unless it has the fewest rows."""
+        return PIECE_BYTES.get(self.hidden.device.type, PIECE_BYTES_ELSEWHERE)
+
+    @property
+    def piece_rows(self) -> int:
+        """Positions of a piece at most."""
+        return max(FEWEST_ROWS, self.piece_bytes // (4 * self.width))
+
     def pieces(self) -> Iterator[slice]:
         """Positions, as many at a time as a piece of logits holds."""
-        bound = PIECE_BYTES.get(self.hidden.device.type, PIECE_BYTES_ELSEWHERE)
-        rows = max(FEWEST_ROWS, bound // (4 * self.width))
-        return (slice(start, start + rows) for start in range(0, len(self), rows))
+        return _split(slice(0, len(self)), self.piece_rows)
 
-    def logits(self, piece: slice, out: Tensor | None = None) -> Tensor:
-        """Logits [p, V] of these positions, in float32 or better; in ``out`` where it is given."""
+    def strips(self) -> Iterator[tuple[slice, slice]]:
+        """Each strip, with the piece that it is of."""
+        rows = max(1, self.piece_bytes // (4 * self.width))
+        return ((piece, strip) for piece in self.pieces() for strip in _split(piece, rows))
+
+    def logits(self, piece: slice) -> Tensor:
+        """Logits [p, V] of these positions, in float32 or better."""
         found = self.hidden[piece]
         if self.weight is not None:
-            if out is not None and out.dtype == found.dtype and self.bias is None:
-                return torch.mm(found, self.weight.T, out=out)
             found = linear(found, self.weight, self.bias)
-        if out is not None:
-            return out.copy_(found)
         return found if found.dtype == torch.float64 else found.float()
 
     def cast(self) -> Reading:
@@ -156,24 +165,71 @@ class _Job:
 
 
 class _Scratch:
-    """Memory [p, V] for every intermediate result by its name, the same for all pieces.
+    """Memory [s, V] for every intermediate result by its name, the same for all strips.
 
-    Freed and allocated anew for each piece, it would fall apart into several times as much on a CPU.
+    Freed and allocated anew for each strip, it would fall apart into several times as much on a CPU.
     """
 
     def __init__(self, reading: Reading) -> None:
-        self.like = reading.hidden if reading.hidden.dtype == torch.float64 else torch.empty(0, dtype=torch.float32)
+        self.dtype = torch.float64 if reading.hidden.dtype == torch.float64 else torch.float32
         self.device, self.width, self.held = reading.hidden.device, reading.width, dict[str, Tensor]()
         self.rows = 0
 
-    def start(self, piece: slice, count: int) -> None:
-        """Memory for the rows of a piece of ``count`` positions from now on."""
-        self.rows = min(piece.stop, count) - piece.start
+    def start(self, strip: slice) -> None:
+        """Memory for the rows of a strip from now on; none has more of them than the first."""
+        self.rows = strip.stop - strip.start
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.held:
-            self.held[name] = torch.empty(self.rows, self.width, dtype=self.like.dtype, device=self.device)
+            self.held[name] = torch.empty(self.rows, self.width, dtype=self.dtype, device=self.device)
         return self.held[name][: self.rows]
+
+
+class _Logits:
+    """Logits of a reading, strip by strip; the product is taken for a piece at once."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.room: Tensor | None = None
+        self.product = reading.hidden
+
+    def at(self, piece: slice, strip: slice, scratch: _Scratch) -> Tensor:
+        """Logits [s, V] of a strip, in float32 or better, in memory that may be written to."""
+        if self.reading.weight is None:
+            return scratch["logits"].copy_(self.reading.hidden[strip])
+        if strip.start == piece.start:
+            self.product = self._multiplied(self.reading.hidden[piece], self.reading.weight.T)
+        found = self.product[strip.start - piece.start : strip.stop - piece.start]
+        return found if found.dtype == scratch.dtype else scratch["logits"].copy_(found)
+
+    def _multiplied(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if self.room is None:
+            self.room = hidden.new_empty(len(hidden), weight.shape[1])
+        room = self.room[: len(hidden)]
+        if self.reading.bias is None:
+            return torch.mm(hidden, weight, out=room)
+        return torch.addmm(self.reading.bias, hidden, weight, out=room)
+
+
+class _Rows:
+    """Rows [r, V] of several strips, gathered for one product in its dtype."""
+
+    def __init__(self, reading: Reading, most: int) -> None:
+        self.table = reading.hidden.new_empty(min(most, len(reading)), reading.width)
+        self.start = self.stop = 0
+
+    def has_room(self, strip: slice) -> bool:
+        return bool(strip.stop - self.start <= len(self.table))
+
+    def put(self, strip: slice, rows: Tensor) -> None:
+        self.table[self.stop - self.start : strip.stop - self.start].copy_(rows)
+        self.stop = strip.stop
+
+    def take(self) -> tuple[slice, Tensor]:
+        """The positions of all that was put since the last time, and their rows."""
+        positions = slice(self.start, self.stop)
+        self.start = self.stop
+        return positions, self.table[: positions.stop - positions.start]
 
 
 class _Laws(torch.autograd.Function):
@@ -192,29 +248,32 @@ class _Laws(torch.autograd.Function):
         frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
         found: list[list[Tensor]] = [[], [], [], [], []]
         pulls: list[list[Tensor]] = [[], []]
-        scratch = _Scratch(policy)
-        for piece in policy.pieces():
-            scratch.start(piece, len(policy))
-            law = torch.log_softmax(policy.logits(piece, scratch["logits"]), -1, out=scratch["law"])
-            found[0].append(job.at_tokens(law, piece))
+        scratch, ours, theirs = _Scratch(policy), _Logits(policy), _Logits(base) if base is not None else None
+        held = [_Rows(policy, policy.piece_rows) for _ in range((1 if job.guide is None else 2) if frozen else 0)]
+        for piece, strip in policy.strips():
+            scratch.start(strip)
+            law = torch.log_softmax(ours.at(piece, strip, scratch), -1, out=scratch["law"])
+            found[0].append(job.at_tokens(law, strip))
             pi = torch.exp(law, out=scratch["pi"]) if base is not None or frozen else law
-            if base is not None:
-                base_logits = base.logits(piece, scratch["logits"])
+            if theirs is not None:
+                base_logits = theirs.at(piece, strip, scratch)
                 base_law = torch.log_softmax(base_logits, -1, out=scratch["other"])
-                found[1].append(job.at_tokens(base_law, piece))
+                found[1].append(job.at_tokens(base_law, strip))
                 found[2].append(torch.linalg.vecdot(pi, torch.sub(law, base_law, out=base_law)))
             if job.guide is not None:
-                guide_law = job.guide_law(base_logits, piece, scratch["other"])
-                found[3].append(job.at_tokens(guide_law, piece))
+                guide_law = job.guide_law(base_logits, strip, scratch["other"])
+                found[3].append(job.at_tokens(guide_law, strip))
                 g = guide_law.exp_()
                 # A token that the guide rules out weighs 0, and 0 · −inf is no number.
                 found[4].append(torch.mul(g, law, out=law).masked_fill_(g == 0, 0.0).sum(-1))
             if frozen:
                 assert policy.weight is not None
-                mean = pi.to(policy.weight) @ policy.weight
-                pulls[0].append(policy.weight[job.tokens[piece]] - mean)
-                if job.guide is not None:
-                    pulls[1].append(g.to(policy.weight) @ policy.weight - mean)
+                for rows, law in zip(held, (pi, g) if job.guide is not None else (pi,), strict=True):
+                    rows.put(strip, law)
+                if strip.stop == piece.stop:
+                    mean, *guided = (rows.take()[1] @ policy.weight for rows in held)
+                    pulls[0].append(policy.weight[job.tokens[piece]] - mean)
+                    pulls[1].extend(of_guide - mean for of_guide in guided)
         outputs = [torch.cat(part) if part else hidden.new_zeros(len(hidden)) for part in found]
         ctx.job, ctx.frozen, ctx.dtype = job, frozen, hidden.dtype
         # Where the weight is a copy for the length of a batch, its gradient is summed on the parameter itself.
@@ -238,91 +297,86 @@ class _Laws(torch.autograd.Function):
             return total.to(ctx.dtype), None, None, None
         hidden, weight, bias = ctx.saved_tensors
         policy, base = ctx.cast or Reading(hidden, weight, bias, job.compute), job.base
-        of_hidden: list[Tensor] = []
         of_bias = None
-        of_weight = _WeightGradient(policy, weight, ctx.original) if ctx.needs_input_grad[1] else None
-        scratch = _Scratch(policy)
         # Many gradients at once, by vmap, are of another shape than the memory that is kept for one.
         functorch = torch._C._functorch
         many = functorch.is_batchedtensor(on_policy) or functorch.is_legacy_batchedtensor(on_policy)
-        for piece in policy.pieces():
-            scratch.start(piece, len(policy))
-            pull, both = on_policy[piece], on_policy[piece] + on_taught[piece]
-            pi = torch.softmax(policy.logits(piece, scratch["logits"]), -1, out=scratch["law"])
+        weight_dtype = (ctx.original if ctx.original is not None else weight).dtype if ctx.needs_input_grad[1] else None
+        gradients = _Gradients(policy, ctx.dtype if ctx.needs_input_grad[0] else None, weight_dtype, many)
+        if ctx.original is not None:
+            gradients.of_weight = ctx.original.grad
+        scratch, ours, theirs = _Scratch(policy), _Logits(policy), _Logits(base) if base is not None else None
+        for piece, strip in policy.strips():
+            scratch.start(strip)
+            pull, both = on_policy[strip], on_policy[strip] + on_taught[strip]
+            pi = torch.softmax(ours.at(piece, strip, scratch), -1, out=scratch["law"])
             of_logits = torch.mul(pi, -both[:, None], out=None if many else pi)
-            if job.guide is not None and base is not None:
-                g = job.guide_law(base.logits(piece, scratch["logits"]), piece, scratch["other"]).exp_()
-                of_logits = torch.addcmul(of_logits, g, on_taught[piece, None], out=None if many else of_logits)
-            of_logits = of_logits.scatter_add_(-1, job.tokens[piece, None], pull[:, None])
+            if job.guide is not None and theirs is not None:
+                g = job.guide_law(theirs.at(piece, strip, scratch), strip, scratch["other"]).exp_()
+                of_logits = torch.addcmul(of_logits, g, on_taught[strip, None], out=None if many else of_logits)
+            of_logits = of_logits.scatter_add_(-1, job.tokens[strip, None], pull[:, None])
             if ctx.needs_input_grad[2]:
                 of_bias = _added(of_bias, of_logits.sum(0))
-            of_logits = of_weight.hold(of_logits) if of_weight else of_logits.to(policy.hidden.dtype)
-            if ctx.needs_input_grad[0]:
-                part = of_logits.clone() if policy.weight is None else of_logits @ policy.weight
-                of_hidden.append(part.to(hidden.dtype))
-            if of_weight:
-                of_weight.add(of_logits, piece)
-        whole = of_weight.finish() if of_weight else None
-        return torch.cat(of_hidden) if of_hidden else None, whole, of_bias, None
+            gradients.take(strip, of_logits)
+        of_hidden, of_weight = gradients.finish()
+        if ctx.original is not None and of_weight is not None:
+            ctx.original.grad, of_weight = of_weight, None
+        return of_hidden, of_weight, of_bias, None
 
 
-class _WeightGradient:
-    """The sum over pieces of (∂/∂logits)ᵀ · hidden [V, H], in the dtype of the weight, or of its original.
+class _Gradients:
+    """What gradients of logits make of hidden states [P, H] and of the weight [V, H], in these dtypes; None: not asked.
 
-    A product in 16 bits cannot add to a sum in 32, and with a large vocabulary that sum is larger than a piece: there
-    the gradients of several pieces of logits are held, in 16 bits, and multiplied at once, some words at a time.
+    They are gathered, in the dtype of the product, to be multiplied many rows at once. A product in 16 bits cannot add
+    to a sum in 32, and with a large vocabulary that sum is larger than a piece: there more rows are gathered, and
+    multiplied with some words at a time. ``of_weight`` may start from a sum.
     """
 
-    def __init__(self, policy: Reading, weight: Tensor, original: nn.Parameter | None) -> None:
-        self.hidden, self.original = policy.hidden, original
-        self.total = original.grad if original is not None else None
-        self.shape, self.dtype = weight.shape, weight.dtype if original is None else original.dtype
-        self.held: Tensor | None = None
-        self.start = self.stop = 0
-        if self.hidden.dtype != self.dtype:
-            rows = min(len(self.hidden), max(FEWEST_ROWS, HELD_BYTES // (self.hidden.element_size() * policy.width)))
-            self.held = self.hidden.new_empty(rows, policy.width)
+    def __init__(self, policy: Reading, hidden: torch.dtype | None, weight: torch.dtype | None, many: bool) -> None:
+        self.policy, self.hidden_dtype, self.weight_dtype = policy, hidden, weight
+        self.of_hidden: list[Tensor] = []
+        self.of_weight: Tensor | None = None
+        self.adds = policy.hidden.dtype == weight
+        enough = policy.piece_rows if self.adds else HELD_BYTES // (policy.hidden.element_size() * policy.width)
+        self.rows = None if many else _Rows(policy, max(FEWEST_ROWS, enough))
 
-    def hold(self, of_logits: Tensor) -> Tensor:
-        """The gradient of a piece of logits [p, V] in the dtype of the product."""
-        if self.held is None:
-            return of_logits
-        if self.stop - self.start + len(of_logits) > len(self.held):
-            self._flush()
-        place = self.held[self.stop - self.start :][: len(of_logits)]
-        return place.copy_(of_logits)
-
-    def add(self, of_logits: Tensor, piece: slice) -> None:
-        """Take what ``hold`` gave into the sum."""
-        if self.held is not None:
-            self.stop += len(of_logits)
-        elif self.total is None:
-            self.total = of_logits.T @ self.hidden[piece]
-        else:
-            self.total.addmm_(of_logits.T, self.hidden[piece])
-
-    def finish(self) -> Tensor | None:
-        """The sum over all pieces; None where it has been added to the original's gradient."""
-        if self.held is not None:
-            self._flush()
-        assert self.total is not None
-        if self.original is None:
-            return self.total
-        self.original.grad = self.total
-        return None
-
-    def _flush(self) -> None:
-        if self.held is None or self.stop == self.start:
+    def take(self, strip: slice, of_logits: Tensor) -> None:
+        """Take the gradient [s, V] of the logits of the next strip."""
+        if self.rows is None:
+            self._multiply(strip, of_logits)
             return
-        of_logits, hidden = self.held[: self.stop - self.start], self.hidden[self.start : self.stop]
-        first, self.start = self.total is None, self.stop
-        if self.total is None:
-            self.total = hidden.new_empty(self.shape, dtype=self.dtype)
-        bound = PIECE_BYTES.get(hidden.device.type, PIECE_BYTES_ELSEWHERE)
-        words = max(FEWEST_ROWS, bound // (hidden.element_size() * hidden.shape[1]))
-        for start in range(0, len(self.total), words):
-            part, product = self.total[start : start + words], of_logits[:, start : start + words].T @ hidden
-            part.copy_(product) if first else part.add_(product)
+        if not self.rows.has_room(strip):
+            self._multiply(*self.rows.take())
+        self.rows.put(strip, of_logits)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, over all strips."""
+        if self.rows is not None:
+            self._multiply(*self.rows.take())
+        return torch.cat(self.of_hidden) if self.of_hidden else None, self.of_weight
+
+    def _multiply(self, positions: slice, of_logits: Tensor) -> None:
+        weight = self.policy.weight
+        if self.hidden_dtype is not None:
+            part = of_logits.clone() if weight is None else of_logits @ weight
+            self.of_hidden.append(part.to(self.hidden_dtype))
+        if self.weight_dtype is None or weight is None:
+            return
+        hidden = self.policy.hidden[positions]
+        if self.of_weight is None:
+            if self.adds:
+                self.of_weight = of_logits.T @ hidden
+                return
+            self.of_weight = hidden.new_zeros(weight.shape, dtype=self.weight_dtype)
+        if self.adds:
+            self.of_weight.addmm_(of_logits.T, hidden)
+            return
+        for words in _split(slice(0, len(weight)), max(FEWEST_ROWS, self.policy.piece_bytes // hidden[0].nbytes)):
+            self.of_weight[words].add_(of_logits[:, words].T @ hidden)
+
+
+def _split(whole: slice, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size))
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
