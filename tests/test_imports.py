@@ -29,8 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "starter": {"config", "training.arguments"},
     "build": {"errors", "prompts", "features", "lm", "objectives", "targets", "training", "runs", "config"},
     "publish": {"errors", "lm", "targets", "training", "runs", "config"},
-    "job": {"features", "lm", "targets", "training", "runs", "config", "build", "publish"},
-    "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter"},
+    "job": {"errors", "features", "lm", "targets", "training", "runs", "config", "build", "publish"},
+    "target_texts": {"lm", "targets", "sampling", "training", "runs", "config", "build", "job"},
+    "command_line": {"errors", "runs"},
+    "sample_command": {"errors", "lm", "sampling", "runs", "build", "target_texts", "command_line"},
+    "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter", "command_line", "sample_command"},
     "__main__": {"cli"},
 }
 # The one door that opens upward: `base.constrain(...)`, which Python users expect on the model itself.

@@ -6,18 +6,16 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiltlm.command_line import AsJson, ConfigFile, Device, Overrides, Source, quiet, run_of, terminal
 from tiltlm.errors import TiltError, UsageError
+from tiltlm.sample_command import sample
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tiltlm.runs.directory import RunDirectory
     from tiltlm.training.evaluation import Evaluation
 
 app = typer.Typer(
@@ -29,12 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the run file; `tiltlm init` writes one")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=100")]
-Source = Annotated[str, typer.Argument(metavar="RUN_DIR|MODEL", help="a run, or embedded, a model folder, a hub name")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output and nothing else there")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 
 
 @app.command()
@@ -53,11 +45,11 @@ def tune(
 
     parsed = load_config(config, overrides or [])
     folder = output_dir or Path(parsed.output_dir or Path("runs") / config.stem)
-    console = _console()
+    console = terminal()
     from tiltlm.job import finished, tune_config
     from tiltlm.runs.tables import run_table
 
-    _quiet()
+    quiet()
     directory = finished(parsed, folder) if resume else None
     if directory is not None:
         console.print(f"{folder} is done already; `tiltlm eval` measures it on fresh samples", soft_wrap=True)
@@ -88,16 +80,16 @@ def fit(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False
     from tiltlm.runs.display import Display
     from tiltlm.runs.tables import fit_table
 
-    _quiet()
+    quiet()
     check_names(parsed)
-    console = _console()
+    console = terminal()
     report = state_target(parsed, build_base(parsed), Display(console)).report
     record = report.to_json()
     if as_json:
         moments = {entry["name"]: entry["achieved"] for entry in record["features"]}
         typer.echo(json.dumps({"moments": moments, **record}))
         return
-    _console(stderr=False).print(fit_table(record))
+    terminal(stderr=False).print(fit_table(record))
     for warning in report.warnings:
         console.print(f"note: {warning}", soft_wrap=True)
 
@@ -117,12 +109,12 @@ def evaluate(
     """Draw fresh samples of a run's tuned model, or of any model, and measure them."""
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"--top-p: {top_p} must lie in (0, 1]")
-    run = _run_of(source)
+    run = run_of(source)
     from tiltlm.runs.display import Display
     from tiltlm.runs.tables import evaluation_table
 
-    _quiet()
-    display = Display(_console())
+    quiet()
+    display = Display(terminal())
     with display.counting(f"sampling {source}") as progress:
         result: Evaluation
         if run is None:
@@ -152,51 +144,10 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_json()))
     else:
-        _console(stderr=False).print(evaluation_table(result.to_json()))
+        terminal(stderr=False).print(evaluation_table(result.to_json()))
 
 
-@app.command()
-def sample(
-    source: Source,
-    n: Annotated[int, typer.Option("-n", min=1, help="how many texts")] = 10,
-    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens with this mass; 1: all")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="keep this many likeliest tokens; 0: all")] = 0,
-    temperature: Annotated[float, typer.Option(help="below 1 sharper, above 1 flatter")] = 1.0,
-    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
-    max_completion_length: Annotated[
-        int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="default: a new one each time")] = None,
-    device: Device = "auto",
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="a JSON object a line: prompt, text, logprob, tokens")] = False,
-) -> None:
-    """Write texts of a run's tuned model, or of any model."""
-    run = _run_of(source)
-    from tiltlm.build import load_policy
-    from tiltlm.lm import LanguageModel
-
-    _quiet()
-    length = 40
-    if run is None:
-        model = LanguageModel.from_pretrained(source, device=device)
-    else:
-        config, model = load_policy(run, device)
-        length = config.max_completion_length
-    drawn = model.sample(
-        n,
-        prompt,
-        seed,
-        max_completion_length=max_completion_length or length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
-    for text, logprob, tokens in zip(drawn.texts, drawn.sequence_logprob.tolist(), drawn.lengths.tolist(), strict=True):
-        if jsonl:
-            row = {"prompt": prompt, "text": text, "logprob": logprob, "tokens": tokens}
-            typer.echo(json.dumps(row, ensure_ascii=False))
-        else:
-            typer.echo((prompt or "") + text)
+app.command()(sample)
 
 
 @app.command()
@@ -265,34 +216,3 @@ def _fail(error: Exception, code: int, kind: str = "") -> None:
     if kind:
         typer.echo("This was not foreseen; set TILTLM_TRACEBACK=1 to see where it happened.", err=True)
     sys.exit(code)
-
-
-def _console(*, stderr: bool = True) -> Console:
-    from tiltlm.runs.display import plain_console
-
-    return plain_console(stderr=stderr)
-
-
-def _quiet() -> None:
-    """Keep other libraries' progress bars and notes out of the user's terminal."""
-    if os.environ.get("TILTLM_TRACEBACK"):
-        return
-    warnings.filterwarnings("ignore")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _run_of(source: str) -> RunDirectory | None:
-    """The run directory that ``source`` names, or None when it names a model."""
-    from tiltlm.runs.directory import RunDirectory
-
-    folder = Path(source)
-    if folder.is_file():
-        raise UsageError(f"'{source}' is a file; give the directory of a run or a model, or a name on the hub")
-    if not folder.is_dir() or (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
-        return None
-    if not (folder / "run.json").exists():
-        raise UsageError(f"'{source}' is neither a run (it has no run.json) nor a model (it has no config.json)")
-    return RunDirectory.open(folder)

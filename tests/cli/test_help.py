@@ -15,7 +15,11 @@ PROMISED = {
     "tune": ["CONFIG.yaml", "[KEY=VALUE]...", "--output-dir", "--resume"],
     "fit": ["CONFIG.yaml", "[KEY=VALUE]...", "--json"],
     "eval": ["RUN_DIR|MODEL", "--samples", "--json", "--top-p"],
-    "sample": ["RUN_DIR|MODEL", "-n", "--top-p", "--prompt", "--jsonl", "--seed"],
+    "sample": [
+        "RUN_DIR|MODEL|CONFIG.yaml",
+        "[KEY=VALUE]...",
+        *("-n", "--top-p", "--prompt", "--jsonl", "--seed", "--sampler", "--proposal", "--max-draws", "--qrs-curve"),
+    ],
     "report": ["RUN_DIR"],
     "init": ["[NAME]"],
     "env": [],

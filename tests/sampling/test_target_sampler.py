@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -25,7 +26,7 @@ from tiltlm.estimation import (
     proposal_law,
     resampled_law,
 )
-from tiltlm.exact import ExactTarget, enumerate_completions, exact_target
+from tiltlm.exact import ExactTarget, enumerate_completions, exact_target, kl_gradient
 from tiltlm.features import build_feature, feature, length
 from tiltlm.lm import LanguageModel, Law, Roles, Samples
 from tiltlm.sampling import (
@@ -83,9 +84,9 @@ def truth(target: TiltedTarget = TARGET, prompt: str | None = None) -> ExactTarg
     return exact_target(base(), target, listed(prompt))
 
 
-def proposal(source: str = "base", target: TiltedTarget = TARGET, **settings: Any) -> Proposal:
+def proposal(source: str | None = "base", target: TiltedTarget = TARGET, **settings: Any) -> Proposal:
     prompts = base().encode_prompts(settings.pop("prompts", None))
-    roles = Roles(policy(), base=base())
+    roles = settings.pop("roles", None) or Roles(policy(), base=base())
     given: dict[str, Any] = {"policy": True, "base_sample": base_sample(), "prompts": prompts, **settings}
     return build_proposal(source, roles, target, max_completion_length=LENGTH, **given)
 
@@ -401,8 +402,7 @@ def test_adapters_on_shared_weights_are_the_same_three_laws() -> None:
     for name, part in roles.trainable().items():
         part.data.add_(0.3 * torch.randn(part.shape, generator=torch.Generator().manual_seed(len(name))).to(part))
     prompts = base().encode_prompts(None)
-    made = build_proposal(None, roles, TARGET, policy=True, prompts=prompts, max_completion_length=LENGTH)
-    assert made.source == "policy"
+    made = build_proposal("policy", roles, TARGET, policy=True, prompts=prompts, max_completion_length=LENGTH)
     work = TargetSampler(made, QuasiRejection(2.0), 2_000, seed=0, pilot=512)
     texts = Draws.concatenate(list(work.texts()))
     with torch.no_grad():
@@ -423,13 +423,39 @@ def test_a_fitted_target_brings_what_it_needs() -> None:
     assert sample_target(base(), fitted, 3, sampler="rejection", seed=0, pilot=400).forecast.source == "base"
 
 
+def tuned() -> LanguageModel:
+    """A policy that comes near p by the exact gradient of KL(p‖π)."""
+    model = base().copy()
+    named = dict(model.model.named_parameters())
+    optimizer = torch.optim.Adam(named.values(), lr=0.02)
+    for _ in range(40):
+        for name, gradient in kl_gradient(model, truth()).items():
+            named[name].grad = gradient
+        optimizer.step()
+    return model
+
+
+def test_the_nearest_proposal_is_the_default() -> None:
+    said = r"draws come from the (.*): of 256 each, .* on \d+ of the guided base, \d+ of the policy \(ESS\)"
+    few = draw_base_sample(base(), TARGET.features, 8, None, LENGTH, seed=0)
+    for model, sample, nearest in ((near(base(), 0.1), base_sample(), "guided base"), (tuned(), few, "policy")):
+        made = proposal(None, roles=Roles(model, base=base()), base_sample=sample)
+        found = re.fullmatch(said, made.reason)
+        assert found is not None
+        assert found[1] == nearest
+        assert made.source == nearest.split()[0]
+        assert TargetSampler(made, Metropolis(), 1, pilot=64, seed=0).forecast().notes[0] == made.reason
+    assert proposal(None, policy=False).source == "guided"
+    assert proposal(None, policy=False, base_sample=None).source == "base"
+
+
 @pytest.mark.parametrize(
     ("sampler", "source", "settings", "said"),
     [
         ("rejecton", None, {}, "sampler: 'rejecton'.*did you mean 'rejection'"),
         ("rejection", None, {}, "'words', which is no binary feature.*qrs"),
-        ("rejection", "policy", {}, "rejection takes draws of the base model, not of the policy one.*qrs"),
-        ("guided", "base", {}, "guided takes draws of the guided model, not of the base"),
+        ("rejection", "policy", {}, "rejection takes draws of the base, not of the policy.*qrs"),
+        ("guided", "base", {}, "guided takes draws of the guided base, not of the base"),
         ("qrs", "bas", {}, "proposal: 'bas'.*did you mean 'base'"),
         ("qrs", "policy", {"policy": None}, "no tuned policy"),
         ("guided", None, {"base_sample": None}, "samples that the target was fitted on, and they are not there"),

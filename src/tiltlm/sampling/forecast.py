@@ -22,7 +22,7 @@ from tiltlm.estimation import (
     pareto_k_threshold,
     proposal_law,
 )
-from tiltlm.sampling.proposal import Source
+from tiltlm.sampling.proposal import Proposal, Source
 from tiltlm.sampling.samplers import Metropolis, QuasiRejection, Rejection, Sampler
 from tiltlm.targets.constrain import ENOUGH_SAMPLES
 
@@ -64,7 +64,7 @@ class CurvePoint:
 
 def foretell(
     sampler: Sampler,
-    source: Source,
+    proposal: Proposal,
     weights: Mapping[int, Tensor],
     texts_of: Mapping[int, int],
     *,
@@ -88,7 +88,7 @@ def foretell(
     proposals = sum(map(len, weights.values()))
     return Forecast(
         sampler=sampler,
-        source=source,
+        source=proposal.source,
         texts=sum(texts_of.values()),
         proposals=proposals,
         prompts=len(weights),
@@ -97,7 +97,7 @@ def foretell(
         proposal_closeness=_closeness([proposal_law(row) for row in hit.values()], whole),
         ess=ess,
         draws=max(proposals, needed) if pilot_kept else proposals + needed,
-        notes=tuple(_notes(sampler, list(weights.values()), ess)),
+        notes=(*([proposal.reason] if proposal.reason else []), *_notes(sampler, list(weights.values()), ess)),
     )
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError, nearest
-from tiltlm.estimation import log_importance_weights
+from tiltlm.estimation import effective_sample_size, log_importance_weights
 from tiltlm.lm import Guide, LanguageModel, Law, Prompts, Roles, Samples
 from tiltlm.targets import BaseSample, Target, Twist, measure_samples, prefix_automaton
 
 Source = Literal["base", "guided", "policy"]
 SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
+CALLED: dict[Source, str] = {"base": "the base", "guided": "the guided base", "policy": "the policy"}
+# Draws by which two proposals are told apart, and the most prompts that they are of.
+TRIAL, TRIAL_PROMPTS = 256, 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``."""
+    """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``.
+
+    ``reason`` says why it was chosen, where it was chosen among others.
+    """
 
     roles: Roles
     target: Target
@@ -56,6 +62,7 @@ class Proposal:
     prompts: Prompts
     max_completion_length: int = 40
     guide: Guide | None = None
+    reason: str = ""
 
     @torch.no_grad()
     def draw(self, n: int, places: Sequence[int], generator: torch.Generator) -> Draws:
@@ -88,13 +95,22 @@ def build_proposal(
     prompts: Prompts,
     max_completion_length: int = 40,
 ) -> Proposal:
-    """The proposal called ``source``, by default the one at hand that is nearest to the target.
+    """The proposal called ``source``, by default the nearest to the target of those at hand.
 
-    That is the policy if there is one, else the base under the guide that ``base_sample``, what the target was fitted
-    on, makes, else the base. Raises UsageError for one that there is not.
+    That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where there
+    is no guide; or the policy, if there is one and more of 256 draws of it carry the target's weight. Raises UsageError
+    for a proposal that there is not.
     """
     if source is None:
-        source = "policy" if policy else "guided" if base_sample is not None and is_guidable(target) else "base"
+        own = "guided" if base_sample is not None and is_guidable(target) else "base"
+        rivals = [own, "policy"] if policy else [own]
+        given: dict[str, Any] = {
+            "policy": policy,
+            "base_sample": base_sample,
+            "prompts": prompts,
+            "max_completion_length": max_completion_length,
+        }
+        return _nearest([build_proposal(rival, roles, target, **given) for rival in rivals])
     if source not in SOURCES:
         raise UsageError(f"proposal: '{source}' is not known; {nearest(source, SOURCES)}")
     if source == "policy" and not policy:
@@ -104,6 +120,23 @@ def build_proposal(
         with roles.use("base") as base:
             guide = guide_toward(base, target, base_sample)
     return Proposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
+
+
+def _nearest(proposals: Sequence[Proposal]) -> Proposal:
+    """The one of which most draws carry the target's weight, by a trial of each."""
+    if len(proposals) == 1:
+        return proposals[0]
+    sizes = []
+    for proposal in proposals:
+        generator = torch.Generator(proposal.roles.policy.device).manual_seed(TRIAL)
+        draws = proposal.draw(TRIAL, range(min(TRIAL_PROMPTS, len(proposal.prompts))), generator)
+        sizes.append(sum(effective_sample_size(part.log_weights).value for _, part in draws.by_prompt()))
+    chosen = max(range(len(proposals)), key=sizes.__getitem__)
+    shown = ", ".join(f"{size:.0f} of {CALLED[one.source]}" for size, one in zip(sizes, proposals, strict=True))
+    reason = (
+        f"draws come from {CALLED[proposals[chosen].source]}: of {TRIAL} each, the target's weight is on {shown} (ESS)"
+    )
+    return replace(proposals[chosen], reason=reason)
 
 
 def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | None) -> Guide:

@@ -30,7 +30,7 @@ from tiltlm.estimation import (
     resampled_law,
 )
 from tiltlm.sampling.intakes import Accepting, Chains, Intake, Pool, TakingAll
-from tiltlm.sampling.proposal import Source
+from tiltlm.sampling.proposal import CALLED, Source
 from tiltlm.targets import Target, TiltedTarget
 
 # Quasi-rejection that is not told otherwise comes as near as this, in nats.
@@ -63,6 +63,10 @@ class Sampler(ABC):
         return self
 
     @abstractmethod
+    def words(self, source: Source) -> str:
+        """What it does, in a line, once it is settled."""
+
+    @abstractmethod
     def rate(self, log_weights: Tensor, n: int) -> Estimate:
         """The share of proposals that is accepted, for ``n`` texts of a prompt."""
 
@@ -88,6 +92,9 @@ class Guided(Sampler):
     @property
     def only_source(self) -> Source | None:
         return "guided"
+
+    def words(self, source: Source) -> str:
+        return "guided: all that the guided base draws, as it is"
 
     def rate(self, log_weights: Tensor, n: int) -> Estimate:
         return Estimate(1.0, 0.0)
@@ -131,6 +138,9 @@ class Rejection(Sampler):
 
     def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
         return self if self.log_beta is not None else replace(self, log_beta=known_bound(target))
+
+    def words(self, source: Source) -> str:
+        return f"rejection: exact draws of p from {CALLED[source]}, where log P/q is at most {self.bound:.4g}"
 
     def rate(self, log_weights: Tensor, n: int) -> Estimate:
         return acceptance_rate(log_weights, self.bound)
@@ -178,6 +188,9 @@ class QuasiRejection(Rejection):
         if self.acceptance is not None:
             return QuasiRejection(log_beta_for_acceptance(weights, self.acceptance))
         return QuasiRejection(log_beta_for_kl(weights, NEAR_KL))
+
+    def words(self, source: Source) -> str:
+        return f"qrs: draws of {CALLED[source]}, accepted with probability min(1, P/(β q)), log β = {self.bound:.6g}"
 
     def law(self, log_weights: Tensor, n: int) -> Closeness:
         return accepted_law(log_weights, self.bound)
@@ -235,6 +248,12 @@ class Resampling(Sampler):
     def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
         return self if self.least is not None else replace(self, least=len(weights[0]))
 
+    def words(self, source: Source) -> str:
+        return (
+            f"resample: texts chosen by weight P/q from pools of {CALLED[source]}, {self.oversample} draws for each "
+            f"text and at least {self.least or 1:,} in a pool"
+        )
+
     def rate(self, log_weights: Tensor, n: int) -> Estimate:
         return Estimate(n / self.needed(n), 0.0)
 
@@ -271,6 +290,12 @@ class Metropolis(Sampler):
         for name, least in (("chains", 1), ("burn_in", 0), ("thin", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least {least}")
+
+    def words(self, source: Source) -> str:
+        return (
+            f"mcmc: up to {self.chains} chains for each prompt, which move to draws of {CALLED[source]}; "
+            f"{self.burn_in} steps of burn-in, {self.thin} steps from text to text"
+        )
 
     def rate(self, log_weights: Tensor, n: int) -> Estimate:
         return chain_acceptance(log_weights)

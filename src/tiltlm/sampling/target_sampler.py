@@ -14,7 +14,7 @@ from tiltlm.estimation import no_hit
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples
 from tiltlm.sampling.forecast import CurvePoint, Forecast, foretell, qrs_curve
 from tiltlm.sampling.intakes import Intake
-from tiltlm.sampling.proposal import Draws, Proposal, build_proposal
+from tiltlm.sampling.proposal import CALLED, Draws, Proposal, build_proposal
 from tiltlm.sampling.samplers import Sampler, build_sampler
 from tiltlm.targets import BaseSample, FittedTarget, Target
 
@@ -65,10 +65,10 @@ class TargetSampler:
         for name, value, least in (("n", n, 1), ("pilot", pilot, 2), ("max_draws", max_draws, 1)):
             if value < least:
                 raise UsageError(f"{name}: {value} must be at least {least}")
-        if sampler.only_source not in (None, proposal.source):
+        if sampler.only_source is not None and sampler.only_source != proposal.source:
             raise UsageError(
-                f"proposal: {sampler.name} takes draws of the {sampler.only_source} model, not of the "
-                f"{proposal.source} one; "
+                f"proposal: {sampler.name} takes draws of {CALLED[sampler.only_source]}, not of "
+                f"{CALLED[proposal.source]}; "
                 + (
                     "no bound of P(x)/q(x) is known there, and qrs needs none"
                     if sampler.only_source == "base"
@@ -107,14 +107,14 @@ class TargetSampler:
         if all(map(no_hit, self.weights.values())):
             share = RULE_OF_THREE / self.pilot_size
             raise UnreachableTargetError(
-                f"none of {self.pilot_size:,} draws of the {self.proposal.source} model lies in the target's support, "
+                f"none of {self.pilot_size:,} draws of {CALLED[self.proposal.source]} lies in the target's support, "
                 f"so fewer than {share:.1g} of them do, and {self.n:,} texts would take more than "
                 f"{math.ceil(self.n / share):,} draws. A larger pilot would say more; a guided base, or a tuned "
                 f"policy, is nearer to the target"
             )
         source = self.proposal.source
         self.sampler = self.sampler.settled(list(self.weights.values()), self.proposal.target, source)
-        self._forecast = foretell(self.sampler, source, self.weights, self.texts_of, pilot_kept=keeps)
+        self._forecast = foretell(self.sampler, self.proposal, self.weights, self.texts_of, pilot_kept=keeps)
         self._pilot = pilot if keeps else None
         return self._forecast
 

@@ -1,0 +1,91 @@
+"""From a run, or a config that was never tuned, to a sampler of its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tiltlm.build import build_base, check_names, encode_prompts, load_run, read_prompts
+from tiltlm.config import RunConfig, load_config
+from tiltlm.job import state_target
+from tiltlm.lm import Roles
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.runs.display import Display
+from tiltlm.runs.tables import estimate
+from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
+from tiltlm.sampling.proposal import CALLED
+from tiltlm.targets import BaseSample, Target
+from tiltlm.training.checkpoint import load_base_sample
+
+
+def sampler_of_run(run: RunDirectory, n: int, device: str, **settings: Any) -> TargetSampler:
+    """A sampler of a finished run's target, with its base, its tuned model and the samples that it was fitted on.
+
+    Raises UsageError, CheckpointError.
+    """
+    config, roles, target = load_run(run, device)
+    with roles.use("base") as base:
+        base_sample = load_base_sample(run.checkpoint_dir, base)
+    return _sampler(config, roles, target, base_sample, n, policy=True, **settings)
+
+
+def sampler_of_config(
+    path: Path, overrides: Sequence[str], n: int, device: str, display: Display, **settings: Any
+) -> TargetSampler:
+    """A sampler of a config's target, fitted on samples of the base now. Raises UsageError, UnreachableTargetError."""
+    config = load_config(path, [*overrides, *([f"device={device}"] if device != "auto" else [])])
+    check_names(config)
+    base = build_base(config)
+    stated = state_target(config, base, display)
+    for warning in stated.report.warnings:
+        display.say(f"note: {warning}")
+    return _sampler(config, Roles(base, base=base), stated.target, stated.base_sample, n, policy=False, **settings)
+
+
+def _sampler(
+    config: RunConfig,
+    roles: Roles,
+    target: Target,
+    base_sample: BaseSample | None,
+    n: int,
+    *,
+    policy: bool,
+    rule: Sampler,
+    proposal: str | None,
+    prompt: str | None,
+    max_completion_length: int | None,
+    **settings: Any,
+) -> TargetSampler:
+    with roles.use("base") as base:
+        prompts = (
+            base.encode_prompts(prompt) if prompt is not None else encode_prompts(base, read_prompts(config.prompts))
+        )
+    law = build_proposal(
+        proposal or rule.only_source,
+        roles,
+        target,
+        policy=policy,
+        base_sample=base_sample,
+        prompts=prompts,
+        max_completion_length=max_completion_length or config.max_completion_length,
+    )
+    return TargetSampler(law, rule, n, **settings)
+
+
+def forecast_table(forecast: Forecast) -> Table:
+    """What is to be expected of the texts, and of the proposal as it is."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "texts", CALLED[forecast.source]):
+        table.add_column(column, justify="left" if not column else "right")
+    law, plain = forecast.closeness, forecast.proposal_closeness
+    table.add_row("KL(p‖law), nats", estimate(law.kl.to_json()), estimate(plain.kl.to_json()))
+    table.add_row("TV(p, law)", estimate(law.tv.to_json()), estimate(plain.tv.to_json()))
+    table.add_row("acceptance", estimate(forecast.acceptance.to_json()), "")
+    table.add_row(f"draws for {forecast.texts:,} texts", f"about {forecast.draws:,}", "")
+    table.add_row(f"ESS of {forecast.proposals:,} pilot draws", "", estimate(forecast.ess.to_json()))
+    if forecast.prompts > 1:
+        table.add_row("prompts of the pilot", "", f"{forecast.prompts:,}")
+    return table
