@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from enumerable import LAWS, PROMPTS, tiny_model
 from tiltlm.errors import UsageError
 from tiltlm.lm import LanguageModel, Law, Samples
+from tiltlm.lm.model import even_pieces
 
 
 def naive_logprob(model: LanguageModel, samples: Samples) -> list[torch.Tensor]:
@@ -71,6 +73,25 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
         torch.testing.assert_close(logprob, whole, rtol=0, atol=1e-6 if model.name[0] == "l" else 1e-12)
         for one, other in zip(gradients(model, logprob.square().sum()), reference, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30, 31, 1000])
+@pytest.mark.parametrize("seed", range(6))
+def test_chunks_are_as_few_as_can_be_and_of_these_the_least(seed, budget):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (11,), generator=generator).sort().values.tolist()
+
+    def largest(cuts):
+        pieces = itertools.pairwise([0, *cuts, len(lengths)])
+        # A row by itself is always possible.
+        return max(((stop - start) * lengths[stop - 1] for start, stop in pieces if stop - start > 1), default=0)
+
+    rows = even_pieces(lengths, budget)
+    assert sum(rows) == len(lengths)
+    ways = [itertools.combinations(range(1, len(lengths)), k) for k in range(len(lengths))]
+    fewest, least = next((k + 1, m) for k, cuts in enumerate(ways) if (m := min(map(largest, cuts))) <= budget)
+    assert len(rows) == fewest
+    assert largest(itertools.accumulate(rows[:-1])) == least
 
 
 def test_one_row_longer_than_the_bound_is_still_scored(monkeypatch):

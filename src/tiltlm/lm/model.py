@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -255,13 +256,7 @@ class LanguageModel:
             return list(torch.split(order, size))
         # The last sampled token is not read, the prompt is.
         lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
-        budget = max(1, self._chunk_bytes() // self._bytes_of_a_token())
-        pieces, start = [], 0
-        for stop in range(1, len(order) + 1):
-            if stop == len(order) or (stop + 1 - start) * lengths[stop] > budget:
-                pieces.append(order[start:stop])
-                start = stop
-        return pieces
+        return list(torch.split(order, even_pieces(lengths, self._chunk_bytes() // self._bytes_of_a_token())))
 
     def read(self, samples: Samples) -> Reading:
         """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
@@ -381,13 +376,15 @@ class LanguageModel:
         return int(self.model.config.get_text_config().vocab_size)
 
     def _bytes_of_a_token(self) -> int:
-        """What one token needs of memory in a pass with gradient, in float32, about."""
+        """What one token needs of memory in a pass with gradient, about."""
         if self.output_layer is None:
             return self.vocab_size * 4 * COPIES_OF_LOGITS
         config = self.model.config.get_text_config()
         width = int(config.hidden_size)
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-        return int(4 * config.num_hidden_layers * (HIDDEN_VECTORS * width + INTERMEDIATE_VECTORS * inner))
+        # Products in 16 bits keep their inputs for backward in 16 bits; norms and attention keep theirs in 32.
+        element = 4 if self.compute_dtype is None else 3
+        return int(element * config.num_hidden_layers * (HIDDEN_VECTORS * width + INTERMEDIATE_VECTORS * inner))
 
     @cached_property
     def _weight_bytes(self) -> int:
@@ -440,6 +437,24 @@ def _start_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int
             if getattr(place, name, None) is not None:
                 return int(getattr(place, name))
     raise ModelError("model: its config.json has no decoder_start_token_id, after which its decoder would start")
+
+
+def even_pieces(lengths: Sequence[int], budget: int) -> list[int]:
+    """Numbers of rows, of ascending ``lengths``, in as few pieces as can be of ``budget`` tokens each with padding.
+
+    Among such pieces those whose largest is least, so that none is full where another is nearly empty.
+    """
+
+    def pieces(budget: int) -> list[int]:
+        rows = [0]
+        for length in lengths:
+            if rows[-1] and (rows[-1] + 1) * length > budget:
+                rows.append(0)
+            rows[-1] += 1
+        return rows
+
+    fewest = len(pieces(budget))
+    return pieces(bisect_left(range(budget), True, key=lambda less: len(pieces(less)) <= fewest))
 
 
 def _check_whole(name: str, value: int | None, least: int) -> None:
