@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tiltlm.job import Run, tune
     from tiltlm.lm import LanguageModel, Samples
     from tiltlm.objectives import Objective, Record
+    from tiltlm.sampling import sample_target
     from tiltlm.targets import FittedTarget, Target, TiltedTarget, constrain
     from tiltlm.training.callbacks import Callback
 
@@ -33,6 +34,7 @@ _HOMES = {
     "TiltedTarget": "tiltlm.targets",
     "constrain": "tiltlm.targets",
     "feature": "tiltlm.features",
+    "sample_target": "tiltlm.sampling",
     "tune": "tiltlm.job",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "TiltedTarget",
     "constrain",
     "feature",
+    "sample_target",
     "tune",
 ]
 

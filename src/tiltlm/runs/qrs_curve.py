@@ -77,7 +77,7 @@ def _picture(points: Sequence[CurvePoint], chosen: float, form: str) -> bytes:
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: f"{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlabel("acceptance", color=INK)
+            axes.set_xlabel("acceptance (dot: these texts)", color=INK)
             axes.set_title(title, color=INK, fontsize=10, loc="left")
             errors = [2 * _se(one) for one in values]
             lower = [max(one.value - error, 0.0) for one, error in zip(values, errors, strict=True)]
