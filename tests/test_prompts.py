@@ -12,7 +12,7 @@ import torch
 
 from enumerable import tiny_model
 from tiltlm.build import encode_prompts, read_prompts
-from tiltlm.config import PromptsConfig, apply_override
+from tiltlm.config import apply_override, parse_config
 from tiltlm.errors import UsageError
 from tiltlm.features import callable_feature, measure
 from tiltlm.lm import LanguageModel
@@ -30,6 +30,14 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'd ' if m.role == 'user' else 'c ' }}{{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}c{% endif %}"
 )
+
+
+def stated(**prompts: Any) -> PromptData:
+    """What a config with this mapping of prompts trains on."""
+    target = {"constraints": [{"feature": {"contains": "a"}, "moment": 0.5}]}
+    found = read_prompts(parse_config({"model": "embedded", "target": target, "prompts": prompts})).training
+    assert found is not None
+    return found
 
 
 def chat_model() -> LanguageModel:
@@ -70,8 +78,7 @@ def test_each_kind_of_file_gives_the_prompts_and_the_columns(tmp_path: Path, end
     assert found.columns["word"] == tuple(row["word"] for row in ROWS)
     weights = tuple(str(row["weight"]) if ending == ".csv" else row["weight"] for row in ROWS)
     assert found.columns == {"word": found.columns["word"], "weight": weights}
-    swapped = read_prompts(PromptsConfig(path=str(tmp_path / f"rows{ending}"), column="word", samples=2))
-    assert swapped is not None
+    swapped = stated(path=str(tmp_path / f"rows{ending}"), column="word", samples=2)
     assert swapped.prompts == ("b", "ä, “c”")
     assert swapped.columns["prompt"] == ("a b", "d")
 
@@ -80,14 +87,13 @@ def test_a_data_set_in_a_folder_is_read_by_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "rows_of_ours"
     folder.mkdir()
     written(folder, ".parquet").rename(folder / "test.parquet")
-    found = read_prompts(PromptsConfig(dataset=str(folder), split="test"))
-    assert found is not None
+    found = stated(dataset=str(folder), split="test")
     assert found.prompts == tuple(row["prompt"] for row in ROWS)
     assert found.columns["weight"] == (2, -1, 0)
     with pytest.raises(UsageError, match=r"^prompts.dataset: '.*rows_of_ours', split 'train' cannot be loaded: \w+"):
-        read_prompts(PromptsConfig(dataset=str(folder)))
+        stated(dataset=str(folder))
     with pytest.raises(UsageError, match=r"^prompts.dataset: 'us/not-there', subset 'all', split 'train' cannot"):
-        read_prompts(PromptsConfig(dataset="us/not-there", subset="all"))
+        stated(dataset="us/not-there", subset="all")
 
 
 def test_a_text_file_has_a_prompt_a_line_and_a_string_is_one_itself(tmp_path: Path) -> None:
@@ -97,7 +103,6 @@ def test_a_text_file_has_a_prompt_a_line_and_a_string_is_one_itself(tmp_path: Pa
     assert stated_prompts(str(tmp_path / "no ending")).prompts == ("d",)
     assert stated_prompts("once upon a time").prompts == ("once upon a time",)
     assert stated_prompts(["a", "b"]).prompts == ("a", "b")
-    assert read_prompts(None) is None
 
 
 def test_rows_may_lack_a_column_and_what_is_not_plain_is_left_out() -> None:
@@ -139,6 +144,17 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path, ending: str) -> Non
     (tmp_path / f"bytes{ending}").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match=r"UTF-8|Parquet"):
         stated_prompts(str(tmp_path / f"bytes{ending}"))
+
+
+def test_a_share_is_held_out_by_the_seed_and_nothing_is_in_both() -> None:
+    data = PromptData(tuple(f"prompt {i}" for i in range(20)), {"n": tuple(range(20))})
+    kept, held = data.split(0.25, seed=3)
+    assert (len(kept), len(held)) == (15, 5)
+    assert sorted([*kept.columns["n"], *held.columns["n"]]) == list(range(20))
+    assert held.columns["n"] == tuple(sorted(held.columns["n"]))
+    assert all(prompt == f"prompt {n}" for prompt, n in zip(held.prompts, held.columns["n"], strict=True))
+    assert data.split(0.25, seed=3) == (kept, held)
+    assert data.split(0.25, seed=4)[1] != held
 
 
 def test_an_override_reaches_into_the_mapping_of_prompts() -> None:
@@ -225,7 +241,9 @@ def test_a_prompt_that_is_too_long_is_named_by_its_row() -> None:
         lambda: draw_base_sample(model, [], 2, prompts, 4, seed=1),
         lambda: model.sample(2, model.encode_prompts(prompts).select([2, 1]), 0, max_completion_length=4),
     ):
-        with pytest.raises(UsageError, match=r"4 tokens after prompt 2, 'b b .*' of 23 are more than the 24 positions"):
+        with pytest.raises(
+            UsageError, match=r"4 tokens after prompt 2, 'b b .*', of 23 are more than the 24 positions"
+        ):
             draw()
     assert len(model.sample(2, prompts, 0, max_completion_length=2)) == 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,20 +150,43 @@ def check_names(config: RunConfig) -> None:
     check_pool(config.training, iterations, objective, rule)
     if isinstance(objective, Guided) or rule.first == "guided":
         prefix_automaton(target.features)
-    read_prompts(config.prompts)
+    read_prompts(config)
 
 
-def read_prompts(stated: str | Sequence[Any] | PromptsConfig | None) -> PromptData | None:
-    """The prompts of a config with their columns; None where it has none. Raises UsageError."""
+@dataclass(frozen=True)
+class PromptSplit:
+    """The prompts to train on (None: none, a text begins with BOS), and those for evaluation alone, if there are."""
+
+    training: PromptData | None
+    held_out: PromptData | None = None
+
+
+def read_prompts(config: RunConfig) -> PromptSplit:
+    """The prompts of a config with their columns. Raises UsageError."""
+    stated = config.prompts
     if stated is None:
-        return None
+        return PromptSplit(None)
     if not isinstance(stated, PromptsConfig):
-        return stated_prompts(stated)
-    if stated.path is not None:
+        return PromptSplit(stated_prompts(stated))
+    if stated.rows is not None:
+        found = stated_prompts(stated.rows, stated.column)
+    elif stated.path is not None:
         found = prompt_file(stated.path, stated.column)
     else:
         found = prompt_dataset(str(stated.dataset), stated.column, subset=stated.subset, split=stated.split)
-    return found if stated.samples is None else found.select(range(min(stated.samples, len(found))))
+    if stated.samples is not None:
+        found = found.select(range(min(stated.samples, len(found))))
+    if stated.held_out is None:
+        return PromptSplit(found)
+    if isinstance(stated.held_out, float):
+        return PromptSplit(*found.split(stated.held_out, config.seed))
+    return PromptSplit(found, other_prompts(config, stated.held_out))
+
+
+def other_prompts(config: RunConfig | None, given: str | list[Any]) -> PromptData:
+    """Prompts beside those of a config, from the same column: a list, a file, or one prompt. Raises UsageError."""
+    stated = config.prompts if config is not None else None
+    return stated_prompts(given, stated.column if isinstance(stated, PromptsConfig) else "prompt")
 
 
 def encode_prompts(model: LanguageModel, data: PromptData | None) -> Prompts:

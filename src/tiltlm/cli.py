@@ -100,6 +100,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="fresh samples to draw")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="seed of the draw")] = 0,
     top_p: Annotated[float | None, typer.Option(help="also take the moments under top-p sampling")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="a file of other prompts, or one prompt; default: the run's held-out or own ones")
+    ] = None,
     max_completion_length: Annotated[
         int | None, typer.Option(min=1, help="tokens; default: the run's own, or 40")
     ] = None,
@@ -118,28 +121,41 @@ def evaluate(
     with display.counting(f"sampling {source}") as progress:
         result: Evaluation
         if run is None:
+            from tiltlm.build import encode_prompts, other_prompts
             from tiltlm.lm import LanguageModel
             from tiltlm.training.evaluation import evaluate_model
 
+            others = other_prompts(None, prompts) if prompts is not None else None
             model = LanguageModel.from_pretrained(source, device=device)
-            length = max_completion_length or 40
-            result = evaluate_model(model, samples, seed=seed, max_completion_length=length, progress=progress)
+            result = evaluate_model(
+                model,
+                samples,
+                prompts=encode_prompts(model, others),
+                seed=seed,
+                prompts_from=prompts or "none",
+                max_completion_length=max_completion_length or 40,
+                progress=progress,
+            )
         else:
-            from tiltlm.build import encode_prompts, load_run, read_prompts
+            from tiltlm.build import encode_prompts, load_run, other_prompts, read_prompts
             from tiltlm.job import stream
-            from tiltlm.training.evaluation import evaluate_policy
+            from tiltlm.training.evaluation import HELD_OUT, TRAINING, evaluate_policy
 
             config, roles, target = load_run(run, device)
+            split = read_prompts(config)
+            known = (split.held_out, HELD_OUT) if split.held_out is not None else (split.training, TRAINING)
+            data, prompts_from = known if prompts is None else (other_prompts(config, prompts), prompts)
             result = evaluate_policy(
                 roles,
                 target,
                 samples,
-                prompts=encode_prompts(roles.policy, read_prompts(config.prompts)),
+                prompts=encode_prompts(roles.policy, data),
                 max_completion_length=max_completion_length or config.max_completion_length,
                 # Neither the run's own evaluation nor anything that it was trained on.
                 seed=stream(config.seed, "eval") + 1_000_000 * (seed + 1),
                 top_p=top_p,
                 progress=progress,
+                prompts_from=prompts_from,
             )
     if as_json:
         typer.echo(json.dumps(result.to_json()))

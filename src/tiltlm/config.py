@@ -87,19 +87,26 @@ class EvaluationConfig(Section):
 
 
 class PromptsConfig(Section):
-    """Where prompts come from, with the columns beside them."""
+    """Where prompts come from, with the columns beside them, and which of them are for evaluation alone."""
 
-    path: Annotated[str | None, Field(description="a file: .txt, .jsonl, .json, .csv or .parquet")] = None
+    rows: Annotated[list[Any] | None, Field(description="the prompts themselves")] = None
+    path: Annotated[str | None, Field(description="or a file: .txt, .jsonl, .json, .csv or .parquet")] = None
     dataset: Annotated[str | None, Field(description="or a data set, by its name on the hub or its folder")] = None
     subset: Annotated[str | None, Field(description="of a data set that has several")] = None
     split: Annotated[str, Field(description="of a data set")] = "train"
     column: Annotated[str, Field(description="the one that holds the prompt: text, or chat messages")] = "prompt"
     samples: Annotated[int | None, Field(ge=1, description="only the first so many; null: all")] = None
+    held_out: Annotated[
+        float | str | list[Any] | None,
+        Field(description="never trained on: a share of the prompts, or a file or list of others"),
+    ] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptsConfig:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give path, a file, or else dataset, a name on the hub or a folder")
+        if sum(source is not None for source in (self.rows, self.path, self.dataset)) != 1:
+            raise ValueError("give path, a file, or else dataset, a name on the hub or a folder, or else rows")
+        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: {self.held_out:g} must be a share between 0 and 1, a file or a list")
         return self
 
 

@@ -102,12 +102,16 @@ def tune(
     peft: dict[str, Any] | None = None,
     seed: int = 0,
     evaluation_samples: int = 2048,
+    held_out: Sequence[Any] | None = None,
     callbacks: Sequence[Callback] = (),
     **training: Any,
 ) -> Run:
     """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
 
     ``method`` is a name, or the run file's mapping, such as ``{"name": "guided", "args": {"correction": 0}}``.
+
+    The run is evaluated on the prompts of the target or, if given, on ``held_out``: texts, chat messages, or mappings
+    with one of these as ``prompt`` and further columns.
 
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
     Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
@@ -116,7 +120,7 @@ def tune(
         {
             "model": base.name,
             "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
-            "prompts": _stated_prompts(target.base_sample.samples.prompts),
+            "prompts": _stated_prompts(target.base_sample.samples.prompts, held_out),
             "target": _stated_config(target),
             "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
             "training": training,
@@ -141,10 +145,14 @@ def tune(
         return _run(config, directory, roles, stated, display, callbacks, resume=False)
 
 
-def _stated_prompts(prompts: Prompts) -> list[Any] | None:
+def _stated_prompts(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
     """The run file's form of prompts that were given in Python, in the order in which they were given."""
-    if not any(prompts.texts) and not prompts.columns:
-        return None
+    if held_out is not None:
+        return {"rows": _rows(prompts), "held_out": list(held_out)}
+    return _rows(prompts) if any(prompts.texts) or prompts.columns else None
+
+
+def _rows(prompts: Prompts) -> list[Any]:
     chats = prompts.messages or [None] * len(prompts)
     given = [list(chat) if chat else text or "" for chat, text in zip(chats, prompts.texts, strict=True)]
     columns = [dict(zip(prompts.columns, row, strict=True)) for row in zip(*prompts.columns.values(), strict=True)]
@@ -221,7 +229,7 @@ def state_target(
     features = list(own.features) if own else [term.feature for term in terms]
     sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
     if sample is None:
-        prompts = encode_prompts(base, read_prompts(config.prompts))
+        prompts = encode_prompts(base, read_prompts(config).training)
         with display.counting("sampling the base") as progress:
             sample = draw_base_sample(
                 base,
@@ -261,6 +269,16 @@ def _foreseen(
     return found.advice()
 
 
+def _held_out(config: RunConfig, base: LanguageModel) -> Prompts | None:
+    """The prompts that are for evaluation alone; UsageError, before training, for one that is too long."""
+    data = read_prompts(config).held_out
+    if data is None:
+        return None
+    prompts = encode_prompts(base, data)
+    base.check_length(prompts, config.max_completion_length)
+    return prompts
+
+
 def goals(report: FitReport) -> dict[str, float | None]:
     """The wanted mean of each feature, by name."""
     return {term.name: term.goal for term in report.terms}
@@ -294,6 +312,7 @@ def _run(
     )
     with roles.use("base") as base:
         weights = fingerprint(base)
+        held_out = _held_out(config, base)
     if resume:
         check_same_base(directory, weights)
         trainer.resume()
@@ -320,7 +339,7 @@ def _run(
         if trainer.step > began and not (every and trainer.step % every == 0):
             trainer.save()  # so that no step has to be taken again should the evaluation be cut short
         seed = stream(config.seed, "evaluate")
-        before, after = evaluate(config, roles, stated.target, stated.base_sample, seed, display)
+        before, after = evaluate(config, roles, stated.target, stated.base_sample, held_out, seed, display)
         publish(directory, config, roles, stated.report, before, after)
         directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
     except KeyboardInterrupt:

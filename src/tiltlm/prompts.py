@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,20 @@ class PromptData:
         kept = list(rows)
         columns = {name: tuple(values[i] for i in kept) for name, values in self.columns.items()}
         return PromptData(tuple(self.prompts[i] for i in kept), columns)
+
+    def split(self, share: float, seed: int) -> tuple[PromptData, PromptData]:
+        """Those to train on, and a ``share`` of all to hold out, chosen by ``seed``; both keep their order.
+
+        Raises UsageError where one of the two would be empty.
+        """
+        count = round(share * len(self))
+        if not 0 < count < len(self):
+            raise UsageError(
+                f"prompts.held_out: {share:g} of {len(self)} prompts are {count}; at least one must be held out, and "
+                f"one left to train on"
+            )
+        held = set(random.Random(seed).sample(range(len(self)), count))
+        return self.select(i for i in range(len(self)) if i not in held), self.select(sorted(held))
 
 
 def stated_prompts(stated: str | Sequence[Any], column: str = "prompt") -> PromptData:

@@ -9,31 +9,55 @@ from safetensors import SafetensorError
 
 from tiltlm.config import RunConfig
 from tiltlm.errors import TiltError
-from tiltlm.lm import Roles
+from tiltlm.lm import Prompts, Roles
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display
 from tiltlm.runs.model_card import model_card
 from tiltlm.targets import BaseSample, FitReport, Target
-from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
+from tiltlm.training.evaluation import (
+    HELD_OUT,
+    TRAINING,
+    Evaluation,
+    draw_control,
+    evaluate_base,
+    evaluate_policy,
+)
 
 
 def evaluate(
-    config: RunConfig, roles: Roles, target: Target, base_sample: BaseSample, seed: int, display: Display
+    config: RunConfig,
+    roles: Roles,
+    target: Target,
+    base_sample: BaseSample,
+    held_out: Prompts | None,
+    seed: int,
+    display: Display,
 ) -> tuple[Evaluation, Evaluation]:
-    """The base, on the samples that it gave for the fit, and the tuned model, on fresh ones."""
-    wanted = config.evaluation
-    before = evaluate_base(base_sample, target, wanted.samples, wanted.texts, seed)
+    """The base, on the samples that it gave for the fit, and the tuned model, on fresh ones.
+
+    With prompts that are ``held_out``, both on samples of these.
+    """
+    wanted, length, control = config.evaluation, base_sample.max_completion_length, None
+    if held_out is not None:
+        with display.counting("evaluating the base") as progress:
+            control = draw_control(
+                roles, target, wanted.samples, held_out, max_completion_length=length, seed=seed, progress=progress
+            )
+    asked = HELD_OUT if held_out is not None else TRAINING
+    before = evaluate_base(control or base_sample, target, wanted.samples, wanted.texts, seed, prompts_from=asked)
     with display.counting("evaluating the tuned model") as progress:
         after = evaluate_policy(
             roles,
             target,
             wanted.samples,
-            prompts=base_sample.samples.prompts,
-            max_completion_length=base_sample.max_completion_length,
+            prompts=base_sample.samples.prompts if held_out is None else held_out,
+            max_completion_length=length,
             seed=seed,
             top_p=wanted.top_p,
             texts=wanted.texts,
             progress=progress,
+            control=control,
+            prompts_from=asked,
         )
     display.note_mismatch(after.mismatch)
     return before, after

@@ -61,7 +61,7 @@ def _sampler(
 ) -> TargetSampler:
     with roles.use("base") as base:
         prompts = (
-            base.encode_prompts(prompt) if prompt is not None else encode_prompts(base, read_prompts(config.prompts))
+            base.encode_prompts(prompt) if prompt is not None else encode_prompts(base, read_prompts(config).training)
         )
     law = build_proposal(
         proposal or rule.only_source,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tiltlm.runs.summary import prompts_in_words
+
 if TYPE_CHECKING:
     from tiltlm.targets import FitReport
     from tiltlm.training.evaluation import Evaluation
@@ -18,6 +20,7 @@ def model_card(base: str, config: Mapping[str, Any], report: FitReport, evaluati
     for term in report.terms:
         goal = "" if term.goal is None else f"{term.goal:g}"
         rows.append(f"| {_cell(term.name)} | {term.kind} | {goal} | {term.base} | {evaluation.moments[term.name]} |")
+    asked = prompts_in_words({"prompts": evaluation.prompts, "prompts_from": evaluation.prompts_from})
     adapter = "peft" if config.get("peft") else "transformers"
     return f"""---
 library_name: {adapter}
@@ -33,7 +36,7 @@ Tuned by [tiltlm](https://pypi.org/project/tiltlm/). The licence of the base mod
 {chr(10).join(rows)}
 
 KL(p‖π) {evaluation.kl_p_pi} (it was {report.kl_p_a} for the base), KL(π‖a) {evaluation.kl_pi_a}, both in nats per
-sequence, on {evaluation.samples:,} fresh samples; each figure with its standard error.
+sequence, on {evaluation.samples:,} fresh samples{f" on {asked}" if asked else ""}; each figure with its standard error.
 
 ```yaml
 {yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip()}

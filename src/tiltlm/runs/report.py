@@ -67,6 +67,17 @@ class Preserved:
     change: str
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """One of several prompts: each feature's mean under base and tuned model, and how far that is from the target."""
+
+    prompt: str
+    base: Sequence[Measured]
+    tuned: Sequence[Measured]
+    kl: Measured
+    tv: Measured
+
+
 def write_report(run_dir: str | Path | RunDirectory) -> Path:
     """Write ``report.html`` into a run directory, whatever state the run is in, and return its path.
 
@@ -115,6 +126,8 @@ def render_report(
         how_to_read=how_to_read([*moments, *distances], summary, metrics),
         phases=_phases(metrics, Measured.read(run.get("seconds")).value),
         preserved=_preserved(evaluation),
+        prompts=_prompts(evaluation, [feature.name for feature in summary.features]),
+        prompts_in_all=(evaluation.get("policy") or {}).get("prompts") or 0,
         pairs=pair_samples(samples, MOST_SAMPLES),
         sample_counts={model: sum(one.get("model") == model for one in samples) for model in ("base", "policy")},
         at_first=SAMPLES_AT_FIRST,
@@ -179,6 +192,21 @@ def _phases(metrics: Sequence[Mapping[str, Any]], total: float) -> list[Phase]:
         named["estimating, saving"] = rest
     whole = sum(named.values())
     return [Phase(phase, spent, 100 * spent / whole) for phase, spent in named.items()]
+
+
+def _prompts(evaluation: Mapping[str, Any], names: Sequence[str]) -> list[PromptRow]:
+    base, tuned = ((evaluation.get(model) or {}).get("per_prompt") or [] for model in ("base", "policy"))
+    before = {one["prompt"]: one for one in base}
+    return [
+        PromptRow(
+            str(one["prompt"] or ""),
+            [Measured.read(before.get(one["prompt"], {}).get("moments", {}).get(name)) for name in names],
+            [Measured.read(one["moments"].get(name)) for name in names],
+            Measured.read(one["kl_p_pi"]),
+            Measured.read(one["tv_p_pi"]),
+        )
+        for one in tuned
+    ]
 
 
 def _preserved(evaluation: Mapping[str, Any]) -> list[Preserved]:

@@ -118,7 +118,9 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
     last = metrics[-1] if metrics else {}
     latest: Mapping[str, Any] = evaluation or last
     samples = int((evaluation or {}).get("samples") or 0)
-    source = f"{samples:,} fresh samples" if evaluation else f"training step {last.get('step', '?')}" if last else ""
+    asked = prompts_in_words(evaluation or {})
+    fresh = f"{samples:,} fresh samples" + (f" on {asked}" if asked else "")
+    source = fresh if evaluation else f"training step {last.get('step', '?')}" if last else ""
     features = [
         _feature(record, index, latest, judged=bool(evaluation))
         for index, record in enumerate(target.get("features") or [])
@@ -136,6 +138,16 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
         ess=Measured.read(latest.get("ess")),
         samples=samples,
     )
+
+
+def prompts_in_words(record: Mapping[str, Any]) -> str:
+    """Which prompts an evaluation is on, "" where there is only one or none, and nobody asked for it."""
+    count, source = record.get("prompts") or 1, record.get("prompts_from") or "training"
+    if source == "training":
+        return f"the {count:,} prompts of training" if count > 1 else ""
+    if source == "held out":
+        return f"{count:,} held-out prompt{'s' if count > 1 else ''}"
+    return f"{count:,} prompts of {source}" if count > 1 else "" if source == "none" else repr(source)
 
 
 def is_met(measured: Measured, goal: float | None, base: Measured | None = None) -> bool | None:

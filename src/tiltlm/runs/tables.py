@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from tiltlm.runs.summary import prompts_in_words
+
 # Keys of an evaluation, in the order and with the words in which they are shown.
 FIGURES = {
     "kl_p_pi": "KL(p‖π), nats",
@@ -50,7 +52,8 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     for key, title in FIGURES.items():
         if record[key] is not None:
             table.add_row(title, estimate(record[key]))
-    table.add_row("samples", f"{record['samples']:,}")
+    asked = prompts_in_words(record)
+    table.add_row("samples", f"{record['samples']:,}" + (f" on {asked}" if asked else ""))
     return table
 
 

@@ -17,13 +17,17 @@ from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.by_prompt import PromptEvaluation, evaluate_prompts
 from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
 
+# Which prompts an evaluation is on: those that the policy was trained on, others, or those of a file by its name.
+TRAINING, HELD_OUT = "training", "held out"
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Estimates on samples of one model π: distances in nats, moments and TV as shares, entropy in nats per sequence.
 
     What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``. With
-    several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred.
+    several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred;
+    ``prompts_from`` says which they are.
     """
 
     samples: int
@@ -43,6 +47,7 @@ class Evaluation:
     mismatch: Mismatch | None
     texts: tuple[dict[str, Any], ...]
     prompts: int = 1
+    prompts_from: str = TRAINING
     per_prompt: tuple[PromptEvaluation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +61,7 @@ class Evaluation:
         for name in ("distinct_1", "distinct_1_corpus", "self_bleu_5"):
             result[name] = getattr(self, name).to_json()
         result["mismatch"] = asdict(self.mismatch) if self.mismatch else None
-        result["prompts"] = self.prompts
+        result["prompts"], result["prompts_from"] = self.prompts, self.prompts_from
         result["per_prompt"] = [prompt.to_json() for prompt in self.per_prompt]
         return result
 
@@ -87,6 +92,8 @@ def evaluate_policy(
     top_p: float | None = None,
     texts: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    control: BaseSample | None = None,
+    prompts_from: str = TRAINING,
 ) -> Evaluation:
     """Draw ``n`` samples each of policy and base, and measure the policy; ``texts`` of its samples are kept.
 
@@ -95,17 +102,16 @@ def evaluate_policy(
 
     With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does. Prompts take
     turns; where ``n`` is no multiple of their number, ``seed`` decides which of them have one sample more, or any.
+    ``control`` are the samples of the base, where ``draw_control`` has drawn them already with the same arguments.
     """
+    drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
+    control = control or draw_control(roles, target, n, prompts, seed=seed, **drawing)
     with torch.no_grad(), roles.use("policy") as policy:
-        prompts = prompts if isinstance(prompts, Prompts) else policy.encode_prompts(prompts)
-        prompts = prompts.select(prompts.fair_order(n, seed))
-        drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
+        prompts = control.samples.prompts
         samples = policy.sample(n, prompts, seed, **drawing)
         nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
-    with torch.no_grad(), roles.use("base") as base:
-        control = base.sample(n, prompts, seed + 2, **drawing)
-    scores, features = _scored(roles, target, samples)
-    control_scores, control_features = _scored(roles, target, control)
+    scores, features = _scored(roles, target, samples, measure_samples(target.features, samples))
+    control_scores, control_features = _scored(roles, target, control.samples, control.features)
     mismatch = Mismatch.of(scores)
     pooled = Pooled.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
     names = [feature.name for feature in target.features]
@@ -118,10 +124,37 @@ def evaluate_policy(
         {name: estimation.mean(column) for name, column in zip(names, under_top_p, strict=bool(nucleus))},
         text_rows("policy", samples, target, features, scores.base_logprob, scores.policy_logprob, texts),
         mismatch,
+        prompts_from,
     )
 
 
-def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 0, seed: int = 0) -> Evaluation:
+def draw_control(
+    roles: Roles,
+    target: Target,
+    n: int,
+    prompts: str | Sequence[str] | Prompts | None = None,
+    *,
+    max_completion_length: int = 40,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> BaseSample:
+    """The ``n`` samples of the base, measured, that stand beside those of the policy in ``evaluate_policy``."""
+    with torch.no_grad(), roles.use("base") as base:
+        prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
+        prompts = prompts.select(prompts.fair_order(n, seed))
+        drawn = base.sample(n, prompts, seed + 2, max_completion_length=max_completion_length, progress=progress)
+    return BaseSample(drawn, measure_samples(target.features, drawn), max_completion_length)
+
+
+def evaluate_base(
+    base_sample: BaseSample,
+    target: Target,
+    n: int,
+    texts: int = 0,
+    seed: int = 0,
+    *,
+    prompts_from: str = TRAINING,
+) -> Evaluation:
     """The same for the base, on ``n`` of the samples that the target was fitted on; no model is called.
 
     With several prompts ``seed`` chooses them, so that the last prompts are as likely among them as the first.
@@ -138,9 +171,8 @@ def evaluate_base(base_sample: BaseSample, target: Target, n: int, texts: int = 
     scores = Scores(logprob, logprob, logprob, score, nothing, prompt_ids=samples.prompt_ids)
     columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
     pooled = Pooled(scores, features, logprob)
-    return _evaluation(
-        samples, scores, pooled, columns, {}, text_rows("base", samples, target, features, logprob, logprob, texts)
-    )
+    rows_of_texts = text_rows("base", samples, target, features, logprob, logprob, texts)
+    return _evaluation(samples, scores, pooled, columns, {}, rows_of_texts, None, prompts_from)
 
 
 def _occurrence(prompt_index: torch.Tensor) -> torch.Tensor:
@@ -151,11 +183,19 @@ def _occurrence(prompt_index: torch.Tensor) -> torch.Tensor:
     return (torch.arange(len(order)) - starts)[order.argsort()]
 
 
-def evaluate_model(model: LanguageModel, n: int, *, seed: int = 0, **sampling: Any) -> Evaluation:
+def evaluate_model(
+    model: LanguageModel,
+    n: int,
+    *,
+    prompts: Prompts | None = None,
+    seed: int = 0,
+    prompts_from: str = TRAINING,
+    **sampling: Any,
+) -> Evaluation:
     """A model alone, without target or base: entropy and diversity."""
     with torch.no_grad():
-        samples = model.sample(n, seed=seed, **sampling)
-    return _evaluation(samples, None, None, {}, {}, ())
+        samples = model.sample(n, prompts, seed=seed, **sampling)
+    return _evaluation(samples, None, None, {}, {}, (), None, prompts_from)
 
 
 @torch.no_grad()
@@ -173,9 +213,9 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 
-def _scored(roles: Roles, target: Target, samples: Samples) -> tuple[Scores, torch.Tensor]:
+def _scored(roles: Roles, target: Target, samples: Samples, features: torch.Tensor) -> tuple[Scores, torch.Tensor]:
     """Scores with the target's log-score, and feature values [N, K]."""
-    scores, features = score_against_base(roles, samples), measure_samples(target.features, samples)
+    scores = score_against_base(roles, samples)
     return scores.with_target(target.log_score(scores.base_logprob, features)), features
 
 
@@ -216,7 +256,8 @@ def _evaluation(
     columns: dict[str, torch.Tensor],
     moments_top_p: dict[str, Estimate],
     texts: tuple[dict[str, Any], ...],
-    mismatch: Mismatch | None = None,
+    mismatch: Mismatch | None,
+    prompts_from: str,
 ) -> Evaluation:
     tokens = samples.completion_ids
     common: dict[str, Any] = {
@@ -229,6 +270,8 @@ def _evaluation(
         "moments_top_p": moments_top_p,
         "mismatch": mismatch,
         "texts": texts,
+        "prompts": len(set(samples.prompt_ids.tolist())),
+        "prompts_from": prompts_from,
     }
     if scores is None or pooled is None:
         nothing: dict[str, Any] = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
@@ -251,6 +294,5 @@ def _evaluation(
         tv_p_pi=estimation.tv_from_target(score, mixture, pooled.scores.policy_logprob),
         log_z=partition.log_z,
         ess=estimation.effective_sample_size(own.target_logscore - own.proposal_logprob),
-        prompts=len(found),
         per_prompt=evaluate_prompts(samples, scores, pooled, columns) if len(found) > 1 else (),
     )
