@@ -1,0 +1,119 @@
+"""KL(p‖π), exact, against sequences drawn and forward passes: the methods at their best learning rate on small worlds.
+
+    python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" guided] [--target moment] [--quick]
+
+A policy writes six tokens of a vocabulary of five, so that all 15,625 sequences are known, and so is the distance of
+every policy to the target. Every drawn sequence is charged, those of the fit included, and so is every pass as the
+library counts it. A method's learning rate is the one of RATES with the least mean KL(p‖π) at 10,000 sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+from ground.distilled import Distilled
+from ground.runs import Budget, Runs
+from ground.sampled import Sampled
+from ground.worlds import World, enumerable
+from torch import Tensor
+
+from tiltlm.objectives import DPG, FDPG, GDC, AlphaDPG, BRAIn, GDCPlusPlus, Guided, KLControl, Reinforce, VarGrad
+
+TARGETS = ("pointwise-2", "pointwise-3", "moment", "hybrid")
+RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+FIT = 2000
+BUDGET = Budget(10_000, 20_000)
+SEQUENCES, PASSES = (2_500, 5_000, 10_000), (10_000, 20_000)
+
+METHODS: dict[str, Sampled | Distilled] = {
+    "gdc++ published": Sampled(GDCPlusPlus(), "published"),
+    "gdc++ on-policy": Sampled(GDCPlusPlus()),
+    "gdc++ on-policy, fit reused": Sampled(GDCPlusPlus(), reuse=True),
+    "gdc++ on-policy, 4 steps": Sampled(GDCPlusPlus(), steps=4),
+    "dpg on-policy": Sampled(DPG()),
+    "gdc, q follows by KL": Sampled(GDC(), "kl"),
+    "f_dpg js": Sampled(FDPG(divergence="js")),
+    "alpha_dpg 0.5": Sampled(AlphaDPG(alpha=0.5)),
+    "brain": Sampled(BRAIn()),
+    "vargrad": Sampled(VarGrad()),
+    "reinforce": Sampled(Reinforce()),
+    "kl_control, beta 1": Sampled(KLControl(beta=1.0)),
+    "guided, correction 1": Distilled(Guided()),
+    "guided, correction 0": Distilled(Guided(correction=0.0)),
+    "guided, pool, 4 steps": Distilled(Guided(), steps=4),
+}
+# Log P must be finite for VarGrad; and the maximum of a·exp(reward) is p where there are moments alone.
+MOMENTS_ALONE = ("vargrad", "kl_control, beta 1")
+# Reinforce seeks the largest reward, which says little of a target that wants half of the texts.
+FILTERS_ALONE = ("reinforce",)
+
+
+def means_something(method: str, world: World) -> bool:
+    """Whether the method is for targets of this kind."""
+    if method in MOMENTS_ALONE:
+        return len(world.moments) == len(world.terms)
+    return method not in FILTERS_ALONE or not world.moments
+
+
+def trained(method: Sampled | Distilled, world: World, seeds: int, rates: list[float], budget: Budget) -> Runs:
+    """All seeds at all learning rates; fit samples are drawn only where target or method uses them."""
+    needs_fit = bool(world.moments) or isinstance(method, Distilled) or method.reuse
+    runs = Runs(world, seeds, rates, FIT if needs_fit else 0)
+    method.train(runs, budget)
+    return runs
+
+
+def kl_by(runs: Runs, *, sequences: float = math.inf, passes: float = math.inf) -> Tensor:
+    """KL(p‖π) [seeds, rates] of each run when it had last spent no more than this; the base's before any update."""
+    found = runs.curve[0].kl
+    for point in runs.curve:
+        within = (point.passes <= passes) & (point.sequences <= sequences)
+        found = torch.where(within, point.kl, found)
+    return found.reshape(runs.seeds, -1)
+
+
+def cell(values: Tensor) -> str:
+    """Mean over seeds ± its standard error."""
+    if not bool(values.isfinite().all()):
+        return "fails"
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{float(values.mean()):.3f} ± {error:.3f}"
+
+
+def row(name: str, runs: Runs, rates: list[float]) -> str:
+    """The method's line, at its best learning rate."""
+    best = int(kl_by(runs, sequences=SEQUENCES[-1]).mean(0).argmin())
+    cells = [cell(kl_by(runs, sequences=n)[:, best]) for n in SEQUENCES]
+    cells += [cell(kl_by(runs, passes=n)[:, best]) for n in PASSES]
+    return " | ".join(["", name, f"{rates[best]:g}", *cells, ""]).strip()
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--seeds", type=int, default=5)
+    arguments.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    arguments.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    arguments.add_argument("--quick", action="store_true", help="two seeds, one learning rate")
+    args = arguments.parse_args()
+    seeds, rates = (2, [1e-2]) if args.quick else (args.seeds, RATES)
+    began = time.monotonic()
+    for target in args.target:
+        world = enumerable(target)
+        terms = ", ".join(f"{term.feature.name} ({term.kind})" for term in world.terms)
+        base = float(world.kl(world.base[None])[0])
+        print(f"\n**{target}**: {terms}; log Z = {world.log_z:.2f}, KL(p‖a) = {base:.3f}\n", flush=True)
+        heads = [f"{n:,} sequences" for n in SEQUENCES] + [f"{n:,} passes" for n in PASSES]
+        print(" | ".join(["", "method", "learning rate", *heads, ""]).strip())
+        print("| --- " * (2 + len(heads)) + "|")
+        for name in args.only:
+            if means_something(name, world):
+                print(row(name, trained(METHODS[name], world, seeds, rates, BUDGET), rates), flush=True)
+    grid = ", ".join(f"{rate:g}" for rate in rates)
+    print(f"\n{seeds} seeds, learning rates {grid}, {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Guided distillation on many runs at once, with the library's twist, objective and mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ground.runs import Budget, Drawn, Runs
+from tiltlm.objectives import Guided, prefix_weights
+from tiltlm.targets.prefix_states import PrefixStates
+from tiltlm.targets.twist import Twist
+from tiltlm.training.pool import mixture
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """``objective`` beside the distillation of its guide, on the fit samples first and on guided samples then.
+
+    With several ``steps`` all batches are kept in a pool, and all updates on a batch but the first train on as many
+    sequences of the pool, weighed as drawn from the mixture of base and guide. The library's stop on a rising KL(p‖π)
+    looks at forty batches, and so comes after a budget of 10,000 sequences.
+    """
+
+    objective: Guided
+    steps: int = 1
+    batch: int = 250
+
+    def train(self, runs: Runs, budget: Budget) -> None:
+        """Until the budget is spent."""
+        assert runs.fit_sample is not None, "the guide is estimated from fit samples"
+        guide, generator = guide_law(runs), torch.Generator().manual_seed(0)
+        pool: list[Drawn] = []
+        waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
+        from_base = len(waiting)
+        while not runs.spent(budget):
+            fresh = not waiting
+            batch = runs.draw(guide, self.batch) if fresh else waiting.pop(0)
+            pool.append(batch)
+            scored = runs.score(batch)
+            log_z = runs.log_z(scored)
+            if fresh:
+                runs.learn_log_z(scored)
+            update(runs, self.objective, batch, guide, log_z)
+            if self.steps > 1:
+                kept = Drawn.joined(pool)
+                share = min(from_base, len(pool)) / len(pool)
+                kept = replace(kept, logprob=mixture_of(runs, kept, guide, share))
+                for _ in range(self.steps - 1):
+                    rows = torch.randperm(len(kept), generator=generator)[: self.batch]
+                    update(runs, self.objective, kept.rows(rows), guide, log_z)
+            runs.note()
+
+
+def guide_law(runs: Runs) -> Tensor:
+    """log g(v|node) [R, M, V] from a table of ψ over state and position, by each run's fit samples.
+
+    The base itself where no fit sample is possible.
+    """
+    assert runs.fit_sample is not None
+    world, fit, states = runs.world, runs.fit_sample, PrefixStates(runs.world.automaton.transitions)
+    graph, laws = world.graph, []
+    depth = torch.arange(graph.length).repeat_interleave(torch.tensor(graph.layers))
+    depth = torch.cat([depth, torch.full((graph.leaves,), graph.length)])
+    passed = torch.cat([fit.nodes, fit.leaf[..., None] + len(graph.child)], -1)
+    for r in range(runs.count):
+        visited = torch.arange(graph.length + 1) * 2 * len(states.transitions) + world.state[passed[r]]
+        log_tilt = runs.log_tilt[r][fit.leaf[r]]
+        if not bool(log_tilt.isfinite().any()):
+            laws.append(runs.base[0])
+            continue
+        log_twist = Twist(states, visited, graph.length).guide(log_tilt).log_twist
+        laws.append(graph.tilted(world.base, log_twist[depth, world.state]).float())
+    return torch.stack(laws)
+
+
+def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Tensor:
+    """Log-probabilities of the tokens [R, N, T] under the mixture of base and guide."""
+    laws = drawn.under(runs.base), drawn.under(guide)
+    length = drawn.tokens.shape[-1]
+    return mixture(*(law.reshape(-1, length) for law in laws), base_share).reshape(drawn.tokens.shape).float()
+
+
+def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guide: Tensor, log_z: Tensor) -> Tensor:
+    """What correction and distillation pull at each node and token [R, M, V], under laws [R, M, V]."""
+    scored, guided = runs.score(drawn), drawn.under(guide)
+    records = runs.records(scored, drawn.under(policy), log_z)
+    totals = guided.double().sum(-1)
+    coefficients = torch.stack(
+        [
+            objective.coefficients(replace(record, guide_logprob=total))
+            for record, total in zip(records, totals, strict=True)
+        ]
+    )
+    weights = prefix_weights(guided, drawn.logprob) / len(drawn)
+    taught = torch.zeros(guide.shape[:2]).scatter_add_(1, drawn.nodes.flatten(1), weights.flatten(1))
+    return runs.pull(drawn, runs.checked(coefficients)) + taught[..., None] * guide.exp()
+
+
+def update(runs: Runs, objective: Guided, drawn: Drawn, guide: Tensor, log_z: Tensor) -> None:
+    """One step; base and policy read every sequence, the base for the law of the guide."""
+    table = runs.policy.log_table()
+    runs.passes += 2 * len(drawn)
+    pulled = pulls(runs, objective, drawn, table.detach(), guide, log_z)
+    runs.optimizer.step(runs.gradients(table, pulled))

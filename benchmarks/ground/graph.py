@@ -1,0 +1,82 @@
+"""Prefixes as the nodes of a graph in layers, and sums over all its paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """``child`` [M, V] is the node after each token from each inner node; layer t has ``layers[t]`` of the M nodes.
+
+    Layers follow each other, node 0 is the empty prefix, and the L ``leaves`` come after all inner nodes. A node may
+    stand for one prefix, or for all that are alike in what matters.
+    """
+
+    child: Tensor
+    layers: tuple[int, ...]
+    leaves: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.child.shape[1]
+
+    def __iter__(self) -> Iterator[slice]:
+        """The inner nodes of each layer."""
+        start = 0
+        for size in self.layers:
+            yield slice(start, start + size)
+            start += size
+
+    def after(self, values: Tensor, layer: slice) -> Tensor:
+        """Values of all nodes [..., M + L] as they stand after each token from the nodes of a layer [..., n, V]."""
+        child = self.child[layer]
+        return values.index_select(-1, child.reshape(-1)).reshape(*values.shape[:-1], *child.shape)
+
+    def promise(self, law: Tensor, log_tilt: Tensor) -> Tensor:
+        """log E[exp(tilt of the leaf) | node] [..., M + L] under a law [..., M, V], from ``log_tilt`` [..., L]."""
+        batch = torch.broadcast_shapes(law.shape[:-2], log_tilt.shape[:-1])
+        total = log_tilt.new_full((*batch, len(self.child) + self.leaves), -math.inf)
+        total[..., len(self.child) :] = log_tilt
+        for layer in reversed(list(self)):
+            total[..., layer] = (law[..., layer, :] + self.after(total, layer)).logsumexp(-1)
+        return total
+
+    def tilted(self, law: Tensor, promise: Tensor) -> Tensor:
+        """law · promise, normalized at each node [..., M, V]; the law itself where nothing is promised."""
+        rows = []
+        for layer in self:
+            wanted = law[..., layer, :] + self.after(promise, layer)
+            whole = wanted.logsumexp(-1, keepdim=True)
+            rows.append(torch.where(whole > -math.inf, wanted - whole, law[..., layer, :]))
+        return torch.cat(rows, -2)
+
+    def occupancy(self, law: Tensor) -> Tensor:
+        """The probability [..., M + L] that a sequence of a law [..., M, V] passes each node."""
+        passed = law.new_zeros(*law.shape[:-2], len(self.child) + self.leaves)
+        passed[..., 0] = 1.0
+        for layer in self:
+            moved = passed[..., layer, None] * law[..., layer, :].exp()
+            passed.index_add_(-1, self.child[layer].reshape(-1), moved.flatten(-2))
+        return passed
+
+
+def prefix_tree(vocabulary: int, length: int) -> Graph:
+    """Every prefix of ``length`` tokens is a node of its own, in the order of its digits."""
+    layers = tuple(vocabulary**t for t in range(length))
+    starts = torch.tensor([sum(layers[:t]) for t in range(length + 1)])
+    child = [
+        starts[t + 1] + torch.arange(size)[:, None] * vocabulary + torch.arange(vocabulary)
+        for t, size in enumerate(layers)
+    ]
+    return Graph(torch.cat(child), layers, vocabulary**length)

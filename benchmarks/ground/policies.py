@@ -1,0 +1,80 @@
+"""Policies that many runs train at once: the first axis of every parameter is the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class PrefixNetwork:
+    """A hidden layer over the one-hot prefix: logits = W tanh(b_t + Σ_{s<t} E_s[x_s]) + c.
+
+    ``embedding`` [R, T, V, H], ``position`` [R, T, H], ``output`` [R, H, V], ``bias`` [R, V]. All
+    prefixes of up to T − 1 tokens are its rows, in the order of a ``prefix_tree``.
+    """
+
+    embedding: Tensor
+    position: Tensor
+    output: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def random(vocabulary: int, length: int, hidden: int, generator: torch.Generator) -> PrefixNetwork:
+        """One run, whose laws are far from uniform."""
+        shapes = (1, length, vocabulary, hidden), (1, length, hidden), (1, hidden, vocabulary), (1, vocabulary)
+        scales = 0.6, 0.5, 2.5 / hidden**0.5, 0.3
+        return PrefixNetwork(*(s * torch.randn(x, generator=generator) for x, s in zip(shapes, scales, strict=True)))
+
+    def copies(self, runs: int) -> PrefixNetwork:
+        """``runs`` copies, to be trained."""
+        return PrefixNetwork(*(p[:1].repeat(runs, *[1] * (p.ndim - 1)).requires_grad_() for p in self.parameters))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Each [R, ...]."""
+        return [self.embedding, self.position, self.output, self.bias]
+
+    def log_table(self) -> Tensor:
+        """log π(v|prefix) [R, M, V]."""
+        runs, length, _, hidden = self.embedding.shape
+        read = self.embedding.new_zeros(runs, 1, hidden)
+        layers = []
+        for t in range(length):
+            layers.append(torch.tanh(read + self.position[:, t, None]))
+            if t + 1 < length:
+                read = (read[:, :, None] + self.embedding[:, t, None]).reshape(runs, -1, hidden)
+        return torch.baddbmm(self.bias[:, None], torch.cat(layers, 1), self.output).log_softmax(-1)
+
+
+@dataclass
+class Adam:
+    """Adam with a learning rate for each run [R]; a run's gradient is clipped to norm 1, the library's default."""
+
+    parameters: list[Tensor]
+    rates: Tensor
+    steps: int = 0
+    moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """One update."""
+        if not self.moments:
+            self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        self.steps += 1
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        scale = (MAX_GRAD_NORM / norm.clamp_min(MAX_GRAD_NORM)).nan_to_num()
+        corrections = [1 - beta**self.steps for beta in BETAS]
+        with torch.no_grad():
+            for p, g, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
+                shape = (-1, *[1] * (p.ndim - 1))
+                g = (g * scale.reshape(shape)).nan_to_num(0.0, 0.0, 0.0)
+                first.lerp_(g, 1 - BETAS[0])
+                second.lerp_(g * g, 1 - BETAS[1])
+                root = (second / corrections[1]).sqrt_().add_(EPSILON)
+                p.sub_(self.rates.reshape(shape) / corrections[0] * first / root)

@@ -1,0 +1,187 @@
+"""Many runs of one method in lockstep, and what each of them has cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ground.policies import Adam
+from ground.worlds import World
+from tiltlm.estimation import Partition
+from tiltlm.objectives import Record, TokenRecord
+from tiltlm.targets import TiltedTarget
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """N sequences of each of R runs: the node before each token and the token [R, N, T], the leaf [R, N].
+
+    ``logprob`` [R, N, T] is that of each token under the law that drew it.
+    """
+
+    nodes: Tensor
+    tokens: Tensor
+    leaf: Tensor
+    logprob: Tensor
+
+    @staticmethod
+    def joined(parts: list[Drawn]) -> Drawn:
+        """All sequences of the parts."""
+        return Drawn(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Drawn)))
+
+    def rows(self, chosen: slice | Tensor) -> Drawn:
+        """Those at these places, the same in all runs."""
+        return Drawn(*(getattr(self, field.name)[:, chosen] for field in fields(Drawn)))
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    def under(self, table: Tensor) -> Tensor:
+        """Log-probabilities of the tokens [R, N, T] under a law [R or 1, M, V]."""
+        places = (self.nodes * table.shape[-1] + self.tokens).flatten(1)
+        return table.flatten(1).expand(len(places), -1).gather(1, places).reshape(self.tokens.shape)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Drawn sequences with log a of their tokens [R, N, T], log P and log q [R, N], float64."""
+
+    drawn: Drawn
+    base: Tensor
+    score: Tensor
+    proposal: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log P − log q [R, N]."""
+        return self.score - self.proposal
+
+    @property
+    def possible(self) -> Tensor:
+        """Where P > 0 [R, N]."""
+        return self.score > -math.inf
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sequences drawn and forward passes; a run goes on until it has spent both."""
+
+    sequences: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a curve is: sequences drawn in every run, forward passes [R] and KL(p‖π) [R]."""
+
+    sequences: int
+    passes: Tensor
+    kl: Tensor
+
+
+class Runs:
+    """R = seeds × learning rates runs of one method on a world; runs of one seed draw with the same random numbers.
+
+    ``fit`` samples of the base are drawn at first, to find the coefficients of moments and for what else a method does
+    with them; 0 for none. Every drawn sequence is counted, these too. ``passes`` counts as the library does: a sample,
+    or a score under base or policy, is one.
+    """
+
+    def __init__(self, world: World, seeds: int, rates: list[float], fit: int) -> None:
+        self.world, self.seeds, self.count = world, seeds, seeds * len(rates)
+        self.policy = world.network.copies(self.count)
+        self.optimizer = Adam(self.policy.parameters, torch.tensor(rates).repeat(seeds))
+        self.generator = torch.Generator().manual_seed(1000)
+        self.sequences, self.passes = 0, torch.zeros(self.count)
+        self.curve: list[Point] = []
+        self.failed = torch.zeros(self.count, dtype=torch.bool)
+        self.base = world.base.float()[None]
+        self.partitions = [Partition.empty()] * self.count
+        self.targets: list[TiltedTarget] = [world.target] * self.count
+        self.fit_sample = self.draw(self.base, fit) if fit else None
+        if self.fit_sample is not None:
+            self.targets = [world.fitted(values) for values in world.values[self.fit_sample.leaf]]
+        self.log_tilt = torch.stack([target.log_tilt(world.values) for target in self.targets])
+        if self.fit_sample is not None:
+            self.learn_log_z(self.score(self.fit_sample))
+        self.note()
+
+    def spent(self, budget: Budget) -> bool:
+        """Whether no run has anything left of both."""
+        return self.sequences >= budget.sequences and bool((self.passes >= budget.passes).all())
+
+    def draw(self, table: Tensor, n: int) -> Drawn:
+        """``n`` sequences of a law [R or 1, M, V], charged: one pass each."""
+        runs, graph = self.count, self.world.graph
+        reach = table.exp().cumsum(-1).flatten(1)
+        nodes = torch.zeros(runs, n, dtype=torch.long)
+        passed, tokens, vocabulary = [], [], graph.vocabulary
+        for _ in range(graph.length):
+            places = nodes[..., None] * vocabulary + torch.arange(vocabulary)
+            steps = reach.expand(runs, -1).gather(1, places.flatten(1)).reshape(runs, n, vocabulary)
+            chance = torch.rand(self.seeds, 1, n, 1, generator=self.generator)
+            chance = chance.expand(-1, runs // self.seeds, -1, -1).reshape(runs, n, 1)
+            tokens.append((chance * steps[..., -1:] >= steps).sum(-1).clamp_max(vocabulary - 1))
+            passed.append(nodes)
+            nodes = graph.child.flatten()[nodes * vocabulary + tokens[-1]]
+        self.sequences += n
+        self.passes += n
+        drawn = Drawn(torch.stack(passed, -1), torch.stack(tokens, -1), nodes - len(graph.child), torch.empty(0))
+        return replace(drawn, logprob=drawn.under(table))
+
+    def score(self, drawn: Drawn) -> Scored:
+        """What base and target say of the sequences; not charged."""
+        base = drawn.under(self.base)
+        score = base.double().sum(-1) + self.log_tilt.gather(1, drawn.leaf)
+        return Scored(drawn, base, score, drawn.logprob.double().sum(-1))
+
+    def learn_log_z(self, batch: Scored) -> None:
+        """Let a batch join each run's estimate of log Z."""
+        self.partitions = [p.updated(w) for p, w in zip(self.partitions, batch.log_weights, strict=True)]
+
+    def log_z(self, batch: Scored) -> Tensor:
+        """The estimates [R] from earlier batches; before the first hit from this one, and 0 if it has none."""
+        known = [p if p.known else p.updated(w) for p, w in zip(self.partitions, batch.log_weights, strict=True)]
+        return torch.tensor([p.log_z.value if p.known else 0.0 for p in known], dtype=torch.float64)
+
+    def records(self, batch: Scored, policy: Tensor, log_z: Tensor) -> list[Record]:
+        """What an objective is told of each run, given log π of the tokens [R, N, T] and log Z [R]."""
+        drawn, values = batch.drawn, self.world.values[batch.drawn.leaf]
+        return [
+            Record(
+                policy_logprob=policy[r].double().sum(-1),
+                base_logprob=batch.base[r].double().sum(-1),
+                proposal_logprob=batch.proposal[r],
+                target_logscore=batch.score[r],
+                log_z=float(log_z[r]),
+                reward=self.targets[r].reward(values[r]),
+                tokens=TokenRecord(policy[r], batch.base[r], drawn.logprob[r], torch.ones_like(policy[r]).bool()),
+            )
+            for r in range(self.count)
+        ]
+
+    def pull(self, drawn: Drawn, coefficients: Tensor) -> Tensor:
+        """Σ c over the samples at each node and token [R, M, V], from coefficients [R, N], over N."""
+        weights = coefficients.float()[..., None].expand(drawn.tokens.shape)
+        vocabulary = self.world.graph.vocabulary
+        places = (drawn.nodes * vocabulary + drawn.tokens).flatten(1)
+        total = torch.zeros(self.count, self.world.base.numel())
+        return total.scatter_add_(1, places, weights.flatten(1)).reshape(self.count, -1, vocabulary) / len(drawn)
+
+    def gradients(self, log_policy: Tensor, pulls: Tensor) -> list[Tensor]:
+        """Of −Σ pulls · log π by each parameter, given the law [R, M, V] that has its gradient."""
+        return list(torch.autograd.grad(-(pulls * log_policy).sum(), self.policy.parameters))
+
+    def checked(self, coefficients: Tensor) -> Tensor:
+        """The coefficients [R, N]; a run with one that is not finite has failed, as in the library, and gets zeros."""
+        self.failed |= ~coefficients.isfinite().all(1)
+        return torch.where(self.failed[:, None], 0.0, coefficients)
+
+    def note(self) -> None:
+        """Add a point to the curves."""
+        with torch.no_grad():
+            kl = self.world.kl(self.policy.log_table())
+        self.curve.append(Point(self.sequences, self.passes.clone(), torch.where(self.failed, math.inf, kl)))

@@ -1,0 +1,107 @@
+"""Methods that pull on whole samples: the library's objectives and proposal rules, on many runs at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ground.runs import Budget, Runs, Scored
+from tiltlm.estimation import kl_difference, tv_difference
+from tiltlm.objectives import BatchObjective, Objective
+from tiltlm.training.proposal import Distances, proposal_rule
+from tiltlm.training.pulling import ignores_the_impossible
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """``objective`` under the proposal ``rule``, ``steps`` updates a batch; with ``reuse`` fit samples come first."""
+
+    objective: Objective
+    rule: str = "on_policy"
+    steps: int = 1
+    reuse: bool = False
+    batch: int = 250
+
+    def train(self, runs: Runs, budget: Budget) -> None:
+        """Until the budget is spent."""
+        loop = Loop(self, runs)
+        while not runs.spent(budget):
+            loop.turn()
+
+
+class Loop:
+    """A method on its runs: draw, pull, follow, as the library's trainer does."""
+
+    def __init__(self, method: Sampled, runs: Runs) -> None:
+        self.method, self.runs, self.rule = method, runs, proposal_rule(method.rule)
+        self.skips = ignores_the_impossible(method.objective)
+        self.proposal = runs.base.repeat(runs.count, 1, 1)
+        self.on_policy = self.rule.first == "policy"
+        self.from_base = torch.full((runs.count,), not self.on_policy)
+        self.turns = self.reused = 0
+
+    def turn(self) -> None:
+        """One batch."""
+        runs, objective = self.runs, self.method.objective
+        self.turns += 1
+        batch, fresh, from_base = self._next()
+        log_z = runs.log_z(batch)
+        if fresh:
+            runs.learn_log_z(batch)
+        # A row that gets no coefficient is not read by the base, nor, where the sampler has told log π, by the policy.
+        idle = ~batch.possible & self.skips
+        runs.passes += (~idle).sum(1) * ~from_base
+        if not (self.on_policy and fresh):
+            runs.passes += idle.sum(1)
+        advantages: list[Tensor | None] = [None] * runs.count
+        for step in range(self.method.steps):
+            table = runs.policy.log_table()
+            policy = batch.drawn.under(table.detach())
+            runs.passes += (~idle).sum(1)
+            records = runs.records(batch, policy, log_z)
+            if step == 0:
+                if isinstance(objective, BatchObjective):
+                    advantages = [objective.advantages(record) for record in records]
+                self._follow(batch, table.detach(), policy)
+            records = [replace(record, advantage=a) for record, a in zip(records, advantages, strict=True)]
+            coefficients = torch.stack([objective.coefficients(record) for record in records])
+            pulls = runs.pull(batch.drawn, runs.checked(coefficients))
+            runs.optimizer.step(runs.gradients(table, pulls))
+        runs.note()
+
+    def _next(self) -> tuple[Scored, bool, Tensor]:
+        """The next batch, whether it is fresh, and which runs have it from the base [R]."""
+        runs, n = self.runs, self.method.batch
+        if self.method.reuse and runs.fit_sample is not None and self.reused + n <= len(runs.fit_sample):
+            self.reused += n
+            batch = runs.score(runs.fit_sample.rows(slice(self.reused - n, self.reused)))
+            return batch, False, torch.ones(runs.count, dtype=torch.bool)
+        return self._fresh(n), True, self.from_base
+
+    def _fresh(self, n: int) -> Scored:
+        runs = self.runs
+        if self.on_policy:
+            with torch.no_grad():
+                self.proposal = runs.policy.log_table()
+        return runs.score(runs.draw(self.proposal, n))
+
+    def _follow(self, batch: Scored, before: Tensor, policy: Tensor) -> None:
+        """Let q become π, as it was ``before`` the update, in the runs where the rule says so."""
+        runs = self.runs
+        if not self.rule.due(self.turns):
+            return
+        if self.rule.extra_batches:
+            batch = self._fresh(self.rule.extra_batches * self.method.batch)
+            policy = batch.drawn.under(before)
+            runs.learn_log_z(batch)
+            runs.passes += len(batch.drawn) + batch.possible.sum(1) * ~self.from_base
+        chosen = []
+        for r in range(runs.count):
+            arguments = batch.score[r], batch.proposal[r], policy[r].double().sum(-1)
+            gains = kl_difference(*arguments), tv_difference(*arguments, runs.partitions[r].log_z)
+            chosen.append(self.rule.replaces(Distances(*gains)))
+        replaced = torch.tensor(chosen)
+        self.proposal = torch.where(replaced[:, None, None], before, self.proposal)
+        self.from_base = self.from_base & ~replaced
