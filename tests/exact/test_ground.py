@@ -19,7 +19,7 @@ from ground.worlds import enumerable
 
 from tiltlm.objectives import GDCPlusPlus, Guided
 
-RUNS, SAMPLES = 200, 1000
+RUNS, SAMPLES = 100, 2000
 
 
 def on_policy(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
