@@ -1,10 +1,11 @@
 """KL(p‖π), exact, against sequences drawn and forward passes: the methods at their best learning rate on small worlds.
 
-    python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" guided] [--target moment] [--quick]
+    python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" guided] [--target moment]
+        [--rates 0.001 0.01] [--each-seed] [--quick]
 
 A policy writes six tokens of a vocabulary of five, so that all 15,625 sequences are known, and so is the distance of
 every policy to the target. Every drawn sequence is charged, those of the fit included, and so is every pass as the
-library counts it. A method's learning rate is the one of RATES with the least mean KL(p‖π) at 10,000 sequences.
+library counts it. A method's learning rate is the one of the grid with the least mean KL(p‖π) at 10,000 sequences.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def trained(method: Sampled | Distilled, world: World, seeds: int, rates: list[f
     return runs
 
 
+def fit_hits(world: World, seeds: int) -> list[int]:
+    """How many fit samples of each seed the target allows."""
+    runs = Runs(world, seeds, RATES[:1], FIT)
+    assert runs.fit_sample is not None
+    hits: list[int] = runs.score(runs.fit_sample).possible.sum(1).tolist()
+    return hits
+
+
 def kl_by(runs: Runs, *, sequences: float = math.inf, passes: float = math.inf) -> Tensor:
     """KL(p‖π) [seeds, rates] of each run when it had last spent no more than this; the base's before any update."""
     found = runs.curve[0].kl
@@ -75,19 +84,21 @@ def kl_by(runs: Runs, *, sequences: float = math.inf, passes: float = math.inf) 
     return found.reshape(runs.seeds, -1)
 
 
-def cell(values: Tensor) -> str:
-    """Mean over seeds ± its standard error."""
+def cell(values: Tensor, each_seed: bool) -> str:
+    """Mean over seeds ± its standard error, or all of them."""
+    if each_seed:
+        return ", ".join(f"{value:.3f}" for value in values.tolist())
     if not bool(values.isfinite().all()):
         return "fails"
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{float(values.mean()):.3f} ± {error:.3f}"
 
 
-def row(name: str, runs: Runs, rates: list[float]) -> str:
+def row(name: str, runs: Runs, rates: list[float], each_seed: bool) -> str:
     """The method's line, at its best learning rate."""
     best = int(kl_by(runs, sequences=SEQUENCES[-1]).mean(0).argmin())
-    cells = [cell(kl_by(runs, sequences=n)[:, best]) for n in SEQUENCES]
-    cells += [cell(kl_by(runs, passes=n)[:, best]) for n in PASSES]
+    cells = [cell(kl_by(runs, sequences=n)[:, best], each_seed) for n in SEQUENCES]
+    cells += [cell(kl_by(runs, passes=n)[:, best], each_seed) for n in PASSES]
     return " | ".join(["", name, f"{rates[best]:g}", *cells, ""]).strip()
 
 
@@ -96,21 +107,24 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=5)
     arguments.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     arguments.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    arguments.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
+    arguments.add_argument("--each-seed", action="store_true", help="every seed's KL(p‖π) instead of mean and error")
     arguments.add_argument("--quick", action="store_true", help="two seeds, one learning rate")
     args = arguments.parse_args()
-    seeds, rates = (2, [1e-2]) if args.quick else (args.seeds, RATES)
+    seeds, rates = (2, [1e-2]) if args.quick else (args.seeds, args.rates)
     began = time.monotonic()
     for target in args.target:
         world = enumerable(target)
         terms = ", ".join(f"{term.feature.name} ({term.kind})" for term in world.terms)
         base = float(world.kl(world.base[None])[0])
-        print(f"\n**{target}**: {terms}; log Z = {world.log_z:.2f}, KL(p‖a) = {base:.3f}\n", flush=True)
+        hits = ", ".join(map(str, fit_hits(world, seeds)))
+        print(f"\n**{target}**: {terms}; log Z = {world.log_z:.2f}, KL(p‖a) = {base:.3f}, P > 0 in {hits} of {FIT:,}\n")
         heads = [f"{n:,} sequences" for n in SEQUENCES] + [f"{n:,} passes" for n in PASSES]
         print(" | ".join(["", "method", "learning rate", *heads, ""]).strip())
         print("| --- " * (2 + len(heads)) + "|")
         for name in args.only:
             if means_something(name, world):
-                print(row(name, trained(METHODS[name], world, seeds, rates, BUDGET), rates), flush=True)
+                print(row(name, trained(METHODS[name], world, seeds, rates, BUDGET), rates, args.each_seed), flush=True)
     grid = ", ".join(f"{rate:g}" for rate in rates)
     print(f"\n{seeds} seeds, learning rates {grid}, {time.monotonic() - began:.0f} s")
 
