@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_sampling import count_rows
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +21,7 @@ from tiltlm.lm import LanguageModel, Roles, Samples, next_token
 from tiltlm.lm import sampling as sampling_module
 from tiltlm.lm.cache import RoomyLayer, reserve
 from tiltlm.lm.fingerprint import fingerprint
-from tiltlm.lm.precision import FLOAT32_ATTENTION, cache_dtype, native_bfloat16
+from tiltlm.lm.precision import FLOAT32_ATTENTION, FUSED_GELU, cache_dtype, native_bfloat16
 
 CPU = torch.device("cpu")
 PROMPT = ["The girl", "Once upon a time there was", None]
@@ -134,6 +135,7 @@ def left_alone(model: LanguageModel) -> Iterator[None]:
     for module, parameters in every:
         assert module._parameters.keys() == parameters.keys()
         assert all(module._parameters[name] is parameters[name] for name in parameters)
+    assert [module for module, _ in every] == list(model.model.modules())
     assert inner.config._attn_implementation == attention
     assert inner.training == state
     assert not torch.is_autocast_enabled("cpu")
@@ -242,6 +244,39 @@ def test_a_reading_is_made_in_bfloat16(auto: LanguageModel, single: LanguageMode
         assert reading.compute == dtype
         assert reading.weight is model.model.get_output_embeddings().weight
         assert reading.weight.dtype == torch.float32
+
+
+def test_the_fused_activation_is_that_of_transformers_and_nearer_to_the_exact_one() -> None:
+    x = torch.linspace(-8, 8, 4001).bfloat16()
+
+    def value_and_slope(gelu: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
+        given = given.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=given.dtype == torch.bfloat16):
+            y = gelu(given)
+        return y.detach(), torch.autograd.grad(y.sum(), given)[0]
+
+    exact = value_and_slope(NewGELUActivation(), x.double())
+    for one, other in zip(value_and_slope(FUSED_GELU, x.double()), exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    theirs, ours = value_and_slope(NewGELUActivation(), x), value_and_slope(FUSED_GELU, x)
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        # The next product takes both in 16 bits.
+        errors = [(found.bfloat16().double() - truth).abs() for found in (one, other)]
+        assert float(errors[0].max()) < 2**-8 * float(truth.abs().max())
+        assert float(errors[0].mean()) <= 1.01 * float(errors[1].mean())
+
+
+def test_within_the_block_it_is_fused_and_only_there() -> None:
+    model = models()["gpt2, tied"]()
+    samples = model.sample(3, seed=0, max_completion_length=4)
+    assert model.output_layer is not None  # found by passes in float32
+    seen: list[type] = []
+    for block in model.model.transformer.h:
+        block.mlp.c_proj.register_forward_pre_hook(lambda m, _, block=block: seen.append(type(block.mlp.act)))
+    with left_alone(model), torch.no_grad():
+        model.logprob(samples)
+    assert set(seen) == {nn.GELU}
+    assert {type(block.mlp.act) for block in model.model.transformer.h} == {NewGELUActivation}
 
 
 def pull(model: LanguageModel, samples: Samples, *, once: bool) -> dict[str, Tensor]:

@@ -198,17 +198,19 @@ class _Logits:
         if self.reading.weight is None:
             return scratch["logits"].copy_(self.reading.hidden[strip])
         if strip.start == piece.start:
-            self.product = self._multiplied(self.reading.hidden[piece], self.reading.weight.T)
+            self.product = self._multiplied(self.reading.hidden[piece], self.reading.weight)
         found = self.product[strip.start - piece.start : strip.stop - piece.start]
         return found if found.dtype == scratch.dtype else scratch["logits"].copy_(found)
 
     def _multiplied(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if self.room is None:
-            self.room = hidden.new_empty(len(hidden), weight.shape[1])
-        room = self.room[: len(hidden)]
-        if self.reading.bias is None:
-            return torch.mm(hidden, weight, out=room)
-        return torch.addmm(self.reading.bias, hidden, weight, out=room)
+            self.room = hidden.new_empty(len(hidden), len(weight))
+        room, bias = self.room[: len(hidden)], self.reading.bias
+        if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+            # The right factor is rearranged before every such product there: not the weight, then.
+            room.copy_(torch.mm(weight, hidden.T).T)
+            return room if bias is None else room.add_(bias)
+        return torch.mm(hidden, weight.T, out=room) if bias is None else torch.addmm(bias, hidden, weight.T, out=room)
 
 
 class _Rows:
