@@ -226,7 +226,7 @@ def test_a_whole_run(model: LanguageModel, peft: dict[str, Any] | None, tmp_path
         "model": str(tmp_path / "model"),
         "dtype": "float64",
         "device": "cpu",
-        "target": {"constraints": [{"feature": {"contains": "a"}, "moment": 0.6}], "samples": 200},
+        "target": {"constraints": [{"feature": {"contains": "a"}, "moment": 0.2}], "samples": 200},
         "prompts": ["a", "b a b a", "b"],
         "training": {"max_steps": 4, "batch_size": 60, "learning_rate": 0.003},
         "max_completion_length": LENGTH,
