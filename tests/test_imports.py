@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": {"errors", "prompts", "features", "lm", "objectives", "targets", "training", "runs", "config"},
     "publish": {"errors", "lm", "targets", "training", "runs", "config"},
     "job": {"errors", "features", "lm", "targets", "training", "runs", "config", "build", "publish"},
-    "target_texts": {"lm", "targets", "sampling", "training", "runs", "config", "build", "job"},
+    "target_texts": {"estimation", "lm", "targets", "sampling", "training", "runs", "config", "build", "job"},
     "command_line": {"errors", "runs"},
     "sample_command": {"errors", "lm", "sampling", "runs", "build", "target_texts", "command_line"},
     "cli": {"errors", "lm", "training", "runs", "config", "build", "job", "starter", "command_line", "sample_command"},

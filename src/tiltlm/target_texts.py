@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tiltlm.build import build_base, check_names, encode_prompts, load_run, read_prompts
 from tiltlm.config import RunConfig, load_config
+from tiltlm.estimation import Estimate
 from tiltlm.job import state_target
 from tiltlm.lm import Roles
 from tiltlm.runs.directory import RunDirectory
@@ -19,6 +20,9 @@ from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
 from tiltlm.sampling.proposal import CALLED
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.checkpoint import load_base_sample
+
+# Below the first an estimate is shown by its power of ten, below the second it is nothing but rounding.
+SMALL, ROUNDING = 1e-4, 1e-9
 
 
 def sampler_of_run(run: RunDirectory, n: int, device: str, **settings: Any) -> TargetSampler:
@@ -81,11 +85,17 @@ def forecast_table(forecast: Forecast) -> Table:
     for column in ("", "texts", CALLED[forecast.source]):
         table.add_column(column, justify="left" if not column else "right")
     law, plain = forecast.closeness, forecast.proposal_closeness
-    table.add_row("KL(p‖law), nats", estimate(law.kl.to_json()), estimate(plain.kl.to_json()))
-    table.add_row("TV(p, law)", estimate(law.tv.to_json()), estimate(plain.tv.to_json()))
-    table.add_row("acceptance", estimate(forecast.acceptance.to_json()), "")
+    table.add_row("KL(p‖law), nats", _shown(law.kl), _shown(plain.kl))
+    table.add_row("TV(p, law)", _shown(law.tv), _shown(plain.tv))
+    table.add_row("acceptance", _shown(forecast.acceptance), "")
     table.add_row(f"draws for {forecast.texts:,} texts", f"about {forecast.draws:,}", "")
-    table.add_row(f"ESS of {forecast.proposals:,} pilot draws", "", estimate(forecast.ess.to_json()))
+    table.add_row(f"ESS of {forecast.proposals:,} pilot draws", "", _shown(forecast.ess))
     if forecast.prompts > 1:
         table.add_row("prompts of the pilot", "", f"{forecast.prompts:,}")
     return table
+
+
+def _shown(value: Estimate) -> str:
+    if ROUNDING <= abs(value.value) < SMALL:
+        return f"{value.value:.1e} ± {value.se:.0e}"
+    return f"< {ROUNDING:g}" if 0 < abs(value.value) < ROUNDING else estimate(value.to_json())

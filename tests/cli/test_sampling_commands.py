@@ -19,7 +19,7 @@ from tiltlm.sampling import Draws, Proposal
 
 QUICK = ("--pilot", 256, "--device", "cpu")
 SEEDED = (*QUICK, "--seed", 0)
-NUMBER = r"\d[\d.]*( ± \d[\d.]*)?"
+NUMBER = r"(< )?\d[\d.e-]*( ± \d[\d.e-]*)?"
 
 
 def rows_of(answer: Answer) -> list[dict[str, Any]]:
