@@ -246,7 +246,8 @@ def state_target(
     try:
         fitted = fit_target(terms, sample)
     except UnreachableTargetError as error:
-        raise UnreachableTargetError(f"{error} {_foreseen(config, base, terms, sample, display)}".strip()) from error
+        advice = _foreseen(config, base, terms, sample, display)
+        raise UnreachableTargetError(f"{str(error).strip()} {advice}".strip()) from error
     return Stated(fitted, sample, fitted.report)
 
 
