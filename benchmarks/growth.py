@@ -1,6 +1,6 @@
 """How the step time and the peak memory of ours (GDC++, on-policy) grow with batch, length, vocabulary and model.
 
-    python benchmarks/growth.py [--only batch] [--dtype auto] [--rounds 3]
+    python benchmarks/growth.py [--only batch] [--dtype auto] [--device cuda] [--rounds 3]
 
 batch       64 to 4,096 sequences of the embedded model, up to 40 tokens each
 length      20 to 512 tokens, 32 sequences of a small model with random weights
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from models import EMBEDDED, GPT2, TINY, Shape, folder_of
-from side_by_side import MIB, Result, Side, Turns, add_dtype, machine, parser, take_turns
+from side_by_side import MIB, Result, Side, Turns, add_device, add_dtype, machine, parser, take_turns
 
 SMALL = Shape(4096, 256, 4)
 SIZES = {
@@ -61,23 +61,30 @@ def quick_points(axis: str) -> list[Point]:
     }[axis]
 
 
-def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str) -> None:
+def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str) -> None:
     from sides import our_trainer
 
     from tiltlm.objectives import GDCPlusPlus
     from tiltlm.training.proposal import proposal_rule
 
     trainer = our_trainer(
-        folder, objective=GDCPlusPlus(), rule=proposal_rule("on_policy"), batch=batch, length=length, dtype=dtype
+        folder,
+        objective=GDCPlusPlus(),
+        rule=proposal_rule("on_policy"),
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        device=device,
     )
     turns.serve(trainer.train_step)
 
 
-def measured(along: list[Point], rounds: int, dtype: str) -> Iterator[tuple[Point, Result]]:
+def measured(along: list[Point], rounds: int, dtype: str, device: str) -> Iterator[tuple[Point, Result]]:
     """Each point with what its step took."""
     for point in along:
         with folder_of(point.model) as folder:
-            settings = {"folder": folder, "batch": point.batch, "length": point.length, "dtype": dtype}
+            settings = {"folder": folder, "batch": point.batch, "length": point.length}
+            settings |= {"dtype": dtype, "device": device}
             yield point, take_turns([Side("ours", ours, point.batch, settings)], rounds)[0]
 
 
@@ -85,6 +92,7 @@ def main() -> None:
     axes = ("batch", "length", "vocabulary", "size")
     arguments = parser(__doc__, rounds=3)
     add_dtype(arguments)
+    add_device(arguments)
     arguments.add_argument("--only", choices=axes, help="one of the tables")
     args = arguments.parse_args()
     print(f"A training step of ours, {args.dtype}; {machine()}")
@@ -94,7 +102,8 @@ def main() -> None:
             f"| peak memory, MiB | of it after loading |\n| {' | '.join(['---'] * 8)} |"
         )
         first = None
-        for point, result in measured(quick_points(axis) if args.quick else points(axis), args.rounds, args.dtype):
+        along = quick_points(axis) if args.quick else points(axis)
+        for point, result in measured(along, args.rounds, args.dtype, args.device):
             each = 1000 * result.median / point.batch
             first = first or each
             print(

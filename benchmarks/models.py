@@ -24,8 +24,9 @@ class Shape:
 
 # GPT2Config's default: 124M parameters.
 GPT2 = Shape(50257, 768, 12)
+GPT2_XL = Shape(50257, 1600, 48)
 TINY = Shape(300, 32, 2, positions=64)
-SHAPES = {"gpt2": GPT2, "tiny": TINY}
+SHAPES = {"gpt2": GPT2, "gpt2-xl": GPT2_XL, "tiny": TINY}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Case:
         return Case(model, int(n))
 
     def __str__(self) -> str:
-        names = {EMBEDDED: "embedded model", "gpt2": "GPT-2 124M shape", "tiny": "a tiny model"}
+        names = {
+            EMBEDDED: "embedded model",
+            "gpt2": "GPT-2 124M shape",
+            "gpt2-xl": "GPT-2 1.5B shape",
+            "tiny": "a tiny model",
+        }
         return f"{names[self.model]}, {self.n} sequences"
 
 
@@ -55,7 +61,7 @@ def add_cases(parser: argparse.ArgumentParser, *cases: str) -> None:
         nargs="+",
         metavar="MODEL:SEQUENCES",
         default=[Case.parse(case) for case in cases],
-        help=f"embedded or gpt2, with the number of sequences at a time ({' '.join(cases)})",
+        help=f"embedded, gpt2 or gpt2-xl, with the number of sequences at a time ({' '.join(cases) or 'by device'})",
     )
     parser.add_argument("--length", type=int, default=40, help="tokens of a completion at most (40)")
 

@@ -1,6 +1,6 @@
 """A full off-policy step: ours (GDC; rules `kl` and `published`) against the published algorithm, straightforwardly.
 
-    python benchmarks/off_policy.py [--case embedded:512] [--cycle 10] [--rounds 3]
+    python benchmarks/off_policy.py [--device cuda] [--case embedded:512] [--cycle 10] [--rounds 3]
 
 A turn is a whole cycle: so many steps (--cycle) with one check at the last of them, whose cost is so included; the
 seconds shown are those of a cycle. The straightforward side is 2012.11635, algorithm 1, as its formulas read: three
@@ -17,7 +17,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from models import Case, add_cases, folder_of
-from side_by_side import Side, Turns, parser, show, take_turns
+from side_by_side import Side, Turns, add_device, parser, show, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,27 +42,27 @@ class AlwaysReplaces:
         return True
 
 
-def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, cycle: int, rule: str) -> None:
+def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str, cycle: int, rule: str) -> None:
     from sides import our_trainer
 
     from tiltlm.objectives import GDC
     from tiltlm.training.proposal import proposal_rule
 
     always: Any = AlwaysReplaces(proposal_rule(rule, check_steps=cycle))
-    trainer = our_trainer(folder, objective=GDC(), rule=always, batch=batch, length=length, dtype=dtype)
+    trainer = our_trainer(folder, objective=GDC(), rule=always, batch=batch, length=length, dtype=dtype, device=device)
     turns.serve(lambda: [trainer.train_step() for _ in range(cycle)])
 
 
 class Straightforward:
     """GDC by the formulas: nothing is shared, cached or skipped."""
 
-    def __init__(self, folder: str, batch: int, length: int, rows: int) -> None:
+    def __init__(self, folder: str, batch: int, length: int, rows: int, device: str) -> None:
         import torch
         from sides import BETA, LEARNING_RATE, load
 
         self.batch, self.length, self.rows, self.beta = batch, length, rows, BETA
-        self.base, self.tokenizer = load(folder)
-        self.policy, self.proposal = (load(folder)[0] for _ in range(2))
+        self.base, self.tokenizer = load(folder, device=device)
+        self.policy, self.proposal = (load(folder, device=device)[0] for _ in range(2))
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=LEARNING_RATE)
         self.z, self.batches = 0.0, 0
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ class Straightforward:
         mask = (ended - (sequences[:, 1:] == eos).long()) == 0
         ids = [row[keep].tolist() for row, keep in zip(sequences[:, 1:], mask, strict=True)]
         rewards = vowels(self.tokenizer.batch_decode(ids, skip_special_tokens=True), ids)
-        return sequences, mask, torch.tensor(rewards, dtype=torch.float64)
+        return sequences, mask, torch.tensor(rewards, dtype=torch.float64, device=mask.device)
 
     def score(self, model: PreTrainedModel, sequences: Tensor, mask: Tensor) -> Tensor:
         """log-probability [N] of sequences under a model, in one forward pass."""
@@ -137,8 +137,8 @@ class Straightforward:
         return to_policy, to_proposal
 
 
-def straightforward(turns: Turns, folder: str, batch: int, length: int, cycle: int, rows: int) -> None:
-    loop = Straightforward(folder, batch, length, rows)
+def straightforward(turns: Turns, folder: str, batch: int, length: int, cycle: int, rows: int, device: str) -> None:
+    loop = Straightforward(folder, batch, length, rows, device)
 
     def steps() -> None:
         for _ in range(cycle):
@@ -154,12 +154,14 @@ def main() -> None:
     arguments.add_argument("--cycle", type=int, default=10, help="steps with one check (10)")
     arguments.add_argument("--rows", type=int, default=32, help="the straightforward side's rows a forward pass (32)")
     arguments.add_argument("--dtype", choices=("float32", "auto"), default="float32", help="of ours alone (float32)")
+    add_device(arguments)
     args = arguments.parse_args()
     if args.quick:
         args.case, args.length, args.rounds, args.cycle = [Case("embedded", 8), Case("tiny", 8)], 5, 2, 2
     for case in args.case:
         with folder_of(case.model) as folder:
             sizes = {"folder": folder, "batch": case.n, "length": args.length, "cycle": args.cycle}
+            sizes["device"] = args.device
             trained = args.cycle * case.n
             sides = [
                 Side("straightforward", straightforward, trained, {**sizes, "rows": args.rows}),

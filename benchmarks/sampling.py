@@ -1,6 +1,6 @@
 """Sampling with log-probabilities: ours against transformers' generate(), with and without its scores.
 
-    python benchmarks/sampling.py [--dtype auto] [--case embedded:512 gpt2:32 gpt2:128] [--rounds 5]
+    python benchmarks/sampling.py [--dtype auto] [--device cuda] [--case embedded:512 gpt2:32 gpt2:128] [--rounds 5]
 
 All draw from the plain law, after BOS alone. The embedded model ends its sequences when it likes, as both sides draw
 them; the GPT-2 shape has random weights and no EOS that it could draw, so all its sequences have the full length. With
@@ -11,13 +11,13 @@ auto ours stands against generate() of the float32 model and of a model in bfloa
 from __future__ import annotations
 
 from models import Case, add_cases, folder_of
-from side_by_side import Side, Turns, add_dtype, count_positions, parser, show, take_turns, tally
+from side_by_side import Side, Turns, add_device, add_dtype, count_positions, parser, show, take_turns, tally
 
 
-def ours(turns: Turns, folder: str, n: int, length: int, dtype: str) -> None:
+def ours(turns: Turns, folder: str, n: int, length: int, dtype: str, device: str) -> None:
     from tiltlm.lm import LanguageModel
 
-    model = LanguageModel.from_pretrained(folder, device="cpu", dtype=dtype)
+    model = LanguageModel.from_pretrained(folder, device=device, dtype=dtype)
     count_positions(model.vocab_size)
     seeds = iter(range(10**6))
 
@@ -28,11 +28,11 @@ def ours(turns: Turns, folder: str, n: int, length: int, dtype: str) -> None:
     turns.serve(step)
 
 
-def theirs(turns: Turns, folder: str, n: int, length: int, dtype: str, scores: bool) -> None:
+def theirs(turns: Turns, folder: str, n: int, length: int, dtype: str, device: str, scores: bool) -> None:
     import torch
     from sides import generate, load
 
-    model, tokenizer = load(folder, dtype)
+    model, tokenizer = load(folder, dtype, device)
     torch.manual_seed(0)
 
     def step() -> None:
@@ -49,6 +49,7 @@ def theirs(turns: Turns, folder: str, n: int, length: int, dtype: str, scores: b
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
     add_dtype(arguments)
+    add_device(arguments)
     add_cases(arguments, "embedded:512", "gpt2:32", "gpt2:128")
     args = arguments.parse_args()
     if args.quick:
@@ -56,7 +57,7 @@ def main() -> None:
     dtypes = ["float32"] if args.dtype == "float32" else ["float32", "bfloat16"]
     for case in args.case:
         with folder_of(case.model) as folder:
-            sizes = {"folder": folder, "n": case.n, "length": args.length}
+            sizes = {"folder": folder, "n": case.n, "length": args.length, "device": args.device}
             mine = Side("ours", ours, case.n, {**sizes, "dtype": args.dtype})
             others = [
                 Side(

@@ -70,6 +70,28 @@ def memory(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}; the benchmarks need Linux")
 
 
+def settle() -> None:
+    """Wait for all that a GPU has yet to compute."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def held_memory() -> int:
+    """What this process holds in bytes, on a GPU where it uses one."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else memory("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most that it ever held."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else memory("VmHWM")
+
+
 class Over(Exception):
     """Raised in a side when there are no more turns."""
 
@@ -106,17 +128,19 @@ class Turns:
             import torch
 
             self._ready = True
-            self._connection.send(Ready(memory("VmRSS"), torch.get_num_threads()))
+            self._connection.send(Ready(held_memory(), torch.get_num_threads()))
         if self._connection.recv() == "over":
             raise Over
         self._before = Tally(**vars(tally))
+        settle()
         self._began = time.perf_counter()
 
     def end(self) -> None:
         """Stop the clock and report."""
+        settle()
         seconds = time.perf_counter() - self._began
         added = Tally(**{name: value - getattr(self._before, name) for name, value in vars(tally).items()})
-        self._connection.send(Turn(seconds, added, memory("VmHWM")))
+        self._connection.send(Turn(seconds, added, peak_memory()))
 
     def serve(self, step: Callable[[], object]) -> None:
         """Take ``step`` once in each turn, until Over is raised."""
@@ -271,7 +295,16 @@ def machine() -> str:
     cpu = " ".join(names[0].replace("(R)", "").split()) if names else "unknown processor"
     threads = os.environ.get("OMP_NUM_THREADS")
     bound = f" with OMP_NUM_THREADS={threads}" if threads else ""
-    return f"{datetime.date.today()}, {os.cpu_count()} cores of {cpu}{bound}, {', '.join(versions)}"
+    return f"{datetime.date.today()}, {_gpu()}{os.cpu_count()} cores of {cpu}{bound}, {', '.join(versions)}"
+
+
+def _gpu() -> str:
+    """The GPU, where the command names it."""
+    if not any(argument.endswith("cuda") for argument in sys.argv):
+        return ""
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, "
 
 
 def show(what: str, pairs: Sequence[tuple[Result, Result]]) -> None:
@@ -296,6 +329,11 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side that count ({rounds})")
     made.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it runs")
     return made
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option ``--device``."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all sides (cpu)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ def our_trainer(
     batch: int,
     length: int,
     dtype: str = "float32",
+    device: str = "cpu",
     rows: int | None = None,
     lora: bool = False,
 ) -> Trainer:
@@ -43,7 +44,7 @@ def our_trainer(
     from tiltlm.training.arguments import TrainingArguments
     from tiltlm.training.trainer import Trainer
 
-    model = LanguageModel.from_pretrained(folder, device="cpu", dtype=dtype)
+    model = LanguageModel.from_pretrained(folder, device=device, dtype=dtype)
     count_positions(model.vocab_size)
     reward = callable_feature(vowels)
     fit_samples = min(FIT_SAMPLES, batch)
@@ -65,7 +66,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int,
     """n completions of BOS from the plain law, by transformers; ``settings`` are further ones of generate()."""
     import torch
 
-    prompts = torch.full((n, 1), tokenizer.bos_token_id)
+    prompts = torch.full((n, 1), tokenizer.bos_token_id, device=model.device)
     return model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -80,11 +81,11 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int,
     )
 
 
-def load(folder: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, by transformers; its positions are counted from now on."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
     count_positions(model.config.vocab_size)
     return model, AutoTokenizer.from_pretrained(folder)

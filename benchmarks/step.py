@@ -1,7 +1,7 @@
 """A full training step: ours (GDC++, on-policy) against TRL's RLOOTrainer and GRPOTrainer, on the same reward.
 
     pip install --constraint constraints.txt --editable ".[bench]"
-    python benchmarks/step.py [--dtype auto] [--case embedded:512 gpt2:32] [--rounds 5]
+    python benchmarks/step.py [--dtype auto] [--device cuda] [--case embedded:512 gpt2:32] [--rounds 5]
     python benchmarks/step.py --sweep [--case embedded:512]       which --trl-rows is the fastest for TRL here
     python benchmarks/step.py --trl-checkpointing                 TRL as lean as it can be, for its memory
 
@@ -21,17 +21,23 @@ from __future__ import annotations
 import tempfile
 
 from models import Case, add_cases, folder_of
-from side_by_side import Over, Side, Turns, add_dtype, count_positions, parser, ratio, show, take_turns
+from side_by_side import Over, Side, Turns, add_device, add_dtype, count_positions, parser, ratio, show, take_turns
 
 
-def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str) -> None:
+def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str) -> None:
     from sides import our_trainer
 
     from tiltlm.objectives import GDCPlusPlus
     from tiltlm.training.proposal import proposal_rule
 
     trainer = our_trainer(
-        folder, objective=GDCPlusPlus(), rule=proposal_rule("on_policy"), batch=batch, length=length, dtype=dtype
+        folder,
+        objective=GDCPlusPlus(),
+        rule=proposal_rule("on_policy"),
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        device=device,
     )
     sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
     try:
@@ -43,7 +49,15 @@ def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str) -> None
 
 
 def theirs(
-    turns: Turns, folder: str, method: str, batch: int, length: int, dtype: str, rows: int, checkpointing: bool
+    turns: Turns,
+    folder: str,
+    method: str,
+    batch: int,
+    length: int,
+    dtype: str,
+    device: str,
+    rows: int,
+    checkpointing: bool,
 ) -> None:
     import trl
     from datasets import Dataset
@@ -75,7 +89,7 @@ def theirs(
             activation_checkpointing=checkpointing,
             bf16=dtype != "float32",
             model_init_kwargs={"dtype": "float32"},
-            use_cpu=True,
+            use_cpu=device == "cpu",
             dataloader_pin_memory=False,
             logging_strategy="no",
             save_strategy="no",
@@ -98,6 +112,7 @@ def theirs(
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
     add_dtype(arguments)
+    add_device(arguments)
     add_cases(arguments, "embedded:512", "gpt2:32")
     arguments.add_argument("--trl-rows", type=int, default=8, help="rows of a forward pass of TRL (8)")
     arguments.add_argument("--trl-checkpointing", action="store_true", help="TRL with gradient checkpointing")
@@ -108,6 +123,7 @@ def main() -> None:
     for case in args.case:
         with folder_of(case.model) as folder:
             sizes = {"folder": folder, "batch": case.n, "length": args.length, "dtype": args.dtype}
+            sizes["device"] = args.device
 
             def trl_side(method: str, rows: int, case: Case = case, sizes: dict[str, object] = sizes) -> Side:
                 settings = {**sizes, "method": method, "rows": rows, "checkpointing": args.trl_checkpointing}
