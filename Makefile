@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_BIN ?= $(BIN)
 
-.PHONY: demo test test-slow test-gpu check bench golden
+.PHONY: demo test test-slow test-gpu check bench bench-gpu golden
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,15 @@ bench: $(INSTALLED)  ## all benchmarks in turn, with TRL, which nothing else nee
 	$(BENCH_BIN)/python benchmarks/off_policy.py $(BENCH_ARGS)
 	$(BENCH_BIN)/python benchmarks/memory.py $(BENCH_ARGS)
 	$(BENCH_BIN)/python benchmarks/growth.py $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/roofline.py $(BENCH_ARGS)
+
+bench-gpu: $(INSTALLED)  ## those that take a CUDA device, on it; models as large as there is a point in
+	$(BENCH_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BENCH_BIN)/python benchmarks/sampling.py --device cuda --dtype auto --case embedded:4096 gpt2:512 $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/step.py --device cuda --dtype auto --case embedded:4096 gpt2:512 --trl-rows 64 $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/off_policy.py --device cuda --dtype auto --case embedded:4096 --rows 512 $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/growth.py --device cuda --dtype auto $(BENCH_ARGS)
+	$(BENCH_BIN)/python benchmarks/roofline.py --device cuda $(BENCH_ARGS)
 
 golden: $(INSTALLED)  ## write the golden curves anew, after a change that is meant to move them
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/curves.py
