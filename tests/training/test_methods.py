@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.exact import weighted_gradient
+from tiltlm.features import Feature
 from tiltlm.lm import Law
 from tiltlm.objectives import (
     BUILT_IN,
@@ -204,3 +205,25 @@ def test_it_lowers_what_it_is_meant_to(name: str) -> None:
         assert after[0] > before[0] + 0.1
     elif name != "reinforce_p":
         assert after[1] < before[1] - 0.05
+
+
+@dataclass(frozen=True)
+class OwnTarget:
+    """A user's own target, a · exp(φ), with no reward of its own."""
+
+    features: tuple[Feature, ...]
+
+    def log_score(self, base_logprob: Tensor, features: Tensor) -> Tensor:
+        return base_logprob + features[:, 0]
+
+
+def test_the_reward_of_a_target_without_one_is_its_tilt(world: World) -> None:
+    own = replace(world, target=OwnTarget(world.target.features[2:]), base_sample=replace(
+        world.base_sample, features=world.base_sample.features[:, 2:]))  # fmt: skip
+    trainer = build_trainer(own, method=Reinforce(baseline="none"), batch_size=40)
+    batch = trainer.draw()
+    _, record = trainer.scorer.assess(batch, 0.0)
+    assert record is not None
+    assert record.reward is not None
+    assert torch.allclose(record.reward, batch.features[:, 0])
+    assert trainer.train_step().grad_norm > 0

@@ -58,7 +58,9 @@ class Scorer:
     ) -> None:
         self.roles, self.target, self.objective, self.accelerator = roles, target, objective, accelerator
         self.rows_at_once, self.passes, self.timed, self.critic = rows_at_once, passes, timed, critic
-        self.keeps_base, self.needs_base = keeps_base, needs_the_base(objective)
+        # The reward of a target that has none of its own is read off log P − log a.
+        self.keeps_base = keeps_base
+        self.needs_base = needs_the_base(objective) or not hasattr(target, "reward")
         self.skips = ignores_the_impossible(objective)
         self.follows_advantage = follows_its_advantage(objective) and critic is None
 
