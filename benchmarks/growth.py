@@ -64,18 +64,7 @@ def quick_points(axis: str) -> list[Point]:
 def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str) -> None:
     from sides import our_trainer
 
-    from tiltlm.objectives import GDCPlusPlus
-    from tiltlm.training.proposal import proposal_rule
-
-    trainer = our_trainer(
-        folder,
-        objective=GDCPlusPlus(),
-        rule=proposal_rule("on_policy"),
-        batch=batch,
-        length=length,
-        dtype=dtype,
-        device=device,
-    )
+    trainer = our_trainer(folder, batch=batch, length=length, dtype=dtype, device=device)
     turns.serve(trainer.train_step)
 
 

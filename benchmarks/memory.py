@@ -18,13 +18,10 @@ from side_by_side import Side, Turns, add_dtype, parser, show, take_turns, tally
 def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, rows: int) -> None:
     from sides import our_trainer
 
-    from tiltlm.objectives import GDCPlusPlus
     from tiltlm.training.proposal import proposal_rule
 
     rule = proposal_rule("interval", check_steps=1)
-    trainer = our_trainer(
-        folder, objective=GDCPlusPlus(), rule=rule, batch=batch, length=length, dtype=dtype, rows=rows, lora=True
-    )
+    trainer = our_trainer(folder, rule=rule, batch=batch, length=length, dtype=dtype, rows=rows, lora=True)
     turns.serve(trainer.train_step)
 
 

@@ -40,16 +40,10 @@ def main() -> None:
     args = arguments.parse_args()
     from sides import our_trainer
 
-    from tiltlm.objectives import GDCPlusPlus
-    from tiltlm.training.proposal import proposal_rule
-
     print(machine())
     for case in args.case:
         with folder_of(case.model) as folder:
-            rule = proposal_rule("on_policy")
-            trainer = our_trainer(
-                folder, objective=GDCPlusPlus(), rule=rule, batch=case.n, length=args.length, dtype=args.dtype
-            )
+            trainer = our_trainer(folder, batch=case.n, length=args.length, dtype=args.dtype)
             for _ in range(args.rounds):
                 before, began = trainer.passes.trained, time.perf_counter()
                 metrics = trainer.train_step()

@@ -28,8 +28,8 @@ def vowels(completions: list[str], completion_ids: list[list[int]], **columns: A
 def our_trainer(
     folder: str,
     *,
-    objective: Objective,
-    rule: ProposalRule,
+    objective: Objective | None = None,
+    rule: ProposalRule | None = None,
     batch: int,
     length: int,
     dtype: str = "float32",
@@ -37,11 +37,13 @@ def our_trainer(
     rows: int | None = None,
     lora: bool = False,
 ) -> Trainer:
-    """A trainer toward a(x) exp(reward/β), all else by default; ``rows`` sets the rows of a forward pass."""
+    """A trainer toward a(x) exp(reward/β), by default with GDC++ on-policy; ``rows`` sets those of a forward pass."""
     from tiltlm.features import callable_feature
     from tiltlm.lm import LanguageModel, Roles
+    from tiltlm.objectives import GDCPlusPlus
     from tiltlm.targets import draw_base_sample, fit_target, state_terms
     from tiltlm.training.arguments import TrainingArguments
+    from tiltlm.training.proposal import proposal_rule
     from tiltlm.training.trainer import Trainer
 
     model = LanguageModel.from_pretrained(folder, device=device, dtype=dtype)
@@ -59,6 +61,7 @@ def our_trainer(
         save_steps=0,
     )
     roles = Roles(model.with_lora(**LORA) if lora else model)
+    objective, rule = objective or GDCPlusPlus(), rule or proposal_rule("on_policy")
     return Trainer(roles, target, objective, rule, args, base_sample=sample)
 
 

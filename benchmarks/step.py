@@ -27,18 +27,7 @@ from side_by_side import Over, Side, Turns, add_device, add_dtype, count_positio
 def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str) -> None:
     from sides import our_trainer
 
-    from tiltlm.objectives import GDCPlusPlus
-    from tiltlm.training.proposal import proposal_rule
-
-    trainer = our_trainer(
-        folder,
-        objective=GDCPlusPlus(),
-        rule=proposal_rule("on_policy"),
-        batch=batch,
-        length=length,
-        dtype=dtype,
-        device=device,
-    )
+    trainer = our_trainer(folder, batch=batch, length=length, dtype=dtype, device=device)
     sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
     try:
         turns.serve(trainer.train_step)

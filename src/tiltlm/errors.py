@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TiltError(Exception):
@@ -48,6 +49,12 @@ class CheckpointError(TiltError, OSError):
 
 class NumericalError(TiltError, ArithmeticError):
     """A NaN or an infinity where training cannot go on."""
+
+
+def why_not_loaded(source: str, error: Exception) -> tuple[str, str]:
+    """Where a model was looked for, and in one line what the libraries that load it said."""
+    where = "in this folder" if Path(source).exists() else "as a folder here or a name on the hub"
+    return where, str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

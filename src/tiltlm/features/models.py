@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiltlm.errors import ModelError, UsageError, nearest
+from tiltlm.errors import ModelError, UsageError, nearest, why_not_loaded
 from tiltlm.features.feature import Batch
 from tiltlm.features.reading import READS, check_reads, read_prompts, read_texts
 
@@ -286,8 +286,7 @@ def _explained(feature: str, source: str) -> Iterator[None]:
     except (ModelError, UsageError):
         raise
     except Exception as error:
-        where = "in this folder" if Path(source).exists() else "as a folder here or a name on the hub"
-        reason = str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
+        where, reason = why_not_loaded(source, error)
         if not Path(source).exists() and (source.count("/") > 1 or source.startswith((".", "~", "/"))):
             reason = "there is no such folder"
         if "trust_remote_code" in str(error):

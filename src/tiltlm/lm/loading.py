@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiltlm.errors import ModelError, UsageError, nearest
+from tiltlm.errors import ModelError, UsageError, nearest, why_not_loaded
 from tiltlm.lm.embedded import EMBEDDED, embedded_path
 
 if TYPE_CHECKING:
@@ -130,8 +129,7 @@ def _explained(name: str, part: str) -> Iterator[None]:
     except (ModelError, UsageError):
         raise
     except Exception as error:
-        where = "in this folder" if Path(name).exists() else "as a folder here or a name on the hub"
-        reason = str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
+        where, reason = why_not_loaded(name, error)
         raise ModelError(
             f"model: no {part} could be loaded from '{name}' ({where}): {reason}. "
             f"Use 'embedded', a folder saved by save_pretrained (safetensors and tokenizer), or a hub name."

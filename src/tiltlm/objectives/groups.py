@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
+from tiltlm.estimation import Strata
 
 Baseline = Literal["none", "mean", "leave_one_out"]
 BASELINES: tuple[Baseline, ...] = ("none", "mean", "leave_one_out")
@@ -15,10 +16,8 @@ BASELINES: tuple[Baseline, ...] = ("none", "mean", "leave_one_out")
 
 def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
     """Σ of the values [N] in each row's group [N]; one group without ``groups`` [N]."""
-    if groups is None:
-        return values.sum().expand_as(values)
-    _, place = torch.unique(groups.to(values.device), return_inverse=True)
-    return values.new_zeros(int(place.max()) + 1).index_add_(0, place, values)[place]
+    strata = Strata.of(groups, len(values))
+    return strata.sum(values)[strata.index]
 
 
 def group_size(values: Tensor, groups: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tiltlm.estimation import Strata
 from tiltlm.objectives.groups import group_mean, group_size, group_sum
 from tiltlm.objectives.objective import Record, advantage_of
 
@@ -63,10 +64,6 @@ class VarGrad:
 
 def _normalized(log_weights: Tensor, groups: Tensor | None) -> Tensor:
     """Weights [N] that sum to 1 in each group, or are all 0 where none is above."""
-    if groups is None:
-        groups = torch.zeros(len(log_weights), dtype=torch.long)
-    _, place = torch.unique(groups.to(log_weights.device), return_inverse=True)
-    largest = log_weights.new_full((int(place.max()) + 1,), -torch.inf).scatter_reduce(0, place, log_weights, "amax")
-    shifted = (log_weights - largest.nan_to_num(neginf=0.0)[place]).exp()
-    total = group_sum(shifted, place)
-    return torch.where(total > 0, shifted / total.clamp_min(1e-300), 0.0)
+    strata = Strata.of(groups, len(log_weights))
+    total = strata.logsumexp(log_weights)[strata.index]
+    return torch.where(total > -torch.inf, (log_weights - total).exp(), 0.0)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.errors import UsageError
 from tiltlm.objectives.dpg import target_weight
 from tiltlm.objectives.objective import Record
+from tiltlm.objectives.settings import number
 
 
 def prefix_weights(guide_tokens: Tensor, proposal_tokens: Tensor) -> Tensor:
@@ -40,10 +40,8 @@ class Guided:
     feedback: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("correction", "feedback"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UsageError(f"method.args.{name}: {value!r} must be a number from 0 to 1")
+        number("correction", self.correction, 0, 1)
+        number("feedback", self.feedback, 0, 1)
 
     def coefficients(self, record: Record) -> Tensor:
         """κ (P/(Z q) − g/q) [N]."""

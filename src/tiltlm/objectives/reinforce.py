@@ -84,7 +84,7 @@ class KLControl(Reinforce):
         check_adaptive(self.target_kl, self.horizon)
 
     def rewards(self, record: Record) -> Tensor:
-        return reward_of(record).double() - self.beta * (record.policy_logprob - record.base_logprob)
+        return priced(record, self.beta)
 
     def adapted(self, record: Record) -> KLControl:
         """The same with the price for the next batch."""
@@ -107,12 +107,17 @@ class RLOO:
 
     def advantages(self, record: Record) -> Tensor:
         """R − B [N], compared within each prompt."""
-        rewards = reward_of(record).double() - self.beta * (record.policy_logprob - record.base_logprob)
+        rewards = priced(record, self.beta)
         return rewards - others_mean(rewards, record.prompt_index)
 
     def coefficients(self, record: Record) -> Tensor:
         """(R − B) π/q [N]."""
         return advantage_of(record) * policy_weight(record)
+
+
+def priced(record: Record, beta: float) -> Tensor:
+    """R = r − β (log π − log a) [N]."""
+    return reward_of(record).double() - beta * (record.policy_logprob - record.base_logprob)
 
 
 def check_adaptive(target_kl: float | None, horizon: float) -> None:

@@ -11,9 +11,8 @@ from tiltlm.errors import UsageError, nearest
 
 def number(name: str, value: Any, least: float, most: float = math.inf) -> None:
     """Raises UsageError unless the setting is a finite number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"method.args.{name}: {value!r} must be a number{_range(least, most)}")
-    if not least <= value <= most:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= most:
         raise UsageError(f"method.args.{name}: {value!r} must be a number{_range(least, most)}")
 
 

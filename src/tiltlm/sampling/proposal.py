@@ -156,9 +156,7 @@ def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | 
             "guided: a guide is made of the base's samples that the target was fitted on, and they are not there; take "
             "another proposal, with rejection, qrs, resample or mcmc"
         )
-    logprob = base_sample.samples.sequence_logprob.cpu()
-    log_tilt = target.log_score(logprob, base_sample.features).double() - logprob
-    return Twist.of(base, target, base_sample).guide(log_tilt)
+    return Twist.of(base, target, base_sample).guide(base_sample.log_weights(target))
 
 
 def is_guidable(target: Target) -> bool:

@@ -34,6 +34,11 @@ class BaseSample:
     features: Tensor
     max_completion_length: int
 
+    def log_weights(self, target: Target) -> Tensor:
+        """log P(x) − log a(x) [N] in float64, −inf outside the target's support."""
+        base_logprob = self.samples.sequence_logprob.cpu()
+        return target.log_score(base_logprob, self.features).double() - base_logprob
+
 
 @dataclass(frozen=True)
 class TermReport:
@@ -222,7 +227,7 @@ def report_fit(
     values = base_sample.features
     n = values.shape[0]
     base_logprob = base_sample.samples.sequence_logprob.cpu()
-    log_weights = target.log_score(base_logprob, values).double() - base_logprob
+    log_weights = base_sample.log_weights(target)
     if bool(torch.isnan(log_weights).any() | (log_weights == math.inf).any()):
         row = int((torch.isnan(log_weights) | (log_weights == math.inf)).nonzero()[0])
         raise NumericalError(

@@ -23,7 +23,7 @@ from tiltlm.features import Feature, measure
 from tiltlm.features.automaton import State
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.targets.constrain import BaseSample
-from tiltlm.targets.prefix_states import MOST_STATES, TokenTree, prefix_automaton, token_texts
+from tiltlm.targets.prefix_states import MOST_STATES, TokenTree, prefix_automaton, token_texts, token_transitions
 from tiltlm.targets.target import Term
 from tiltlm.targets.twist import FLOOR
 
@@ -93,21 +93,17 @@ class Chain:
         """
         automaton = prefix_automaton(features)
         tree = TokenTree(token_texts(model))
-        states, index, rows = [automaton.start], {automaton.start: 0}, []
-        found: list[tuple[int, ...]] = [()]
+        states, reached = [automaton.start], []
+        paths: dict[State, tuple[int, ...]] = {automaton.start: ()}
         memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
-        for i, state in enumerate(states):
-            row = []
-            for token, after in enumerate(tree.read_all(automaton, state, memo)):
-                if after not in index and len(states) < MOST_STATES:
-                    index[after] = len(states)
+        for state in states:
+            reached.append(tree.read_all(automaton, state, memo))
+            for token, after in enumerate(reached[-1]):
+                if after not in paths and len(states) < MOST_STATES:
                     states.append(after)
-                    found.append((*found[i], token))
-                row.append(index.get(after, index.get(automaton.coarse(after), i)))
-            rows.append(row)
-        transitions = torch.tensor(rows)
-        transitions[:, model.eos_ids] += len(states)
-        texts = [model.tokenizer.decode(list(path)) for path in found]
+                    paths[after] = (*paths[state], token)
+        transitions = token_transitions(model, automaton, states, reached)
+        texts = [model.tokenizer.decode(list(path)) for path in paths.values()]
         passes = (measure(features, texts) > 0).all(1).double()
         empty = torch.zeros(len(states), model.vocab_size, dtype=torch.float64)
         return Chain(transitions, passes, empty, torch.zeros(len(states), dtype=torch.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +59,26 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
         visits[state] += 1
     often = (state for state, _ in visits.most_common(MOST_STATES))
     kept = list(dict.fromkeys([automaton.start, *often, *map(automaton.coarse, visits)]))
-    index = {state: i for i, state in enumerate(kept)}
     memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
+    reached = (vocabulary.read_all(automaton, state, memo) for state in kept)
+    return PrefixStates(token_transitions(model, automaton, kept, reached))
+
+
+def token_transitions(
+    model: LanguageModel, automaton: Automaton, kept: Sequence[State], reached: Iterable[Sequence[State]]
+) -> Tensor:
+    """Where each token leads [S, V] among the S states ``kept``, given the state that each token reaches from each.
+
+    A state that is not kept is its coarse one; where that is not kept either, the state stays as it is.
+    """
+    index = {state: i for i, state in enumerate(kept)}
     rows: list[list[int]] = []
-    for i, state in enumerate(kept):
-        reached = vocabulary.read_all(automaton, state, memo)
-        # Where hardly any sample has been there is nothing to tell: the state stays as it is.
-        known = {s: index.get(s, index.get(automaton.coarse(s), i)) for s in dict.fromkeys(reached)}
-        rows.append([known[s] for s in reached])
+    for i, after in enumerate(reached):
+        known = {s: index.get(s, index.get(automaton.coarse(s), i)) for s in dict.fromkeys(after)}
+        rows.append([known[s] for s in after])
     transitions = torch.tensor(rows)
     transitions[:, model.eos_ids] += len(kept)
-    return PrefixStates(transitions)
+    return transitions
 
 
 def token_texts(model: LanguageModel) -> list[str]:

@@ -33,8 +33,7 @@ class Guidance:
     ) -> None:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
         self.twist = Twist.of(base, target, base_sample)
-        logprob = base_sample.samples.sequence_logprob.cpu()
-        self.log_tilt = target.log_score(logprob, base_sample.features).double() - logprob
+        self.log_tilt = base_sample.log_weights(target)
         if isinstance(log_z, Tensor):
             self.log_tilt = self.log_tilt - log_z
         terms = target.terms if isinstance(target, TiltedTarget) else ()

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError
 from tiltlm.lm import Samples
+from tiltlm.lm.samples import TENSORS
 from tiltlm.objectives import Guided, Objective
 from tiltlm.training.arguments import TrainingArguments
 from tiltlm.training.batch import Batch
 from tiltlm.training.proposal import ProposalRule
 
 POOLED = "pool"
-TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 # Batches in each of the two stretches that are compared, and how many standard errors tell them apart.
 STRETCH, ERRORS = 20, 2.0
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors and the numbers of a checkpoint."""
     scaler = trainer.accelerator.scaler
+    pool, reuse = trainer.reuse.state()
     tensors = {
         "policy": {name: p.detach() for name, p in trainer.parameters.items()},
         "proposal": trainer.roles.proposal_state(),
@@ -24,7 +25,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "generator": trainer.drawer.generator_state,
-        "pool": trainer.reuse.state()[0],
+        "pool": pool,
         "leaning": trainer.guidance.leaning if trainer.guidance else None,
     }
     numbers = {
@@ -32,7 +33,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "queue": trainer.drawer.queue.position,
         "drawn": trainer.drawer.drawn,
         "source": trainer.source,
-        "reuse": trainer.reuse.state()[1],
+        "reuse": reuse,
         "step": trainer.step,
         "passes": asdict(trainer.passes),
         "beta": _beta(trainer.scorer.objective),

@@ -97,10 +97,9 @@ class Trainer:
         self.scorer = Scorer(
             roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic, keep
         )
-        logprob = base_sample.samples.sequence_logprob.cpu()
         # Of every prompt its own, also of those that the fit did not come to.
         self.partition = partition_for(len(base_sample.samples.prompts)).updated(
-            target.log_score(logprob, base_sample.features) - logprob, base_sample.samples.prompt_ids
+            base_sample.log_weights(target), base_sample.samples.prompt_ids
         )
         self.source = rule.first
         check_pool(args, self.reuse.iterations, objective, rule)
