@@ -80,3 +80,21 @@ def prefix_tree(vocabulary: int, length: int) -> Graph:
         for t, size in enumerate(layers)
     ]
     return Graph(torch.cat(child), layers, vocabulary**length)
+
+
+def last_tokens(transitions: Tensor, length: int, state: int = 0, token: int = 0) -> tuple[Graph, Tensor, Tensor]:
+    """A node for all prefixes of one length that end with one token, and in one state of an automaton [S, V].
+
+    Also token and state of all nodes [M + L]; those given are the empty prefix's. What no prefix reaches has no node.
+    """
+    vocabulary, end = transitions.shape[1], 0
+    layers, child = [torch.tensor([state * vocabulary + token])], []
+    for _ in range(length):
+        after = transitions[layers[-1] // vocabulary] * vocabulary + torch.arange(vocabulary)
+        reached, places = after.unique(return_inverse=True)
+        end += len(layers[-1])
+        child.append(end + places)
+        layers.append(reached)
+    nodes = torch.cat(layers)
+    graph = Graph(torch.cat(child), tuple(map(len, child)), len(layers[-1]))
+    return graph, nodes % vocabulary, nodes // vocabulary

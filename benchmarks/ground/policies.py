@@ -34,7 +34,7 @@ class PrefixNetwork:
 
     def copies(self, runs: int) -> PrefixNetwork:
         """``runs`` copies, to be trained."""
-        return PrefixNetwork(*(p[:1].repeat(runs, *[1] * (p.ndim - 1)).requires_grad_() for p in self.parameters))
+        return PrefixNetwork(*_repeated(self.parameters, runs))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -51,6 +51,50 @@ class PrefixNetwork:
             if t + 1 < length:
                 read = (read[:, :, None] + self.embedding[:, t, None]).reshape(runs, -1, hidden)
         return torch.baddbmm(self.bias[:, None], torch.cat(layers, 1), self.output).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class NodeNetwork:
+    """A hidden layer over what a node tells of its prefixes: logits = W tanh(E_x + F_s + b_t) + c.
+
+    ``node`` [M, 3] are the last token x, the state s of an automaton and the position t; ``token`` [R, V, H], ``state``
+    [R, S, H], ``position`` [R, T, H], ``output`` [R, H, V], ``bias`` [R, V].
+    """
+
+    node: Tensor
+    token: Tensor
+    state: Tensor
+    position: Tensor
+    output: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def random(vocabulary: int, states: int, length: int, hidden: int, generator: torch.Generator) -> NodeNetwork:
+        """One run, whose laws are far from uniform. State and position do not matter yet; the rows are those of x."""
+        token = torch.randn(1, vocabulary, hidden, generator=generator)
+        output = 2.5 / hidden**0.5 * torch.randn(1, hidden, vocabulary, generator=generator)
+        bias = 0.3 * torch.randn(1, vocabulary, generator=generator)
+        node = torch.nn.functional.pad(torch.arange(vocabulary)[:, None], (0, 2))
+        return NodeNetwork(node, token, torch.zeros(1, states, hidden), torch.zeros(1, length, hidden), output, bias)
+
+    def copies(self, runs: int) -> NodeNetwork:
+        """``runs`` copies, to be trained."""
+        return NodeNetwork(self.node, *_repeated(self.parameters, runs))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Each [R, ...]."""
+        return [self.token, self.state, self.position, self.output, self.bias]
+
+    def log_table(self) -> Tensor:
+        """log π(v|node) [R, M, V]."""
+        x, s, t = self.node.unbind(-1)
+        read = self.token.index_select(1, x) + self.state.index_select(1, s) + self.position.index_select(1, t)
+        return torch.baddbmm(self.bias[:, None], torch.tanh(read), self.output).log_softmax(-1)
+
+
+def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
+    return [p[:1].repeat(runs, *[1] * (p.ndim - 1)).requires_grad_() for p in parameters]
 
 
 @dataclass

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ground.graph import Graph, prefix_tree
-from ground.policies import PrefixNetwork
+from ground.graph import Graph, last_tokens, prefix_tree
+from ground.policies import NodeNetwork, PrefixNetwork
 from tiltlm.exact import TokenAutomaton, count_difference, phrase
 from tiltlm.features import Feature, contains
 from tiltlm.targets import Term, TiltedTarget
@@ -36,7 +36,7 @@ class World:
     automaton: TokenAutomaton
     state: Tensor
     terms: tuple[Term, ...]
-    network: PrefixNetwork
+    network: PrefixNetwork | NodeNetwork
 
     @cached_property
     def values(self) -> Tensor:
@@ -154,3 +154,32 @@ def enumerable(name: str, seed: int = 0) -> World:
     states = automaton.read(tokens)
     inner = [states[:: VOCABULARY ** (LENGTH - t), t] for t in range(LENGTH + 1)]
     return World(name, graph, base, automaton, torch.cat(inner), tuple(terms), network)
+
+
+def rare_phrase(rate: float = 1e-5, vocabulary: int = 50, length: int = 40, seed: int = 0) -> World:
+    """Sequences of ``length`` tokens of a Markov base, of which those with a phrase of three tokens are wanted.
+
+    Of all phrases of three different tokens it is that with the rate nearest to the one wanted. A node tells the last
+    token, how much of the phrase has been read, and the position. Policies see all three, and begin as the base, which
+    uses the token alone; what p does with them is the sum of log a and the log of a promise, and not of their form.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = NodeNetwork.random(vocabulary, 4, length, HIDDEN, generator)
+    law = network.log_table()[0].double().log_softmax(-1)
+    began, passed = torch.zeros(vocabulary, dtype=torch.float64), torch.eye(vocabulary, dtype=torch.float64)[0]
+    for _ in range(length - 2):
+        passed = passed @ law.exp()
+        began += passed
+    # How often each phrase is to be expected; one of different tokens so rare is hardly ever there twice.
+    expected = (began.log()[:, None] + law)[..., None] + law
+    i, j, k = torch.meshgrid(*[torch.arange(vocabulary)] * 3, indexing="ij")
+    distance = (expected - math.log(rate)).abs().where((i != j) & (j != k) & (i != k), math.inf)
+    ids = [int(x) for x in torch.unravel_index(distance.argmin(), distance.shape)]
+    automaton = phrase(ids, vocabulary)
+    graph, token, state = last_tokens(automaton.transitions, length)
+    inner = torch.stack([token, state], -1)[: len(graph.child)]
+    position = torch.arange(length).repeat_interleave(torch.tensor(graph.layers))
+    network = replace(network, node=torch.cat([inner, position[:, None]], -1))
+    title = "phrase " + "-".join(map(str, ids))
+    terms = (Term(named(title), "filter", 1.0),)
+    return World("pointwise-5", graph, law[inner[:, 0]], automaton, state, terms, network)
