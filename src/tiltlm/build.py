@@ -179,7 +179,7 @@ def read_prompts(config: RunConfig) -> PromptSplit:
     if stated.held_out is None:
         return PromptSplit(found)
     if isinstance(stated.held_out, float):
-        return PromptSplit(*found.split(stated.held_out, config.seed))
+        return PromptSplit(*found.split(stated.held_out, config.fit_seed))
     return PromptSplit(found, other_prompts(config, stated.held_out))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiltlm.command_line import AsJson, ConfigFile, Device, Overrides, Source, quiet, run_of, terminal
+from tiltlm.compare_command import compare
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.sample_command import sample
 
@@ -164,6 +165,7 @@ def evaluate(
 
 
 app.command()(sample)
+app.command()(compare)
 
 
 @app.command()

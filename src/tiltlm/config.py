@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,7 @@ class TargetConfig(Section):
     ] = None
     args: Annotated[dict[str, Any], Field(description="arguments of that target")] = {}
     samples: Annotated[int, Field(ge=2, description="samples of the base that the target is fitted on")] = 4096
+    seed: Annotated[int | None, Field(ge=0, description="seed of these samples; null: that of the run")] = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> TargetConfig:
@@ -162,6 +163,11 @@ class RunConfig(Section):
     def _one_or_many(cls, value: Any) -> Any:
         return [] if value in (None, "none") else [value] if isinstance(value, str) else value
 
+    @property
+    def fit_seed(self) -> int:
+        """The seed of the samples that the target is fitted on."""
+        return self.seed if self.target.seed is None else self.target.seed
+
     def to_json(self) -> dict[str, Any]:
         """Every key, defaults included: the ``config`` of ``run.json``."""
         return {**self.model_dump(mode="json"), "training": asdict(self.training)}
@@ -198,20 +204,25 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config: {path} cannot be read ({error}); `tiltlm init` writes one to start from") from error
-    try:
-        raw = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"config: {path} is not valid YAML: {_yaml_problem(error)}") from error
-    if not isinstance(raw, dict):
-        raise UsageError(f"config: {path} must hold keys and values, such as `model: embedded`; it holds {raw!r:.60}")
+    raw = read_mapping(Path(path), "config", "`model: embedded`", "`tiltlm init` writes one to start from")
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw)
+
+
+def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, Any]:
+    """The keys and values of a YAML file that is to be ``what``, such as ``example``. Raises UsageError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what}: {path} cannot be read ({error}); {advice}") from error
+    try:
+        raw = _read_yaml(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{what}: {path} is not valid YAML: {_yaml_problem(error)}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{what}: {path} must hold keys and values, such as {example}; it holds {raw!r:.60}")
+    return raw
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -259,22 +270,26 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(dict(raw))
     except ValidationError as error:
-        problems: dict[str, list[Any]] = {}
-        for problem in error.errors():
-            location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
-            problems.setdefault(location, []).append(problem)
-        explained = "; ".join(_explain(field, found) for field, found in problems.items())
-        raise UsageError(f"config: {explained}") from error
-    _reject_switches(raw, config)
+        raise UsageError(f"config: {explained(error, _valid_keys)}") from error
+    reject_switches(raw, config)
     return config
 
 
-def _explain(field: str, problems: Sequence[Any]) -> str:
+def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
+    """What pydantic refused, field by field; ``valid_keys`` are those at a place of the file."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
+        problems.setdefault(location, []).append(problem)
+    return "; ".join(_explain(field, found, valid_keys) for field, found in problems.items())
+
+
+def _explain(field: str, problems: Sequence[Any], valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
     """One sentence for what pydantic says of one field: several things where it may be of several types."""
     *parents, key = field.split(".")
     kind, value = problems[0]["type"], problems[0]["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
-        return f"unknown key '{field}'; {nearest(key, _valid_keys(parents))}"
+        return f"unknown key '{field}'; {nearest(key, valid_keys(parents))}"
     if kind == "missing":
         return f"'{field}' is missing; it has no default"
     if kind == "value_error":
@@ -294,17 +309,17 @@ def _is_union_tag(part: str) -> bool:
     return "[" in part or part in ("str", "text", "list", "mapping")
 
 
-def _reject_switches(raw: Any, parsed: Any, field: str = "") -> None:
+def reject_switches(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
     """Refuse true and false for a number: pydantic takes them for 1 and 0, and a moment of 1 is a filter."""
     if isinstance(raw, Mapping):
         for key, value in raw.items():
             inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
-            _reject_switches(value, inner, f"{field}.{key}" if field else str(key))
+            reject_switches(value, inner, f"{field}.{key}" if field else str(key), what)
     elif isinstance(raw, list) and isinstance(parsed, list):
         for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
-            _reject_switches(value, inner, f"{field}.{i}")
+            reject_switches(value, inner, f"{field}.{i}", what)
     elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        raise UsageError(f"config: {field}: must be a number (it is {raw})")
+        raise UsageError(f"{what}: {field}: must be a number (it is {raw})")
 
 
 def _valid_keys(location: Sequence[str]) -> list[str]:

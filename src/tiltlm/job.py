@@ -45,7 +45,7 @@ from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.trainer import Trainer
 
 # Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
-STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6}
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6, "reference": 7, "curve": 8}
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,17 @@ def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
     return directory
 
 
-def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, console: Console | None = None) -> Run:
+def tune_config(
+    config: RunConfig,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped.
+
+    ``callbacks`` come beside those of the config.
 
     Ask ``finished`` first: a run that is done would be evaluated and published again. Raises KeyboardInterrupt on
     Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
@@ -198,7 +207,7 @@ def tune_config(config: RunConfig, output_dir: Path, *, resume: bool = False, co
         check_same_config(RunDirectory.open(output_dir), config.to_json())
     else:
         directory.check_free()
-    callbacks = build_callbacks(config)
+    callbacks = [*build_callbacks(config), *callbacks]
     with sigterm_interrupts():
         base = build_base(config)
         # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
@@ -237,7 +246,7 @@ def state_target(
                 config.target.samples,
                 prompts,
                 config.max_completion_length,
-                stream(config.seed, "fit"),
+                stream(config.fit_seed, "fit"),
                 progress,
                 samples_per_prompt=config.training.samples_per_prompt or 1,
             )
@@ -330,6 +339,8 @@ def _run(
             trainer.callbacks += (trackers,)
         device, target = str(roles.policy.device), stated.report.to_json()
         directory.write_run(base_fingerprint=weights, device=device, target=target)
+        for callback in trainer.callbacks:
+            callback.on_train_begin(trainer.progress, roles, stated.target)
         began, every = trainer.step, config.training.save_steps
         with display.training(began, config.training.max_steps):
             outcome = trainer.train()

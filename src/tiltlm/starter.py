@@ -26,6 +26,7 @@ target:
     # - {feature: {python: "my_rewards:brevity", args: {words: 20}}, moment: 0.3, name: brief}
   # reward: {feature: {sentiment: compound}, beta: 0.1}  # multiplies the base by exp(reward / beta)
   # samples: 4096  # samples of the base that the target is fitted on
+  # seed: null  # seed of these samples; null: that of the run
 """
 
 SECTIONS = {"method": MethodConfig, "training": TrainingArguments, "evaluation": EvaluationConfig}

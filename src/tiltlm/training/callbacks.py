@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tiltlm.lm import Roles
+    from tiltlm.targets import Target
     from tiltlm.training.metrics import StepMetrics
 
 
@@ -31,6 +33,9 @@ class Progress:
 
 class Callback:
     """Base of callbacks; override what you need. An exception raised here stops the run like any other."""
+
+    def on_train_begin(self, progress: Progress, roles: Roles, target: Target) -> None:
+        """Before the first step of a sitting, with the models and the target; sampling from them changes nothing."""
 
     def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
         """After every optimizer step, with its measurements."""

@@ -1,0 +1,1 @@
+"""A study: tasks × methods × seeds in one command."""

@@ -1,0 +1,77 @@
+"""What a study will do: its grid as a table, and how long it would take, as far as finished runs tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tiltlm.runs.report import duration
+from tiltlm.runs.study import StudyDirectory
+from tiltlm.study.grid import Grid, PlannedRun
+
+
+def show_grid(
+    console: Console, grid: Grid, directory: StudyDirectory, record: Mapping[str, Any] | None, jobs: int
+) -> None:
+    """Print the steps of each cell, what is left out and why, and an estimate of the time that is left."""
+    cells = {(run.task, run.method): run for run in grid.runs}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("steps of a run", no_wrap=True)
+    for variant in grid.variants:
+        table.add_column(variant.name, justify="right")
+    for task in grid.study.tasks:
+        shown = [cells.get((task, variant.name)) for variant in grid.variants]
+        table.add_row(task, *(f"{run.config.training.max_steps:,}" if run is not None else "–" for run in shown))
+    console.print(table)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in grid.skipped:
+        reasons.setdefault((one.method, one.reason), []).append(one.task)
+    for (method, reason), tasks in reasons.items():
+        console.print(f"– {method} on {', '.join(tasks)}: {reason}", soft_wrap=True)
+    seeds = grid.study.seed_list
+    drawn = sum(run.sequences for run in grid.runs)
+    console.print(
+        f"{len(grid.runs)} runs ({len(cells)} cells, seeds {', '.join(map(str, seeds))}), {drawn:,} sequences, "
+        f"into {directory.path}",
+        soft_wrap=True,
+    )
+    console.print(time_in_words(grid, record, jobs), soft_wrap=True)
+
+
+def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int) -> str:
+    """How long the runs that are left will take, by those of this study that are done."""
+    done = {
+        (one["task"], one["method"], one["seed"]): float(one["seconds"])
+        for one in (record or {}).get("runs", [])
+        if one["status"] == "done" and one.get("seconds")
+    }
+    left = [run for run in grid.runs if (run.task, run.method, run.seed) not in done]
+    if not left:
+        return f"all {len(grid.runs)} runs are done"
+    if not done:
+        return (
+            "time: unknown, as no run of this study is done here; after the first ones this command says how long the "
+            "rest will take"
+        )
+    total = sum(_seconds(run, done, grid) for run in left) / jobs
+    return (
+        f"{len(grid.runs) - len(left)} runs are done; the other {len(left)} take about {duration(total)} with --jobs "
+        f"{jobs}, as fast as those were"
+    )
+
+
+def _seconds(run: PlannedRun, done: Mapping[tuple[str, str, int], float], grid: Grid) -> float:
+    """By the runs of the same cell, else of the same method, else of all, in proportion to the sequences drawn."""
+    drawn = {(one.task, one.method, one.seed): one.sequences for one in grid.runs}
+    known = [key for key in done if key in drawn]
+    for same in (
+        [key for key in known if key[:2] == (run.task, run.method)],
+        [key for key in known if key[1] == run.method],
+        known,
+    ):
+        if same:
+            return run.sequences * sum(done[key] for key in same) / sum(drawn[key] for key in same)
+    return sum(done.values()) / len(done)

@@ -1,0 +1,257 @@
+"""Runs a study over processes: nothing twice, one failure stops no other, and Ctrl-C only pauses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tiltlm.errors import TiltError, UsageError
+from tiltlm.runs import storage
+from tiltlm.runs.resuming import check_same_config, is_done
+from tiltlm.runs.study import StudyDirectory
+from tiltlm.study.grid import Grid, PlannedRun
+from tiltlm.study.progress import StudyProgress
+from tiltlm.study.reference import has_reference, reference_key
+from tiltlm.study.watch import is_measured
+from tiltlm.training.interrupt import sigterm_interrupts
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to do; ``run`` is None for a reference."""
+
+    name: str
+    order: dict[str, Any]
+    run: PlannedRun | None = None
+
+
+@dataclass
+class Active:
+    """A process at work on a job."""
+
+    job: Job
+    process: subprocess.Popen[str]
+    log: IO[str]
+    began: float
+
+
+class Execution:
+    """One sitting of a study. ``record`` is what ``study.json`` holds, written after every run."""
+
+    def __init__(self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int) -> None:
+        self.grid, self.directory, self.record, self.jobs = grid, directory, record, jobs
+        self.places = {f"{one['task']}/{one['method']}/seed-{one['seed']}": one for one in record["runs"]}
+        self.active: list[Active] = []
+
+    def go(self, progress: StudyProgress) -> bool:
+        """Draw the references, then run what is not done; False if it was interrupted."""
+        self.progress = progress
+        with _only_one(self.directory.path) as lock, sigterm_interrupts():
+            self.lock = lock
+            self.directory.write_record(self.record)
+            try:
+                self._work(self._references())
+                self._work(self._runs())
+            except KeyboardInterrupt:
+                self._stop()
+                return False
+            finally:
+                self.directory.write_record(self.record)
+        return True
+
+    def _references(self) -> Iterator[Job]:
+        settings = self.grid.study.reference
+        for task in self.grid.study.tasks:
+            runs = self.grid.of_task(task)
+            folder = self.directory.reference(task)
+            if not runs:
+                continue
+            try:
+                if has_reference(folder, reference_key(runs[0].config, settings)):
+                    continue
+            except UsageError as error:
+                self._fail_task(task, str(error))
+                continue
+            order = {"config": runs[0].config.to_json(), "folder": str(folder), "reference": settings.model_dump()}
+            yield Job(f"reference of {task}", {"kind": "reference", **order})
+
+    def _runs(self) -> Iterator[Job]:
+        for run in self.grid.runs:
+            place = self.places[run.name]
+            folder, reference = self.directory.run(run.task, run.method, run.seed), self.directory.reference(run.task)
+            if place["status"] == "failed" and place.get("reference_failed"):
+                continue
+            try:
+                if folder.run_path.exists():
+                    check_same_config(folder, run.config.to_json())
+                    if is_done(folder) and is_measured(folder, reference):
+                        self._settle(place, "done")
+                        self.progress.already(run)
+                        continue
+            except TiltError as error:
+                self._settle(place, "failed", str(error))
+                self.progress.ended(run, "failed", str(error), 0.0)
+                continue
+            order = {
+                "kind": "run",
+                "config": run.config.to_json(),
+                "folder": str(folder.path),
+                "reference": str(reference),
+                "curve": self.grid.study.curve.model_dump(),
+            }
+            yield Job(run.name, order, run)
+
+    def _work(self, jobs: Iterator[Job]) -> None:
+        """Keep ``self.jobs`` processes at work until all is done."""
+        waiting = deque(jobs)
+        while waiting or self.active:
+            while waiting and len(self.active) < self.jobs:
+                self.active.append(self._begin(waiting.popleft()))
+            time.sleep(POLL_SECONDS)
+            for one in [one for one in self.active if one.process.poll() is not None]:
+                self.active.remove(one)
+                self._end(one)
+            self.progress.at_work([(one.job.name, one.job.run) for one in self.active], self.directory)
+
+    def _begin(self, job: Job) -> Active:
+        path = self.directory.log(job.name)
+        with storage.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = path.open("a", encoding="utf-8")
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        # A session of its own: Ctrl-C reaches this process alone, which then asks the others to finish their step.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tiltlm.study.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            start_new_session=True,
+            pass_fds=(self.lock,) if self.lock is not None else (),
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job.order))
+        process.stdin.close()
+        return Active(job, process, log, time.monotonic())
+
+    def _end(self, one: Active) -> None:
+        status, error = _answer(one.process)
+        one.log.close()
+        seconds = time.monotonic() - one.began
+        if error is not None:
+            error = f"{error} (log: {self.directory.log(one.job.name)})"
+        if one.job.run is None:
+            if status != "done":
+                task = one.job.name.removeprefix("reference of ")
+                self._fail_task(task, f"its reference could not be drawn: {error or 'interrupted'}")
+            return
+        place = self.places[one.job.run.name]
+        place["seconds"] = (place.get("seconds") or 0.0) + seconds
+        self._settle(place, status, error)
+        self.progress.ended(one.job.run, status, error, seconds)
+        self.directory.write_record(self.record)
+
+    def _fail_task(self, task: str, error: str) -> None:
+        for run in self.grid.of_task(task):
+            place = self.places[run.name]
+            self._settle(place, "failed", error)
+            place["reference_failed"] = True
+            self.progress.ended(run, "failed", None, 0.0)
+        self.progress.say(f"{task}: {error}")
+
+    def _settle(self, place: dict[str, Any], status: str, error: str | None = None) -> None:
+        place["status"], place["error"] = status, error
+        place.pop("reference_failed", None)
+
+    def _stop(self) -> None:
+        """Ask all to finish their step and save; at a second Ctrl-C end them at once."""
+        self.progress.say("stopping: each run finishes its step and saves; Ctrl-C once more ends them at once")
+        try:
+            for one in self.active:
+                one.process.send_signal(signal.SIGTERM)
+            for one in self.active:
+                one.process.wait()
+        except KeyboardInterrupt:
+            for one in self.active:
+                one.process.kill()
+                one.process.wait()
+        for one in self.active:
+            status, _ = _answer(one.process)
+            one.log.close()
+            if one.job.run is not None:
+                place = self.places[one.job.run.name]
+                place["seconds"] = (place.get("seconds") or 0.0) + time.monotonic() - one.began
+                self._settle(place, "done" if status == "done" else "interrupted")
+        self.active = []
+
+
+def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: Sequence[str]) -> dict[str, Any]:
+    """``study.json`` of a grid; what an earlier sitting knows of the same runs is kept."""
+    known = {(one["task"], one["method"], one["seed"]): one for one in (before or {}).get("runs", [])}
+    fresh = {"status": "waiting", "error": None, "seconds": None}
+    runs = []
+    for run in grid.runs:
+        key = {"task": run.task, "method": run.method, "seed": run.seed}
+        earlier = known.get((run.task, run.method, run.seed), {})
+        runs.append({**fresh, **key, "seconds": earlier.get("seconds"), "sequences": run.sequences})
+    return {
+        "title": title,
+        "command": list(command),
+        "study": grid.study.model_dump(mode="json"),
+        "tasks": {name: task.label or name for name, task in grid.study.tasks.items()},
+        "methods": {
+            one.name: {"label": one.label, "family": one.family, "batch_size": one.batch_size} for one in grid.variants
+        },
+        "runs": runs,
+        "skipped": [vars(one) for one in grid.skipped],
+    }
+
+
+def _answer(process: subprocess.Popen[str]) -> tuple[str, str | None]:
+    """What a process said came of its job, or how it died."""
+    assert process.stdout is not None
+    said = process.stdout.read().strip()
+    process.stdout.close()
+    try:
+        answer = json.loads(said.splitlines()[-1])
+        return answer["status"], answer["error"]
+    except (IndexError, ValueError, KeyError):
+        code = process.returncode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return "failed", f"the process ended without an answer, by {how}"
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[int | None]:
+    """Hold the study's lock, which its processes inherit. Raises UsageError where another sitting holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield None
+        return
+    with storage.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: another `tiltlm compare` is at work on this study; wait for it, or stop it"
+            ) from error
+        yield file
+    finally:
+        os.close(file)

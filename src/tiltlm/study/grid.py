@@ -1,0 +1,192 @@
+"""From a study file to its runs: settings merged, steps counted from the budget, what cannot be expressed left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
+from tiltlm.config import RunConfig, parse_config
+from tiltlm.errors import UsageError
+from tiltlm.objectives import Guided
+from tiltlm.study.file import MethodSection, StudyConfig, TaskSection
+from tiltlm.targets import TiltedTarget, prefix_automaton
+from tiltlm.training.proposal import ProposalRule
+
+MERGED = ("training", "evaluation")
+# Stands for a task where a method is checked by itself, and the other way round.
+ANY_TASK = {"model": "embedded", "target": {"constraints": [{"feature": "length", "moment": 1.0}]}}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is run: ``family`` is its name in the file, shared by the variants of several batch sizes."""
+
+    name: str
+    family: str
+    label: str
+    section: MethodSection
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the grid; ``sequences`` are those that it will have drawn at its end."""
+
+    task: str
+    method: str
+    seed: int
+    config: RunConfig
+    sequences: int
+
+    @property
+    def name(self) -> str:
+        """Its folder under the runs of the study."""
+        return f"{self.task}/{self.method}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A cell of the grid that no method can fill, and why."""
+
+    task: str
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs in the order in which they go on (all cells of the first seed first), and the cells without any."""
+
+    study: StudyConfig
+    variants: tuple[Variant, ...]
+    runs: tuple[PlannedRun, ...]
+    skipped: tuple[Skipped, ...]
+
+    def of_task(self, task: str) -> list[PlannedRun]:
+        """The runs of one task."""
+        return [run for run in self.runs if run.task == task]
+
+
+def expand(study: StudyConfig) -> Grid:
+    """All runs of a study, each checked as far as can be before any work. Raises UsageError that says where."""
+    shared = dict(study.shared)
+    _checked("shared", {**ANY_TASK, **shared})
+    for name, task in study.tasks.items():
+        _checked(f"tasks.{name}", _with_task(shared, task))
+    variants = tuple(_variants(study))
+    for variant in variants:
+        _checked(f"methods.{variant.family}", _with_method({**ANY_TASK, **shared}, variant))
+    cells: list[tuple[str, Variant, RunConfig, int]] = []
+    skipped = []
+    for name, task in study.tasks.items():
+        for variant in variants:
+            if variant.section.tasks is not None and name not in variant.section.tasks:
+                continue
+            config = _cell(study, name, task, variant)
+            reason = why_not(config)
+            if reason is not None:
+                skipped.append(Skipped(name, variant.name, reason))
+                continue
+            with_steps, sequences = _with_steps(config, task.sequences or study.sequences, name, variant)
+            try:
+                check_names(with_steps)
+            except UsageError as error:
+                raise UsageError(f"study: tasks.{name} with methods.{variant.family}: {error}") from error
+            cells.append((name, variant, with_steps, sequences))
+    runs = tuple(
+        PlannedRun(task, variant.name, seed, config.model_copy(update={"seed": seed}), sequences)
+        for seed in study.seed_list
+        for task, variant, config, sequences in cells
+    )
+    return Grid(study, variants, runs, tuple(skipped))
+
+
+def why_not(config: RunConfig) -> str | None:
+    """Why the method of a run cannot match its target; None where it can."""
+    objective, rule = build_method(config.method)
+    target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
+    try:
+        check_expressible(objective, target)
+        if isinstance(objective, Guided) or rule.first == "guided":
+            prefix_automaton(target.features)
+    except UsageError as error:
+        return str(error).removeprefix("method.name: ")
+    return None
+
+
+def steps_within(budget: int, fit: int, batch: int, reuse: bool, rule: ProposalRule) -> tuple[int, int]:
+    """The most steps that draw no more than ``budget`` sequences in all, and how many they draw.
+
+    The fit's samples count first. Steps that train on them draw nothing; later ones draw a batch, and a check of the
+    proposal its extra batches.
+    """
+    steps, drawn = 0, fit
+    while True:
+        reused = reuse and (steps + 1) * batch <= fit
+        cost = (0 if reused else batch) + (rule.extra_batches * batch if rule.due(steps + 1) else 0)
+        if drawn + cost > budget:
+            return steps, drawn
+        steps, drawn = steps + 1, drawn + cost
+
+
+def _variants(study: StudyConfig) -> Iterator[Variant]:
+    for name, section in study.methods.items():
+        label = section.label or name
+        if section.batch_sizes is None:
+            yield Variant(name, name, label, section)
+        for size in section.batch_sizes or []:
+            yield Variant(f"{name}, batch {size}", name, f"{label}, batch {size}", section, size)
+
+
+def _with_task(raw: Mapping[str, Any], task: TaskSection) -> dict[str, Any]:
+    given = {key: getattr(task, key) for key in ("model", "prompts", "max_completion_length")}
+    stated = {key: value for key, value in given.items() if value is not None}
+    return _merged(raw, {**stated, "target": task.target, "training": task.training, "evaluation": task.evaluation})
+
+
+def _with_method(raw: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    section = variant.section
+    training = dict(section.training)
+    if variant.batch_size is not None:
+        training["batch_size"] = variant.batch_size
+    own: dict[str, Any] = {"method": section.method, "training": training}
+    if "peft" in section.model_fields_set:
+        own["peft"] = section.peft
+    return _merged(raw, own)
+
+
+def _merged(raw: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Later keys win; of training and evaluation each setting by itself."""
+    joined = {key: {**(raw.get(key) or {}), **(more.get(key) or {})} for key in MERGED if key in raw or key in more}
+    return {**raw, **more, **joined}
+
+
+def _cell(study: StudyConfig, name: str, task: TaskSection, variant: Variant) -> RunConfig:
+    raw = _with_method(_with_task(study.shared, task), variant)
+    raw["target"] = {"seed": study.reference.seed, **task.target}
+    return _checked(f"tasks.{name} with methods.{variant.family}", raw)
+
+
+def _checked(where: str, raw: Mapping[str, Any]) -> RunConfig:
+    training = raw.get("training")
+    if isinstance(training, Mapping) and "max_steps" in training:
+        raise UsageError(f"study: {where}.training.max_steps: it follows from sequences, the budget; leave it out")
+    try:
+        return parse_config(raw)
+    except UsageError as error:
+        raise UsageError(f"study: {where}: {str(error).removeprefix('config: ')}") from error
+
+
+def _with_steps(config: RunConfig, budget: int, task: str, variant: Variant) -> tuple[RunConfig, int]:
+    _, rule = build_method(config.method)
+    training, fit = config.training, config.target.samples
+    steps, drawn = steps_within(budget, fit, training.batch_size, training.reuse_fit_samples, rule)
+    if steps < 1:
+        raise UsageError(
+            f"study: tasks.{task} with methods.{variant.family}: a budget of {budget:,} sequences leaves no step of "
+            f"{training.batch_size} after the {fit:,} of the fit; raise sequences, or lower target.samples"
+        )
+    # A copy would not check; the whole config does.
+    return parse_config({**config.to_json(), "training": {**config.to_json()["training"], "max_steps": steps}}), drawn

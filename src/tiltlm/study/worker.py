@@ -1,0 +1,75 @@
+"""One process of a study: draws a task's reference, or runs and measures one run, as its standard input says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tiltlm.command_line import quiet
+from tiltlm.config import parse_config
+from tiltlm.errors import TiltError
+from tiltlm.study.file import CurveSection, ReferenceSection
+
+
+def work(job: dict[str, Any]) -> str:
+    """Do one job; returns ``done`` or ``interrupted``. Raises TiltError for what the user can mend."""
+    from tiltlm.build import load_policy
+    from tiltlm.job import finished, tune_config
+    from tiltlm.runs.directory import RunDirectory
+    from tiltlm.runs.display import Display, plain_console
+    from tiltlm.study.reference import make_reference
+    from tiltlm.study.watch import Watch, is_measured, measure_end
+
+    config, folder, console = parse_config(job["config"]), Path(job["folder"]), plain_console()
+    if job["kind"] == "reference":
+        make_reference(config, ReferenceSection(**job["reference"]), folder, Display(console))
+        return "done"
+    run, reference = RunDirectory(folder), Path(job["reference"])
+    policy = None
+    if finished(config, folder) is None:
+        watch = Watch(run, reference, config, CurveSection(**job["curve"]))
+        outcome = tune_config(config, folder, resume=True, console=console, callbacks=[watch])
+        if outcome.status == "interrupted":
+            return "interrupted"
+        policy = outcome.policy
+    if not is_measured(run, reference):
+        policy = policy or load_policy(run, config.device)[1]
+        measure_end(run, policy, reference, config)
+    return "done"
+
+
+def main() -> None:
+    """Read the job, do it, and write what came of it as JSON."""
+    job = json.load(sys.stdin)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    answer: dict[str, str | None] = {"status": "failed", "error": None}
+    quiet()
+    try:
+        answer = {"status": work(job), "error": None}
+    except KeyboardInterrupt:
+        answer = {"status": "interrupted", "error": None}
+    except TiltError as error:
+        answer["error"] = str(error).strip()
+        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        answer["error"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    print(json.dumps(answer), flush=True)
+
+
+def _leave_with(parent: int) -> None:
+    """Stop, as Ctrl-C does, when the process that started this one is gone: nobody would know of the result."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Base rates of every constraint of a study's tasks, alone and together, on one sample of its base.
+
+    python studies/base_rates.py studies/embedded.yaml --samples 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from tiltlm.build import build_base, build_terms, encode_prompts, read_prompts
+from tiltlm.config import parse_config
+from tiltlm.estimation import mean
+from tiltlm.study.file import load_study
+from tiltlm.targets import measure_samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study")
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=12_345)
+    asked = parser.parse_args()
+    study = load_study(asked.study)
+    configs = {name: parse_config({**study.shared, "target": task.target}) for name, task in study.tasks.items()}
+    first = next(iter(configs.values()))
+    base = build_base(first)
+    prompts = encode_prompts(base, read_prompts(first).training)
+    with torch.no_grad():
+        samples = base.sample(asked.samples, prompts, asked.seed, max_completion_length=first.max_completion_length)
+    for name, config in configs.items():
+        features = [term.feature for term in build_terms(config)]
+        values = measure_samples(features, samples)
+        rates = [f"{f.name} {mean(column)}" for f, column in zip(features, values.unbind(-1), strict=True)]
+        together = f"; together {mean(values.prod(-1))}" if len(features) > 1 else ""
+        print(f"{name}: {', '.join(rates)}{together}")
+
+
+if __name__ == "__main__":
+    main()
