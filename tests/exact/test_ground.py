@@ -87,7 +87,7 @@ def test_mean_of_sampled_gradients_is_exact(method: Callable[[Runs, Tensor, Tens
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in runs.policy.parameters:
-            parameter += 0.1 * torch.randn(parameter.shape[1:], generator=generator)
+            parameter += 0.05 * torch.randn(parameter.shape[1:], generator=generator)
     table = runs.policy.log_table()
     log_z = torch.full((RUNS,), world.log_z, dtype=torch.float64)
 
