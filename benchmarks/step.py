@@ -1,4 +1,4 @@
-"""A full training step: ours (GDC++, on-policy) against TRL's RLOOTrainer and GRPOTrainer, on the same reward.
+"""A full training step: ours (GDC++ on-policy, and RLOO) against TRL's RLOOTrainer and GRPOTrainer, on the same reward.
 
     pip install --constraint constraints.txt --editable ".[bench]"
     python benchmarks/step.py [--dtype auto] [--device cuda] [--case embedded:512 gpt2:32] [--rounds 5]
@@ -24,10 +24,13 @@ from models import Case, add_cases, folder_of
 from side_by_side import Over, Side, Turns, add_device, add_dtype, count_positions, parser, ratio, show, take_turns
 
 
-def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device: str) -> None:
-    from sides import our_trainer
+def ours(turns: Turns, folder: str, method: str, batch: int, length: int, dtype: str, device: str) -> None:
+    from sides import BETA, our_trainer
 
-    trainer = our_trainer(folder, batch=batch, length=length, dtype=dtype, device=device)
+    from tiltlm.objectives import RLOO, GDCPlusPlus
+
+    objective = RLOO(beta=BETA) if method == "RLOO" else GDCPlusPlus()
+    trainer = our_trainer(folder, objective=objective, batch=batch, length=length, dtype=dtype, device=device)
     sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
     try:
         turns.serve(trainer.train_step)
@@ -124,11 +127,13 @@ def main() -> None:
             rows = min(args.trl_rows, case.n)
             if case.n % rows:
                 arguments.error(f"--trl-rows {rows} does not divide {case.n}, the sequences of a step")
-            sides = [Side("ours", ours, case.n, sizes), trl_side("RLOO", rows), trl_side("GRPO", rows)]
-            first, *rest = take_turns(sides, args.rounds)
+            own = [Side(f"ours, {name}", ours, case.n, {**sizes, "method": name}) for name in ("GDC++", "RLOO")]
+            gdc, rloo, their_rloo, their_grpo = take_turns(
+                [*own, trl_side("RLOO", rows), trl_side("GRPO", rows)], args.rounds
+            )
         lean = ", TRL with gradient checkpointing" if args.trl_checkpointing else ""
         what = f"a full step, {case} of up to {args.length} tokens, {args.dtype}{lean}"
-        show(what, [(result, first) for result in rest])
+        show(what, [(their_rloo, gdc), (their_rloo, rloo), (their_grpo, gdc)])
 
 
 def sweep(case: Case, sides: list[Side]) -> None:
