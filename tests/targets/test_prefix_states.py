@@ -11,7 +11,18 @@ import torch
 from enumerable import TOKENS, tiny_model
 from tiltlm.errors import UsageError
 from tiltlm.exact import enumerate_completions
-from tiltlm.features import Feature, all_of, contains, length, negation, pronouns, regex, threshold, wordlist
+from tiltlm.features import (
+    Feature,
+    all_of,
+    contains,
+    length,
+    negation,
+    pronouns,
+    regex,
+    sentiment,
+    threshold,
+    wordlist,
+)
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets.prefix_states import PrefixStates, TokenTree, prefix_states, token_texts
@@ -215,3 +226,20 @@ def test_without_any_automaton_the_features_are_named() -> None:
     with pytest.raises(UsageError, match=r"^method: .*'matches 'a\+'', 'length in tokens' cannot"):
         prefix_states(model, [regex("a+"), length("tokens")], listed)
     assert len(prefix_states(model, [regex("a+"), contains("a")], listed).transitions) > 1
+
+
+def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
+    embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginnings of words that are read often and come to nothing leave room for rarer ones that count."""
+    feature = sentiment()
+    automaton = automaton_of([feature])
+    totals = [read(automaton, text)[0] for text in samples.texts]
+    assert sum(total != 0 for total in totals) > 20
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 70)
+    last = follow(prefix_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
+    found: dict[int, list[int]] = {}
+    for state, total in zip(last, totals, strict=True):
+        found.setdefault(state, []).append(total)
+    right = sum(max(map(reached.count, reached)) for reached in found.values())
+    assert right > 0.9 * len(totals)

@@ -6,7 +6,7 @@ of the feature that it stands for; the more it tells of the value to come, the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -95,6 +95,64 @@ def _inside(character: str) -> bool:
 def _ends(read: str) -> Iterator[str]:
     """What was read, and each end of it before which no word is cut, the longest first."""
     return (read[i:] for i in range(len(read)) if i == 0 or not _inside(read[i - 1]))
+
+
+@dataclass(frozen=True, eq=False)
+class WordSum:
+    """Adds up what single words are worth, in whatever case; the sum is kept within ±``most``.
+
+    Each of the ``reach`` words after one of ``negations`` counts the other way. A hyphen or an apostrophe ends no word.
+    A state is (sum so far, words that a negation still reaches, place among the beginnings of words: ``start``'s
+    between words, None within a word that none begins like). Beginnings that go on alike are one place.
+    """
+
+    values: Mapping[str, int]
+    negations: frozenset[str]
+    most: int
+    reach: int = 3
+    _places: list[dict[str, int]] = field(init=False, repr=False)
+    _ends: list[tuple[int, bool]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        words = {word: (self.values.get(word, 0), word in self.negations) for word in (*self.values, *self.negations)}
+        known: dict[Any, int] = {}
+        self._place(words, known)
+        object.__setattr__(self, "_places", [dict(after) for _, after in known])
+        object.__setattr__(self, "_ends", [end for end, _ in known])
+
+    def _place(self, endings: dict[str, tuple[int, bool]], known: dict[Any, int]) -> int:
+        """The place from which words go on with these ``endings``; ``known`` holds those that there are."""
+        branches: dict[str, dict[str, tuple[int, bool]]] = {}
+        for ending, end in endings.items():
+            if ending:
+                branches.setdefault(ending[0], {})[ending[1:]] = end
+        after = tuple((letter, self._place(branch, known)) for letter, branch in sorted(branches.items()))
+        return known.setdefault((endings.get("", (0, False)), after), len(known))
+
+    @property
+    def start(self) -> State:
+        return 0, 0, len(self._places) - 1
+
+    def step(self, state: State, character: str) -> State:
+        total, reached, place = state
+        between = len(self._places) - 1
+        if _inside(character) or (character in "-'\u2019" and place != between):
+            return total, reached, None if place is None else self._places[place].get(character.lower())
+        if place == between:
+            return state
+        value, negates = (0, False) if place is None else self._ends[place]
+        return self._sum(total, value, reached), self.reach if negates else max(0, reached - 1), between
+
+    def coarse(self, state: State) -> State:
+        """A word that may end here counts; what is half read and the negation are forgotten."""
+        total, reached, place = state
+        between = len(self._places) - 1
+        if place is None or place == between:
+            return total, 0, place
+        return self._sum(total, self._ends[place][0], reached), 0, None
+
+    def _sum(self, total: int, value: int, reached: int) -> int:
+        return max(-self.most, min(self.most, total + (-value if reached else value)))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 from tiltlm.errors import FeatureError, UsageError, nearest
+from tiltlm.features.automaton import Automaton, WordSum
 from tiltlm.features.feature import Batch, Feature, remembers
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
+# A text is as good as decided when its words' whole valences lead by so many.
+MOST_VALENCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,10 @@ class Sentiment(Feature):
         if self.kind == "negative":
             return [float(score <= -CLEAR) for score in scores]
         return scores
+
+    def automaton(self) -> Automaton:
+        """The sum of the words' valences, roughly: of VADER's rules negation is kept; the same for all kinds."""
+        return _valences()
 
 
 @remembers("sentiment")
@@ -49,3 +56,18 @@ def _analyzer() -> Any:
     except ModuleNotFoundError as error:
         raise FeatureError("sentiment needs the package vaderSentiment: pip install vaderSentiment") from error
     return SentimentIntensityAnalyzer()
+
+
+@lru_cache(maxsize=1)
+def _valences() -> WordSum:
+    analyzer = _analyzer()
+    from vaderSentiment.vaderSentiment import BOOSTER_DICT, NEGATE
+
+    words = {word: value for word, value in analyzer.lexicon.items() if _is_word(word) and word not in BOOSTER_DICT}
+    values = {word: round(value) or (1 if value > 0 else -1) for word, value in words.items()}
+    return WordSum(values, frozenset(NEGATE), MOST_VALENCE)
+
+
+def _is_word(entry: str) -> bool:
+    """Not an emoticon, and so long that VADER looks for it without the punctuation around it."""
+    return len(entry) > 2 and entry.strip("-'") == entry and all(c.isalnum() or c in "-'" for c in entry)

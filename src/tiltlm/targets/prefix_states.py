@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from tiltlm.features import Feature
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import Guide, LanguageModel, Samples
 
-# States beyond these are merged with coarser ones: each costs a row of the vocabulary.
+# States beyond these are merged with coarser ones: each costs a row of the vocabulary. Those are kept whose coarse
+# stand-in would most often have gone another way.
 MOST_STATES = 512
 
 
@@ -43,25 +45,40 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
-    """The states that ``samples`` visit most, with coarser ones. Raises UsageError where there are none."""
+    """The states of ``samples`` that matter most, with coarser ones. Raises UsageError where there are none."""
     automaton = prefix_automaton(features)
     vocabulary = TokenTree(token_texts(model))
-    visits = Counter[State]()
     stepped: dict[tuple[State, int], State] = {}
+
+    def step(state: State, token: int) -> State:
+        key = state, token
+        if key not in stepped:
+            stepped[key] = read(automaton, state, vocabulary.texts[token])
+        return stepped[key]
+
+    matters = Counter[State]()
+    coarse = dict[State, None]()
     for ids in samples.completion_ids:
-        state = automaton.start
-        for token in ids:
-            visits[state] += 1
-            key = state, token
-            if key not in stepped:
-                stepped[key] = read(automaton, state, vocabulary.texts[token])
-            state = stepped[key]
-        visits[state] += 1
-    often = (state for state, _ in visits.most_common(MOST_STATES))
-    kept = list(dict.fromkeys([automaton.start, *often, *map(automaton.coarse, visits)]))
+        path = list(accumulate(ids, step, initial=automaton.start))
+        for t, state in enumerate(path):
+            stand_in = automaton.coarse(state)
+            coarse[stand_in] = None
+            matters[state] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
+    kept = list(dict.fromkeys([automaton.start, *(s for s, _ in matters.most_common(MOST_STATES)), *coarse]))
     memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
     reached = (vocabulary.read_all(automaton, state, memo) for state in kept)
     return PrefixStates(token_transitions(model, automaton, kept, reached))
+
+
+def _is_missed(
+    stand_in: State, path: Sequence[State], tokens: Sequence[int], step: Callable[[State, int], State]
+) -> bool:
+    """Whether the ``tokens`` to come lead elsewhere from the coarse state than along ``path``."""
+    for state, token in zip(path, tokens, strict=True):
+        stand_in = step(stand_in, token)
+        if stand_in == state:
+            return False
+    return True
 
 
 def token_transitions(
