@@ -25,7 +25,7 @@ from tiltlm.training.trainer import Trainer
 
 LENGTH = 4
 # Those whose mean gradient is that of KL(p‖π), whatever the proposal.
-KL_METHODS = ("dpg", "gdc", "gdc++", "guided")
+KL_METHODS = ("dpg", "gdc", "gdc++", "pooled", "guided")
 LORA: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 
 

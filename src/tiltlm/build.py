@@ -26,11 +26,11 @@ from tiltlm.targets import Target, Term, TiltedTarget, prefix_automaton, state_t
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
-from tiltlm.training.pool import check_pool
 from tiltlm.training.proposal import ProposalRule, proposal_rule
 from tiltlm.training.pulling import updates_per_batch
+from tiltlm.training.reuse import check_pool
 
-DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided"}
+DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided", "pooled": "interval"}
 # Their clipping is around the law of the samples, token by token: it must be the policy's.
 ON_POLICY_ONLY = ("ppo", "grpo")
 

@@ -15,7 +15,8 @@ from tiltlm.errors import UsageError
 from tiltlm.lm import Law, Prompts
 from tiltlm.objectives import Guided
 from tiltlm.training.batch import Batch
-from tiltlm.training.pool import Falling, Pool, mixture
+from tiltlm.training.pool import Pool, mixture
+from tiltlm.training.reuse import Falling
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
 
@@ -137,8 +138,14 @@ def test_reuse_ends_where_fresh_batches_get_worse_for_certain() -> None:
 def test_a_pool_that_could_not_work_is_refused(world: World) -> None:
     with pytest.raises(UsageError, match=r"training\.pool: nothing trains on it; set training\.num_iterations"):
         build_trainer(world, **{**SETTINGS, "num_iterations": None})
-    with pytest.raises(UsageError, match=r"training\.pool: it mixes samples of the base and of the guided base"):
-        build_trainer(world, **{**SETTINGS, "method": "gdc++", "rule": "on_policy"})
+    with pytest.raises(UsageError, match=r"training\.pool: for method guided it mixes .* leave method\.proposal out"):
+        build_trainer(world, **{**SETTINGS, "rule": "on_policy"})
+    with pytest.raises(UsageError, match=r"training\.pool: 50 sequences are no more than training\.batch_size 50"):
+        build_trainer(world, **{**SETTINGS, "pool": 50})
+    with pytest.raises(UsageError, match=r"training\.pool: rloo compares the samples of one batch"):
+        build_trainer(world, **{**SETTINGS, "method": "rloo", "rule": "on_policy"})
+    with pytest.raises(UsageError, match=r"training\.pool: proposal published draws further batches"):
+        build_trainer(world, **{**SETTINGS, "method": "gdc++", "rule": "published"})
 
 
 def test_with_a_pool_the_policy_ends_nearer_with_no_more_sequences(world: World) -> None:

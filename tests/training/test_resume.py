@@ -17,6 +17,7 @@ from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer
 
 STEPS = 7
+POOL: dict[str, Any] = {"method": "pooled", "pool": 130, "num_iterations": 3, "learning_rate": 0.01}
 
 RUNS: dict[str, dict[str, Any]] = {
     "full, on-policy": {"rule": "on_policy"},
@@ -35,6 +36,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw, linear": {"optim": "adamw", "lr_scheduler_type": "linear", "max_grad_norm": 0.5},
     "muon": {"optim": "muon", "lora": True},
     "pieces": {"per_device_train_batch_size": 7},
+    "pool, kept proposal": {**POOL, "rule": "interval", "check_steps": 2},
+    "pool, lora, on-policy, fit samples": {**POOL, "rule": "on_policy", "lora": True, "reuse_fit_samples": True},
+    "pool, guided": {**POOL, "rule": "guided", "method": "gdc++"},
 }
 
 
@@ -66,6 +70,8 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
         "scheduler": {k: v for k, v in trainer.scheduler.state_dict().items() if k != "_get_lr_called_within_step"},
         "partition": trainer.partition,
+        "pool": trainer.reuse.state(),
+        "objective": trainer.scorer.objective,
         "numbers": (
             trainer.step,
             trainer.source,

@@ -74,11 +74,30 @@ class Roles:
             self._proposal.model.load_state_dict(self.policy.model.state_dict())
             return
         weights = dict(self.policy.model.named_parameters())
-        for name, parameter in weights.items():
-            parts = name.split(".")
-            if POLICY_ADAPTER in parts:
-                parts[parts.index(POLICY_ADAPTER)] = PROPOSAL_ADAPTER
-                weights[".".join(parts)].copy_(parameter)
+        for name, parameter in self._proposal_parameters().items():
+            parameter.copy_(weights[name])
+
+    @torch.no_grad()
+    def weights(self, role: Literal["policy", "proposal"]) -> dict[str, Tensor]:
+        """A copy of what training has changed in policy or proposal, by the policy's names; for ``earlier``."""
+        named = self.trainable()
+        if role == "proposal":
+            own = self._proposal_parameters()
+            named = {name: own[name] for name in named}
+        return {name: p.detach().clone() for name, p in named.items()}
+
+    @contextlib.contextmanager
+    def earlier(self, weights: dict[str, Tensor]) -> Iterator[LanguageModel]:
+        """The policy with weights that it had earlier, for the length of the block; only to be read."""
+        parameters = self.trainable()
+        now = {name: p.data for name, p in parameters.items()}
+        try:
+            for name, tensor in weights.items():
+                parameters[name].data = tensor
+            yield self.policy
+        finally:
+            for name, tensor in now.items():
+                parameters[name].data = tensor
 
     def proposal_state(self) -> dict[str, Tensor] | None:
         """The proposal's own tensors by name, for a checkpoint; None where there is no proposal."""
@@ -96,6 +115,16 @@ class Roles:
         parameters = dict(self._proposal.model.named_parameters())
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
+
+    def _proposal_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The proposal's own parameters, by the names that they have in the policy."""
+        assert self._proposal is not None, "keep_proposal() comes before the proposal is used"
+        named = dict(self._proposal.model.named_parameters())
+        if not self.shared:
+            return named
+        own = {name: p for name, p in named.items() if PROPOSAL_ADAPTER in name.split(".")}
+        policy = {PROPOSAL_ADAPTER: POLICY_ADAPTER}
+        return {".".join(policy.get(part, part) for part in name.split(".")): p for name, p in own.items()}
 
     def _add_proposal(self) -> None:
         if self.shared:

@@ -12,6 +12,7 @@ from tiltlm.objectives.objective import (
     Record,
     TokenRecord,
 )
+from tiltlm.objectives.pooled import Pooled
 from tiltlm.objectives.ppo import GRPO, PPO
 from tiltlm.objectives.reinforce import RLOO, KLControl, Reinforce, ReinforceP
 
@@ -19,6 +20,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "dpg": DPG,
     "gdc": GDC,
     "gdc++": GDCPlusPlus,
+    "pooled": Pooled,
     "guided": Guided,
     "f_dpg": FDPG,
     "alpha_dpg": AlphaDPG,
@@ -49,6 +51,7 @@ __all__ = [
     "Guided",
     "KLControl",
     "Objective",
+    "Pooled",
     "Record",
     "Reinforce",
     "ReinforceP",

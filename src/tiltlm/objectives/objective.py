@@ -80,13 +80,15 @@ class CriticObjective(BatchObjective, Protocol):
 
 
 @runtime_checkable
-class AdaptiveObjective(BatchObjective, Protocol):
-    """A dataclass whose ``beta`` moves from batch to batch."""
+class AdaptiveObjective(Objective, Protocol):
+    """A dataclass with a number that moves from batch to batch."""
 
-    beta: float
+    @property
+    def moving(self) -> str:
+        """The name of that field."""
 
     def adapted(self, record: Record) -> AdaptiveObjective:
-        """The same for the next batch, with another ``beta``, given the record of this one."""
+        """The same for the next batch, with that number moved, given the record of this one."""
 
 
 def advantage_of(record: Record) -> Tensor:

@@ -53,6 +53,7 @@ class PPO:
     whiten: bool = True
     num_iterations: ClassVar[int] = 4  # updates on each batch, unless training.num_iterations says otherwise
     maximizes_reward: ClassVar[bool] = True
+    moving: ClassVar[str] = "beta"
 
     def __post_init__(self) -> None:
         if self.clip is not None:

@@ -77,6 +77,7 @@ class KLControl(Reinforce):
     beta: float = 0.2
     target_kl: float | None = None
     horizon: float = 10_000.0
+    moving: ClassVar[str] = "beta"
 
     def __post_init__(self) -> None:
         super().__post_init__()

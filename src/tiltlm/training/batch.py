@@ -32,7 +32,8 @@ class Batch:
     """N samples of the proposal with their ``measured`` features, and the ``source``: the name of that proposal.
 
     ``reused`` are samples that the target was fitted on, so that log Z has counted them already. With a ``base_share``
-    the samples, however each was drawn, count as drawn from the mixture of base and guided base with that share.
+    the samples, however each was drawn, count as drawn from the mixture of base and guided base with that share; with a
+    ``mixture`` [N] as drawn from the law that has these log-probabilities of whole sequences, on the CPU.
     """
 
     samples: Samples
@@ -41,6 +42,7 @@ class Batch:
     reused: bool = False
     assessment: Assessment | None = None
     base_share: float | None = None
+    mixture: Tensor | None = None
 
     @property
     def features(self) -> Tensor:

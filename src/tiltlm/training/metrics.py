@@ -13,8 +13,10 @@ from torch import Tensor
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, Partition, PromptPartition
 from tiltlm.lm import NextToken, Samples
+from tiltlm.objectives import Record
 from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
+from tiltlm.training.mixing import PoolMetrics
 from tiltlm.training.proposal import Distances
 
 # Above this mean, in nats, importance weights are typically off by a fifth.
@@ -76,6 +78,10 @@ class Scores:
         """The same scores with the proposal's log-probabilities of the tokens [N, T] from a scoring pass."""
         return replace(self, rescored=token_logprob.detach().double().sum(-1).cpu())
 
+    def record(self, log_z: float | Tensor) -> Record:
+        """What an objective reads of whole sequences."""
+        return Record(self.policy_logprob, self.base_logprob, self.proposal_logprob, self.target_logscore, log_z)
+
     @staticmethod
     def concatenate(parts: Sequence[Scores], order: Tensor | None = None) -> Scores:
         """All rows of the parts, then in ``order``."""
@@ -121,7 +127,10 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of ``metrics.jsonl``: estimates in nats (KL, log Z), shares (TV, moments) and samples (ESS)."""
+    """One line of ``metrics.jsonl``: estimates in nats (KL, log Z), shares (TV, moments) and samples (ESS).
+
+    ``pool`` is there in steps that trained on a pool of several laws.
+    """
 
     log_z: Estimate
     kl_p_pi: Estimate
@@ -137,6 +146,7 @@ class StepMetrics:
     proposal: str = ""
     proposal_updated: bool = False
     seconds: dict[str, float] | None = None
+    pool: PoolMetrics | None = None
 
     def completed(
         self,
@@ -146,6 +156,7 @@ class StepMetrics:
         proposal: str,
         proposal_updated: bool,
         seconds: dict[str, float],
+        pool: PoolMetrics | None = None,
     ) -> StepMetrics:
         """These estimates with what is known only after the step."""
         return replace(
@@ -155,7 +166,8 @@ class StepMetrics:
             learning_rate=learning_rate,
             proposal=proposal,
             proposal_updated=proposal_updated,
-            seconds=seconds,
+            seconds=dict(seconds),
+            pool=pool,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +191,7 @@ class StepMetrics:
             "proposal": self.proposal,
             "proposal_updated": self.proposal_updated,
             "seconds": self.seconds,
+            **({"pool": self.pool.to_json()} if self.pool else {}),
         }
 
 

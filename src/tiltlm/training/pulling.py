@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import NextToken, Samples
-from tiltlm.objectives import BatchObjective, Objective, Record, TokenRecord, prefix_weights
+from tiltlm.objectives import AdaptiveObjective, BatchObjective, Objective, Record, TokenRecord, prefix_weights
 from tiltlm.training.metrics import Scores
 
 
@@ -86,7 +86,7 @@ def ignores_the_impossible(objective: Objective) -> bool:
     # What depends on NaN is no number, and so not 0, unless it is compared or replaced: hence numbers too.
     unknown = torch.tensor([math.nan, -0.1, -3.0, -10.0, -100.0], dtype=torch.float64)
     impossible = replace(_made_up(unknown), target_logscore=torch.full_like(unknown, -math.inf))
-    return not isinstance(objective, BatchObjective) and _is_silent(objective, impossible)
+    return not isinstance(objective, BatchObjective | AdaptiveObjective) and _is_silent(objective, impossible)
 
 
 def follows_its_advantage(objective: Objective) -> bool:

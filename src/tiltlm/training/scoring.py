@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
-from tiltlm.objectives import BatchObjective, CriticObjective, Objective, Record
+from tiltlm.objectives import AdaptiveObjective, BatchObjective, CriticObjective, Objective, Record
 from tiltlm.targets import Target, target_reward
 from tiltlm.training.batch import Assessment, Batch
 from tiltlm.training.critic import Critic
@@ -94,7 +94,16 @@ class Scorer:
     def pull(self, batch: Batch, log_z: float | Tensor, guide: Guide | None = None) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``guide`` teaches beside that."""
         with self.roles.cast_once():
-            return self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
+            scores = self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
+        # One that looks at whole batches moves after all updates on one; others with what they have just seen.
+        if not isinstance(self.objective, BatchObjective):
+            self.adapt(scores.record(log_z))
+        return scores
+
+    def adapt(self, record: Record | None) -> None:
+        """Let the objective move by what a record says, where there is one and the objective is one that moves."""
+        if record is not None and isinstance(self.objective, AdaptiveObjective):
+            self.objective = self.objective.adapted(record)
 
     def score(self, batch: Batch) -> Scores:
         """Score every row of the batch, without a gradient."""
@@ -119,7 +128,7 @@ class Scorer:
                 reading = self._read_policy(chunk)
                 laws = next_token(chunk, reading, base, guide)
             chunk = _as_from_mixture(chunk, laws, batch.base_share)
-            scores = self._with_target(batch, rows, _scores(batch, chunk, laws, known))
+            scores = self._with_target(batch, rows, _scores(batch, rows, chunk, laws, known))
             if backward:
                 with self.timed("policy"):
                     base_tokens = laws.base if laws.base is not None else known
@@ -250,7 +259,9 @@ def _rows(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:
     return found[:, : chunk.tokens.shape[1]] if found.ndim == 2 else found
 
 
-def _scores(batch: Batch, chunk: Samples, laws: NextToken, base: Tensor | None) -> Scores:
+def _scores(batch: Batch, rows: Tensor, chunk: Samples, laws: NextToken, base: Tensor | None) -> Scores:
     again = {"policy": laws.policy, "base": laws.base, "guided": laws.guide}.get(batch.source)
     scores = Scores.of(chunk, laws, base)
+    if batch.mixture is not None:
+        scores = replace(scores, proposal_logprob=batch.mixture[rows.cpu()])
     return scores if again is None else scores.with_rescored(again)

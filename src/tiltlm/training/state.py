@@ -36,7 +36,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "reuse": reuse,
         "step": trainer.step,
         "passes": asdict(trainer.passes),
-        "beta": _beta(trainer.scorer.objective),
+        "moving": _moving(trainer.scorer.objective),
         "seconds": trainer.spent,
     }
     return tensors, numbers
@@ -59,12 +59,12 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
         trainer.guidance.lean(tensors["leaning"])
     trainer.partition = type(trainer.partition).from_json(numbers["partition"])
     trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]
-    if numbers["beta"] is not None:
+    if numbers["moving"] is not None:
         adaptive: Any = trainer.scorer.objective
-        trainer.scorer.objective = replace(adaptive, beta=numbers["beta"])
+        trainer.scorer.objective = replace(adaptive, **{adaptive.moving: numbers["moving"]})
     vars(trainer.passes).update(vars(Passes(**numbers["passes"])))
 
 
-def _beta(objective: Objective) -> float | None:
-    """The price on KL as it has moved; None for an objective in which nothing moves."""
-    return objective.beta if isinstance(objective, AdaptiveObjective) else None
+def _moving(objective: Objective) -> float | None:
+    """What has moved in the objective, as a price on KL; None where nothing does."""
+    return getattr(objective, objective.moving) if isinstance(objective, AdaptiveObjective) else None

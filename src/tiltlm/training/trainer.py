@@ -16,7 +16,7 @@ from torch import Tensor
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition, PromptPartition, partition_for
 from tiltlm.lm import Guide, Roles
-from tiltlm.objectives import AdaptiveObjective, CriticObjective, Guided, Objective
+from tiltlm.objectives import CriticObjective, Guided, Objective
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
@@ -31,9 +31,9 @@ from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.passes import Passes
-from tiltlm.training.pool import Reuse, check_pool
 from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
 from tiltlm.training.pulling import updates_per_batch
+from tiltlm.training.reuse import build_reuse
 from tiltlm.training.scoring import Scorer
 from tiltlm.training.state import pack, unpack
 
@@ -69,12 +69,12 @@ class Trainer:
         checkpoint_dir: Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.target, self.rule, self.args = target, rule, args
+        self.target, self.rule, self.source, self.args = target, rule, rule.first, args
         self.callbacks, self.checkpoint_dir = tuple(callbacks), checkpoint_dir
         self.accelerator = build_accelerator(args, roles.policy.device)
         # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
         self.distills = isinstance(objective, Guided)
-        self.reuse = Reuse(updates_per_batch(objective, args.num_iterations), args.pool, seed, base_sample.samples)
+        iterations = updates_per_batch(objective, args.num_iterations)
         self.critic = Critic(roles.policy) if isinstance(objective, CriticObjective) else None
         self.roles = roles
         self.parameters = {**roles.trainable(), **(self.critic.parameters() if self.critic else {})}
@@ -93,7 +93,7 @@ class Trainer:
             self.accelerator.autocast,
             args.samples_per_prompt or 1,
         )
-        rows_at_once, keep = args.per_device_train_batch_size, self.reuse.iterations > 1 and not self.distills
+        rows_at_once, keep = args.per_device_train_batch_size, iterations > 1 and not self.distills
         self.scorer = Scorer(
             roles, target, objective, self.accelerator, rows_at_once, self.passes, self._timed, self.critic, keep
         )
@@ -101,13 +101,12 @@ class Trainer:
         self.partition = partition_for(len(base_sample.samples.prompts)).updated(
             base_sample.log_weights(target), base_sample.samples.prompt_ids
         )
-        self.source = rule.first
-        check_pool(args, self.reuse.iterations, objective, rule)
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
                 self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0), log_z)
+        self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.spent = self.waited = 0.0
@@ -143,18 +142,18 @@ class Trainer:
             raise NumericalError(f"step {self.step}: {error}") from error
         if not batch.reused:
             self.partition = self._with(scores)
+        self.reuse.add(batch)
         metrics = step_metrics(scores, batch.features, self.target, self.partition)
-        replaced = self._follow(batch, scores)
+        moved = self._follow(batch, scores)
         if self.guidance:
             self.guidance.follow(scores, batch.features)
         rate = float(self.scheduler.get_last_lr()[0])
         norm = self.update()
-        for again in self.reuse.after(batch, metrics.kl_p_pi.value):
-            self.pull(again, before.at(again.samples.prompt_ids))
+        for again, log_z in self.reuse.after(batch, metrics.kl_p_pi.value, before, self.scorer.objective):
+            self.pull(again, log_z)
             self.update(schedule=False)
-        if record is not None and isinstance(self.scorer.objective, AdaptiveObjective):
-            self.scorer.objective = self.scorer.objective.adapted(record)
-        return metrics.completed(self.progress, norm, rate, batch.source, replaced, dict(self.seconds))
+        self.scorer.adapt(record)
+        return metrics.completed(self.progress, norm, rate, batch.source, moved, self.seconds, self.reuse.metrics)
 
     def draw(self) -> Batch:
         """The next batch: fit samples while they last, then fresh samples of the proposal, with their features."""
