@@ -191,10 +191,12 @@ def tune_config(
     resume: bool = False,
     console: Console | None = None,
     callbacks: Sequence[Callback] = (),
+    fit_dir: Path | None = None,
 ) -> Run:
     """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped.
 
-    ``callbacks`` come beside those of the config.
+    ``callbacks`` come beside those of the config. A folder ``fit_dir`` may hold the samples of the fit, drawn before by
+    the same settings and seed: they are not drawn again, and count all the same.
 
     Ask ``finished`` first: a run that is done would be evaluated and published again. Raises KeyboardInterrupt on
     Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
@@ -217,7 +219,7 @@ def tune_config(
             base.freeze()  # nobody else holds it
         try:
             with roles.use("base") as model:
-                stated = state_target(config, model, display, directory.checkpoint_dir if resume else None)
+                stated = state_target(config, model, display, directory.checkpoint_dir if resume else fit_dir)
         except KeyboardInterrupt:
             if not resume:
                 RunDirectory.create(output_dir, config.to_json(), config.seed)

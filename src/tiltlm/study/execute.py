@@ -109,6 +109,7 @@ class Execution:
                 "config": run.config.to_json(),
                 "folder": str(folder.path),
                 "reference": str(reference),
+                "scored": self.grid.study.reference.scored,
                 "curve": self.grid.study.curve.model_dump(),
             }
             yield Job(run.name, order, run)

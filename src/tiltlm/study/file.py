@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tiltlm.config import RunConfig, Section, apply_override, explained, read_mapping, reject_switches
 from tiltlm.errors import UsageError, nearest
@@ -47,14 +47,24 @@ class MethodSection(Section):
 class ReferenceSection(Section):
     """The frozen sample of p, one for each task, on which KL(p‖π) of all its runs is taken."""
 
-    samples: Annotated[int, Field(ge=2, description="sequences drawn for it; no run is charged for them")] = 8192
+    samples: Annotated[int, Field(ge=2, description="sequences drawn for it; no run is charged for them")] = 16384
+    scored: Annotated[int, Field(ge=2, description="of them, on which log π of each tuned model is taken")] = 4096
     proposal: Annotated[
         str | None,
-        Field(description="base or guided; null: the base, or guided where that leaves few effective samples"),
+        Field(
+            description="base, or guided: half and half; null: the base or, where few of its draws count, the better"
+        ),
     ] = None
     seed: Annotated[
         int, Field(ge=0, description="of this sample, and of the samples that each task's λ is fitted on")
     ] = 0
+
+    @field_validator("proposal")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value not in (None, "base", "guided"):
+            raise ValueError(f"reference.proposal: '{value}' is not known; {nearest(value, ('base', 'guided'))}")
+        return value
 
 
 class CurveSection(Section):

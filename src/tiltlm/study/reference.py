@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ from tiltlm.estimation import (
     Estimate,
     Strata,
     effective_sample_size,
+    log_importance_weights,
     pareto_k,
     pareto_k_threshold,
     weighted_mean,
 )
 from tiltlm.job import Stated, state_target, stream
-from tiltlm.lm import LanguageModel, Law, Roles, Samples
+from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
 from tiltlm.runs.display import Display
-from tiltlm.sampling import Draws, Proposal, build_proposal, is_guidable
+from tiltlm.sampling import guide_toward, is_guidable
 from tiltlm.study.file import ReferenceSection
+from tiltlm.targets import BaseSample, measure_samples
+from tiltlm.training.checkpoint import save_base_sample
 
 # With fewer effective samples than this share of those drawn from the base, the guided base is tried as well.
 ENOUGH_SHARE = 0.25
@@ -92,7 +95,10 @@ def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
     parts = {
         name: stated[name] for name in ("model", "revision", "dtype", "prompts", "target", "max_completion_length")
     }
-    parts |= {"samples_per_prompt": config.training.samples_per_prompt, "reference": settings.model_dump(mode="json")}
+    parts |= {
+        "samples_per_prompt": config.training.samples_per_prompt,
+        "reference": settings.model_dump(mode="json", exclude={"scored"}),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -115,31 +121,22 @@ def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, 
     """
     base = build_base(config).freeze()
     stated = state_target(config, base, display)
-    source, reason = settings.proposal or "base", "asked for"
-    draws, base_logprob = _drawn(source, base, stated, config, settings, display)
-    if settings.proposal is None:
-        reason = "the base reaches the target often enough"
-        if _size(draws) < ENOUGH_SHARE * settings.samples and is_guidable(stated.target):
-            guided = _drawn("guided", base, stated, config, settings, display)
-            reason = f"effective samples: {_size(draws):.0f} of the base, {_size(guided[0]):.0f} of the guided base"
-            if _size(guided[0]) > _size(draws):
-                source, (draws, base_logprob) = "guided", guided
-        elif _size(draws) < ENOUGH_SHARE * settings.samples:
-            reason = f"effective samples: {_size(draws):.0f}; no feature can be read off a prefix, so there is no guide"
-    reference = _weighted(draws, base_logprob)
-    _save(folder, reference, config.max_completion_length)
-    hits = draws.log_weights[draws.log_weights > -math.inf]
+    save_base_sample(folder, stated.base_sample)
+    drawn, reason = _best(base, stated, config, settings, display)
+    reference = _weighted(drawn)
+    _save(folder, reference)
+    hits = len(reference)
     storage.write_object(
         folder / RECORD,
         {
             "key": reference_key(config, settings),
-            "proposal": source,
+            "proposal": drawn.source,
             "reason": reason,
-            "samples": len(draws),
-            "hits": len(hits),
-            "ess": _size(draws),
-            "pareto_k": pareto_k(draws.log_weights),
-            "pareto_k_threshold": pareto_k_threshold(len(hits)),
+            "samples": reference.drawn,
+            "hits": hits,
+            "ess": drawn.size,
+            "pareto_k": pareto_k(drawn.log_weights),
+            "pareto_k_threshold": pareto_k_threshold(hits),
             "kl_p_a": reference.kl_p_a,
             "base_fingerprint": fingerprint(base),
             "target": stated.report.to_json(),
@@ -166,57 +163,107 @@ def load_reference(folder: Path, model: LanguageModel, config: RunConfig) -> Ref
         ) from error
 
 
-def _drawn(
-    source: str,
+@dataclass(frozen=True)
+class Drawn:
+    """N draws of a law that ``source`` names, with features [N, K], and log P − log q, log P and log a of each [N]."""
+
+    source: str
+    samples: Samples
+    features: Tensor
+    log_weights: Tensor
+    target_logscore: Tensor
+    base_logprob: Tensor
+
+    @property
+    def size(self) -> float:
+        """Effective samples."""
+        strata = Strata.of(self.samples.prompt_ids, len(self.log_weights))
+        return effective_sample_size(strata.softmax(self.log_weights).log()).value
+
+
+def _best(
+    base: LanguageModel, stated: Stated, config: RunConfig, settings: ReferenceSection, display: Display
+) -> tuple[Drawn, str]:
+    """The draws on which most of the target's weight rests, and why these."""
+    generator = torch.Generator(base.device).manual_seed(stream(settings.seed, "reference"))
+    plain = _draw(None, base, stated, config, settings, generator, display)
+    if settings.proposal == "base":
+        return plain, "asked for"
+    if settings.proposal is None and plain.size >= ENOUGH_SHARE * settings.samples:
+        return plain, "the base reaches the target often enough"
+    if settings.proposal is None and not is_guidable(stated.target):
+        return plain, "no feature can be read off a prefix, so there is no guide"
+    # A guide of these draws is better than the fit's, which are fewer; what it draws is independent of them.
+    known = BaseSample(plain.samples, plain.features, config.max_completion_length)
+    guide = guide_toward(base, stated.target, known)
+    mixed = _draw(guide, base, stated, config, settings, generator, display)
+    if settings.proposal == "guided":
+        return mixed, "asked for"
+    return max(
+        plain, mixed, key=lambda one: one.size
+    ), f"effective samples: {plain.size:.0f} base, {mixed.size:.0f} guided"
+
+
+@torch.no_grad()
+def _draw(
+    guide: Guide | None,
     base: LanguageModel,
     stated: Stated,
     config: RunConfig,
     settings: ReferenceSection,
+    generator: torch.Generator,
     display: Display,
-) -> tuple[Draws, Tensor]:
-    """The draws of one proposal, and log a of each [N]."""
-    roles, prompts = Roles(base, base=base), stated.base_sample.samples.prompts
-    proposal: Proposal = build_proposal(
-        source,
-        roles,
-        stated.target,
-        policy=False,
-        base_sample=stated.base_sample,
-        prompts=prompts,
-        max_completion_length=config.max_completion_length,
+) -> Drawn:
+    """The base's draws or, half and half, those of base and guided base, which count as drawn from their mixture.
+
+    The mixture bounds the weights by 2 P/a, however bad the guide is (Owen & Zhou 2000).
+    """
+    prompts = stated.base_sample.samples.prompts
+    source, parts, done = "guided" if guide else "base", list[Samples](), 0
+    laws = [None] if guide is None else [None, base.placed(guide)]
+    with display.counting(f"drawing the reference: {source}") as told:
+        while done < settings.samples:
+            n = min(ROWS_AT_ONCE, settings.samples - done)
+            for place, law in enumerate(laws):
+                share, first = (n + place) // len(laws), done // len(laws)
+                places = [(first + i) % len(prompts) for i in range(min(share, len(prompts)))]
+                length = config.max_completion_length
+                part = base.sample(
+                    share, prompts.select(places), generator=generator, max_completion_length=length, guide=law
+                )
+                index = torch.tensor(places, device=part.tokens.device)[part.prompt_index]
+                parts.append(replace(part, prompts=prompts, prompt_index=index, guide=None))
+            done += n
+            told(done, settings.samples)
+        samples = Samples.concatenate(parts)
+        base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        proposal = base_logprob
+        if guide is not None:
+            guided = base.logprob(replace(samples, guide=guide)).double().sum(-1).cpu()
+            proposal = torch.logaddexp(base_logprob, guided) - math.log(2)
+        features = measure_samples(stated.target.features, samples)
+    score = stated.target.log_score(base_logprob, features)
+    return Drawn(source, samples, features, log_importance_weights(score, proposal), score, base_logprob)
+
+
+def _weighted(drawn: Drawn) -> Reference:
+    """Those with P > 0 in an order of their own, so that the first few are a fair sample of all."""
+    n = len(drawn.log_weights)
+    strata = Strata.of(drawn.samples.prompt_ids, n)
+    log_z = strata.logsumexp(drawn.log_weights) - strata.sizes.log()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    rows = order[drawn.log_weights[order] > -math.inf]
+    weights = strata.softmax(drawn.log_weights)[rows]
+    return Reference(
+        drawn.samples.select(rows.to(drawn.samples.tokens.device)),
+        weights / weights.sum(),
+        (drawn.target_logscore - log_z[strata.index])[rows],
+        drawn.base_logprob[rows],
+        n,
     )
-    generator = torch.Generator(base.device).manual_seed(stream(settings.seed, "reference"))
-    parts = []
-    with display.counting(f"drawing the reference from the {'guided base' if source == 'guided' else 'base'}") as told:
-        for start in range(0, settings.samples, ROWS_AT_ONCE):
-            n = min(ROWS_AT_ONCE, settings.samples - start)
-            places = [(start + i) % len(prompts) for i in range(min(n, len(prompts)))]
-            parts.append(proposal.draw(n, places, generator))
-            told(start + n, settings.samples)
-    draws = Draws.concatenate(parts)
-    if source == "base":
-        return draws, draws.samples.sequence_logprob.cpu()
-    with torch.no_grad():
-        return draws, base.logprob(draws.samples, law=Law()).double().sum(-1).cpu()
 
 
-def _size(draws: Draws) -> float:
-    strata = Strata.of(draws.samples.prompt_ids, len(draws))
-    return effective_sample_size(strata.softmax(draws.log_weights).log()).value
-
-
-def _weighted(draws: Draws, base_logprob: Tensor) -> Reference:
-    strata = Strata.of(draws.samples.prompt_ids, len(draws))
-    held = draws.log_weights > -math.inf
-    log_z = strata.logsumexp(draws.log_weights) - strata.sizes.log()
-    weights = strata.softmax(draws.log_weights)[held]
-    target_logprob = draws.log_weights + draws.samples.sequence_logprob.cpu() - log_z[strata.index]
-    rows = held.nonzero().squeeze(-1).to(draws.samples.tokens.device)
-    samples = draws.samples.select(rows)
-    return Reference(samples, weights / weights.sum(), target_logprob[held], base_logprob[held], len(draws))
-
-
-def _save(folder: Path, reference: Reference, length: int) -> None:
+def _save(folder: Path, reference: Reference) -> None:
     samples = reference.samples
     state: dict[str, Any] = {
         **{name: getattr(samples, name).cpu() for name in TENSORS},
@@ -225,10 +272,8 @@ def _save(folder: Path, reference: Reference, length: int) -> None:
         "target_logprob": reference.target_logprob,
         "base_logprob": reference.base_logprob,
         "drawn": reference.drawn,
-        "max_completion_length": length,
     }
     partial = folder / f"{SAMPLE}.partial"
     with storage.writing(folder / SAMPLE):
-        folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, partial)
         os.replace(partial, folder / SAMPLE)

@@ -88,9 +88,11 @@ def is_measured(run: RunDirectory, reference_folder: Path) -> bool:
     return path.exists() and storage.read_object(path)["reference"] == key
 
 
-def measure_end(run: RunDirectory, policy: LanguageModel, reference_folder: Path, config: RunConfig) -> None:
-    """Write KL(p‖π) of a tuned model, and KL(p‖a), on all of the frozen reference."""
+def measure_end(
+    run: RunDirectory, policy: LanguageModel, reference_folder: Path, config: RunConfig, scored: int
+) -> None:
+    """Write KL(p‖π) of a tuned model, by ``scored`` samples of the frozen reference, and KL(p‖a) beside it."""
     reference = load_reference(reference_folder, policy, config)
     key = storage.read_object(reference_folder / RECORD)["key"]
-    found = {"kl_p_pi": reference.kl_of(policy), "kl_p_a": reference.kl_p_a}
+    found = {"kl_p_pi": reference.kl_of(policy, scored), "kl_p_a": reference.kl_p_a}
     storage.write_object(reference_kl_path(run), {"reference": key, **found})

@@ -35,13 +35,13 @@ def work(job: dict[str, Any]) -> str:
     policy = None
     if finished(config, folder) is None:
         watch = Watch(run, reference, config, CurveSection(**job["curve"]))
-        outcome = tune_config(config, folder, resume=True, console=console, callbacks=[watch])
+        outcome = tune_config(config, folder, resume=True, console=console, callbacks=[watch], fit_dir=reference)
         if outcome.status == "interrupted":
             return "interrupted"
         policy = outcome.policy
     if not is_measured(run, reference):
         policy = policy or load_policy(run, config.device)[1]
-        measure_end(run, policy, reference, config)
+        measure_end(run, policy, reference, config, job["scored"])
     return "done"
 
 

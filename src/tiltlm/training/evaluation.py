@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, partition_for
-from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, next_token
+from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, next_token
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.by_prompt import PromptEvaluation, evaluate_prompts
@@ -27,7 +27,8 @@ class Evaluation:
 
     What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``. With
     several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred;
-    ``prompts_from`` says which they are.
+    ``prompts_from`` says which they are. ``moments_top_p`` and ``top_p``, how varied and how far from the base texts are
+    under top-p sampling, are of that law.
     """
 
     samples: int
@@ -49,11 +50,12 @@ class Evaluation:
     prompts: int = 1
     prompts_from: str = TRAINING
     per_prompt: tuple[PromptEvaluation, ...] = ()
+    top_p: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object; estimates are ``{"value", "se"}``, what does not apply is null."""
         result: dict[str, Any] = {"samples": self.samples}
-        for name in ("moments", "target_moments", "moments_top_p"):
+        for name in ("moments", "target_moments", "moments_top_p", "top_p"):
             result[name] = {key: value.to_json() for key, value in getattr(self, name).items()}
         for name in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess", "entropy", "perplexity_base"):
             value: Estimate | None = getattr(self, name)
@@ -116,7 +118,7 @@ def evaluate_policy(
     pooled = Pooled.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
     names = [feature.name for feature in target.features]
     under_top_p = measure_samples(target.features, nucleus).unbind(-1) if nucleus is not None else []
-    return _evaluation(
+    evaluation = _evaluation(
         samples,
         scores,
         pooled,
@@ -126,6 +128,23 @@ def evaluate_policy(
         mismatch,
         prompts_from,
     )
+    return evaluation if nucleus is None else replace(evaluation, top_p=_under_top_p(roles, nucleus))
+
+
+@torch.no_grad()
+def _under_top_p(roles: Roles, samples: Samples) -> dict[str, Estimate]:
+    """How a law of top-p sampling writes, and how far it is from the base's own law, on its samples."""
+    with roles.use("base") as base:
+        base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+    tokens, own = samples.completion_ids, samples.sequence_logprob.cpu()
+    return {
+        "kl_pi_a": estimation.mean(own - base_logprob),
+        "entropy": estimation.entropy(own),
+        "distinct_1": estimation.distinct_1(tokens),
+        "distinct_1_corpus": estimation.distinct_n(tokens),
+        "self_bleu_5": estimation.self_bleu_5(tokens),
+        "perplexity_base": estimation.perplexity(base_logprob, samples.lengths.cpu()),
+    }
 
 
 def draw_control(
