@@ -30,8 +30,8 @@ class PoolMetrics:
     """What ``metrics.jsonl`` says of a pool: its ``sequences``, the number of laws that drew them, the base's share.
 
     ``ess`` is the effective size of the weights w = P/m, in sequences, ``hits`` the number with P > 0, and ``pareto_k``
-    the k̂ of w: above 0.7 their mean cannot be trusted. It says nothing without a tail to look at, as with fewer than
-    21 hits (null), or hits that weigh alike; then the number of hits is what counts.
+    the k̂ of w: above 0.7 their mean cannot be trusted. With fewer than 21 hits, or hits that weigh alike, there is no
+    tail to look at and k̂ is not finite; then the number of hits is what counts.
     """
 
     sequences: int
