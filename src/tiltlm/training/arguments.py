@@ -51,6 +51,10 @@ class TrainingArguments:
     ] = True
     bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
+    gradient_samples: Annotated[
+        int,
+        Field(ge=0, description="of each batch so many are also pulled one by one, to tell the gradient's variance"),
+    ] = 0
     save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only where it stops")] = 50
     logging_steps: Annotated[int, Field(ge=1, description="report every so many steps to display and trackers")] = 1
 

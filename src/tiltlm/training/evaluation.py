@@ -27,8 +27,8 @@ class Evaluation:
 
     What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``. With
     several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred;
-    ``prompts_from`` says which they are. ``moments_top_p`` and ``top_p``, how varied and how far from the base texts are
-    under top-p sampling, are of that law.
+    ``prompts_from`` says which they are. ``moments_top_p`` and ``top_p``, how varied texts are and how far from the
+    base, are of the law of top-p sampling.
     """
 
     samples: int

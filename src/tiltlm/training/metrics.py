@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
 from tiltlm.training.mixing import PoolMetrics
 from tiltlm.training.proposal import Distances
+
+if TYPE_CHECKING:
+    from tiltlm.training.spread import Spread
 
 # Above this mean, in nats, importance weights are typically off by a fifth.
 LARGEST_MEAN_MISMATCH = 0.2
@@ -147,6 +150,7 @@ class StepMetrics:
     proposal_updated: bool = False
     seconds: dict[str, float] | None = None
     pool: PoolMetrics | None = None
+    spread: Spread | None = None
 
     def completed(
         self,
@@ -192,6 +196,7 @@ class StepMetrics:
             "proposal_updated": self.proposal_updated,
             "seconds": self.seconds,
             **({"pool": self.pool.to_json()} if self.pool else {}),
+            **({"spread": self.spread.to_json()} if self.spread else {}),
         }
 
 

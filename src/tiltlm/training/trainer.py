@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
 from tiltlm.training.pulling import updates_per_batch
 from tiltlm.training.reuse import build_reuse
 from tiltlm.training.scoring import Scorer
+from tiltlm.training.spread import measure_spread
 from tiltlm.training.state import pack, unpack
 
 # Seconds of waiting for features in the last step.
@@ -137,13 +138,15 @@ class Trainer:
         try:
             log_z = before.at(batch.samples.prompt_ids)
             batch, record = self.scorer.assess(batch, log_z)
+            few = self.args.gradient_samples
+            spread = measure_spread(self.scorer, batch, log_z, self._teacher, few) if few else None
             scores = self.pull(batch, log_z)
         except NumericalError as error:
             raise NumericalError(f"step {self.step}: {error}") from error
         if not batch.reused:
             self.partition = self._with(scores)
         self.reuse.add(batch)
-        metrics = step_metrics(scores, batch.features, self.target, self.partition)
+        metrics = replace(step_metrics(scores, batch.features, self.target, self.partition), spread=spread)
         moved = self._follow(batch, scores)
         if self.guidance:
             self.guidance.follow(scores, batch.features)
@@ -171,6 +174,10 @@ class Trainer:
     def _guide(self) -> Guide | None:
         return self.guidance.guide if self.guidance and self.source == "guided" else None
 
+    @property
+    def _teacher(self) -> Guide | None:
+        return self.guidance.guide if self.guidance and self.distills else None
+
     def _with(self, scores: Scores) -> Partition | PromptPartition:
         """What is known of log Z with these samples."""
         assert scores.prompt_ids is not None
@@ -179,7 +186,7 @@ class Trainer:
     def pull(self, batch: Batch, log_z: float | Tensor) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``log_z`` is one number or one a row [N]."""
         self.passes.train(batch.samples)
-        return self.scorer.pull(batch, log_z, self.guidance.guide if self.guidance and self.distills else None)
+        return self.scorer.pull(batch, log_z, self._teacher)
 
     def update(self, *, schedule: bool = True) -> float:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
