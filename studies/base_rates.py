@@ -1,6 +1,6 @@
 """Base rates of every constraint of a study's tasks, alone and together, on one sample of its base.
 
-    python studies/base_rates.py studies/embedded.yaml --samples 20000
+python studies/base_rates.py studies/embedded.yaml --samples 20000
 """
 
 from __future__ import annotations

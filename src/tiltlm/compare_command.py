@@ -67,7 +67,7 @@ def _study(file: Path, overrides: list[str], output_dir: Path | None, jobs: int,
     from tiltlm.study.progress import StudyProgress
 
     quiet()
-    grid, directory, console = expand(stated), StudyDirectory(folder), terminal()
+    grid, directory, console = expand(stated, strict=not dry_run), StudyDirectory(folder), terminal()
     before = directory.read_record() if directory.record_path.exists() else None
     if dry_run:
         show_grid(terminal(stderr=False), grid, directory, before, jobs)

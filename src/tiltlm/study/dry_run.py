@@ -31,6 +31,8 @@ def show_grid(
         reasons.setdefault((one.method, one.reason), []).append(one.task)
     for (method, reason), tasks in reasons.items():
         console.print(f"– {method} on {', '.join(tasks)}: {reason}", soft_wrap=True)
+    for task, problem in grid.unchecked.items():
+        console.print(f"not checked here: {task}: {problem}", soft_wrap=True)
     seeds = grid.study.seed_list
     drawn = sum(run.sequences for run in grid.runs)
     console.print(

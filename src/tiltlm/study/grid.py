@@ -8,7 +8,7 @@ from typing import Any
 
 from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
 from tiltlm.config import RunConfig, parse_config
-from tiltlm.errors import UsageError
+from tiltlm.errors import ModelError, UsageError
 from tiltlm.objectives import Guided
 from tiltlm.study.file import MethodSection, StudyConfig, TaskSection
 from tiltlm.targets import TiltedTarget, prefix_automaton
@@ -57,20 +57,27 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs in the order in which they go on (all cells of the first seed first), and the cells without any."""
+    """All runs in the order in which they go on (all cells of the first seed first), and the cells without any.
+
+    ``unchecked`` says of tasks that need a model which is not at hand why their targets were not looked at.
+    """
 
     study: StudyConfig
     variants: tuple[Variant, ...]
     runs: tuple[PlannedRun, ...]
     skipped: tuple[Skipped, ...]
+    unchecked: dict[str, str]
 
     def of_task(self, task: str) -> list[PlannedRun]:
         """The runs of one task."""
         return [run for run in self.runs if run.task == task]
 
 
-def expand(study: StudyConfig) -> Grid:
-    """All runs of a study, each checked as far as can be before any work. Raises UsageError that says where."""
+def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
+    """All runs of a study, each checked as far as can be before any work. Raises UsageError that says where.
+
+    ModelError for a feature's model that cannot be loaded or, unless ``strict``, a note on its task in ``unchecked``.
+    """
     shared = dict(study.shared)
     _checked("shared", {**ANY_TASK, **shared})
     for name, task in study.tasks.items():
@@ -79,28 +86,40 @@ def expand(study: StudyConfig) -> Grid:
     for variant in variants:
         _checked(f"methods.{variant.family}", _with_method({**ANY_TASK, **shared}, variant))
     cells: list[tuple[str, Variant, RunConfig, int]] = []
-    skipped = []
+    skipped: list[Skipped] = []
+    unchecked: dict[str, str] = {}
     for name, task in study.tasks.items():
         for variant in variants:
             if variant.section.tasks is not None and name not in variant.section.tasks:
                 continue
-            config = _cell(study, name, task, variant)
-            reason = why_not(config)
+            config, sequences = _with_steps(_cell(study, name, task, variant), task.sequences or study.sequences, name)
+            try:
+                reason = None if name in unchecked else _checked_names(config, name, variant)
+            except ModelError as error:
+                if strict:
+                    raise
+                reason, unchecked[name] = None, str(error)
             if reason is not None:
                 skipped.append(Skipped(name, variant.name, reason))
-                continue
-            with_steps, sequences = _with_steps(config, task.sequences or study.sequences, name, variant)
-            try:
-                check_names(with_steps)
-            except UsageError as error:
-                raise UsageError(f"study: tasks.{name} with methods.{variant.family}: {error}") from error
-            cells.append((name, variant, with_steps, sequences))
+            else:
+                cells.append((name, variant, config, sequences))
     runs = tuple(
         PlannedRun(task, variant.name, seed, config.model_copy(update={"seed": seed}), sequences)
         for seed in study.seed_list
         for task, variant, config, sequences in cells
     )
-    return Grid(study, variants, runs, tuple(skipped))
+    return Grid(study, variants, runs, tuple(skipped), unchecked)
+
+
+def _checked_names(config: RunConfig, task: str, variant: Variant) -> str | None:
+    """Why the method cannot match the target; None where it can, and all else that can be checked now is right."""
+    reason = why_not(config)
+    if reason is None:
+        try:
+            check_names(config)
+        except UsageError as error:
+            raise UsageError(f"study: tasks.{task} with methods.{variant.family}: {error}") from error
+    return reason
 
 
 def why_not(config: RunConfig) -> str | None:
@@ -179,14 +198,14 @@ def _checked(where: str, raw: Mapping[str, Any]) -> RunConfig:
         raise UsageError(f"study: {where}: {str(error).removeprefix('config: ')}") from error
 
 
-def _with_steps(config: RunConfig, budget: int, task: str, variant: Variant) -> tuple[RunConfig, int]:
+def _with_steps(config: RunConfig, budget: int, task: str) -> tuple[RunConfig, int]:
     _, rule = build_method(config.method)
     training, fit = config.training, config.target.samples
     steps, drawn = steps_within(budget, fit, training.batch_size, training.reuse_fit_samples, rule)
     if steps < 1:
         raise UsageError(
-            f"study: tasks.{task} with methods.{variant.family}: a budget of {budget:,} sequences leaves no step of "
-            f"{training.batch_size} after the {fit:,} of the fit; raise sequences, or lower target.samples"
+            f"study: tasks.{task}: a budget of {budget:,} sequences leaves no step of {training.batch_size} after the "
+            f"{fit:,} of the fit; raise sequences, or lower target.samples"
         )
     # A copy would not check; the whole config does.
     return parse_config({**config.to_json(), "training": {**config.to_json()["training"], "max_steps": steps}}), drawn
