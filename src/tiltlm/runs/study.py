@@ -178,7 +178,13 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
     kl = _reference_kl(run)
     start = dict(_evaluated(record["evaluation"]["base"], goals))
     start |= {"kl_pi_a": Measured(0.0, 0.0), "kl_p_pi": kl[0] if kl else Measured.read(record["target"]["kl_p_a"])}
-    rows = [row({"sequences": 0, "forward_passes": 0}, metric, found) for metric, found in start.items()]
+    fitted = record["target"]["samples"]
+    # Once the fit's samples are drawn the policy still is the base.
+    rows = [
+        row({"sequences": count, "forward_passes": count}, metric, found)
+        for count in (0, fitted)
+        for metric, found in start.items()
+    ]
     lines = [line for line in run.read_metrics() if line["step"] <= progress["step"]]
     curve = read_curve(run)
     for line in curve:

@@ -71,7 +71,9 @@ def styles(methods: Sequence[Method]) -> dict[str, Style]:
 def study_figures(study: Study) -> Iterator[StudyFigure]:
     """All figures that the study has numbers for."""
     band = "Lines are means over seeds, bands two standard errors over them; a ring is the end of a run."
-    drawn = "The first part of every run's sequences is the fit's, which train it only once they are all drawn."
+    drawn = (
+        "The first sequences of a run are those of its fit; it trains on them once all are drawn, so lines fall there."
+    )
     for metric in ("kl_p_pi", "kl_pi_a", "distinct_1", "self_bleu_5"):
         panels = [_curve(study, task.name, task.label, metric) for task in study.tasks]
         yield from _figure(study, metric, TITLES[metric], f"{band} {drawn}", panels, "sequences drawn")
@@ -142,7 +144,8 @@ def _figure(
             panel.draw(axes)
         for axes in grid[len(shown) :]:
             axes.set_visible(False)
-        figure.supxlabel(x, color=INK, fontsize=9)
+        for axes in grid[max(0, len(shown) - columns) : len(shown)]:
+            axes.set_xlabel(x, color=INK, fontsize=9)
         handles = [
             Line2D(
                 [], [], color=look[m.name].color, marker=look[m.name].marker, linestyle=look[m.name].dash, markersize=5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ def _by_metric(study: Study, suffix: str) -> Iterator[Table]:
 
 
 def _how(study: Study, metric: str) -> str:
-    seeds = len({entry.seed for entry in study.entries})
+    cells = Counter((entry.task, entry.method) for entry in study.entries if entry.status == "done")
+    seeds = max(cells.values(), default=0)
     means = (
         f"Means over {seeds} seeds ± one standard error over them" if seeds > 1 else "One seed, ± one standard error"
     )

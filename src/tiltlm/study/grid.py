@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,15 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
         for variant in variants:
             if variant.section.tasks is not None and name not in variant.section.tasks:
                 continue
-            config, sequences = _with_steps(_cell(study, name, task, variant), task.sequences or study.sequences, name)
-            try:
-                reason = None if name in unchecked else _checked_names(config, name, variant)
-            except ModelError as error:
-                if strict:
-                    raise
-                reason, unchecked[name] = None, str(error)
+            with _at(f"tasks.{name} with methods.{variant.family}"):
+                config = _cell(study, task, variant)
+                config, sequences = _with_steps(config, task.sequences or study.sequences)
+                try:
+                    reason = None if name in unchecked else _checked_names(config)
+                except ModelError as error:
+                    if strict:
+                        raise
+                    reason, unchecked[name] = None, str(error)
             if reason is not None:
                 skipped.append(Skipped(name, variant.name, reason))
             else:
@@ -111,14 +114,11 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
     return Grid(study, variants, runs, tuple(skipped), unchecked)
 
 
-def _checked_names(config: RunConfig, task: str, variant: Variant) -> str | None:
+def _checked_names(config: RunConfig) -> str | None:
     """Why the method cannot match the target; None where it can, and all else that can be checked now is right."""
     reason = why_not(config)
     if reason is None:
-        try:
-            check_names(config)
-        except UsageError as error:
-            raise UsageError(f"study: tasks.{task} with methods.{variant.family}: {error}") from error
+        check_names(config)
     return reason
 
 
@@ -182,30 +182,37 @@ def _merged(raw: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, **more, **joined}
 
 
-def _cell(study: StudyConfig, name: str, task: TaskSection, variant: Variant) -> RunConfig:
+def _cell(study: StudyConfig, task: TaskSection, variant: Variant) -> RunConfig:
     raw = _with_method(_with_task(study.shared, task), variant)
-    raw["target"] = {"seed": study.reference.seed, **task.target}
-    return _checked(f"tasks.{name} with methods.{variant.family}", raw)
+    return parse_config({**raw, "target": {"seed": study.reference.seed, **task.target}})
 
 
-def _checked(where: str, raw: Mapping[str, Any]) -> RunConfig:
+def _checked(where: str, raw: Mapping[str, Any]) -> None:
     training = raw.get("training")
-    if isinstance(training, Mapping) and "max_steps" in training:
-        raise UsageError(f"study: {where}.training.max_steps: it follows from sequences, the budget; leave it out")
+    with _at(where):
+        if isinstance(training, Mapping) and "max_steps" in training:
+            raise UsageError("training.max_steps: it follows from sequences, the budget; leave it out")
+        parse_config(raw)
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Begin what is wrong inside with the place of the study file where it stands."""
     try:
-        return parse_config(raw)
+        yield
     except UsageError as error:
         raise UsageError(f"study: {where}: {str(error).removeprefix('config: ')}") from error
 
 
-def _with_steps(config: RunConfig, budget: int, task: str) -> tuple[RunConfig, int]:
+def _with_steps(config: RunConfig, budget: int) -> tuple[RunConfig, int]:
     _, rule = build_method(config.method)
     training, fit = config.training, config.target.samples
     steps, drawn = steps_within(budget, fit, training.batch_size, training.reuse_fit_samples, rule)
     if steps < 1:
         raise UsageError(
-            f"study: tasks.{task}: a budget of {budget:,} sequences leaves no step of {training.batch_size} after the "
-            f"{fit:,} of the fit; raise sequences, or lower target.samples"
+            f"a budget of {budget:,} sequences leaves no step of {training.batch_size} after the {fit:,} of the fit; "
+            f"raise sequences, or lower target.samples"
         )
     # A copy would not check; the whole config does.
-    return parse_config({**config.to_json(), "training": {**config.to_json()["training"], "max_steps": steps}}), drawn
+    stated = config.to_json()
+    return parse_config({**stated, "training": {**stated["training"], "max_steps": steps}}), drawn

@@ -1,0 +1,292 @@
+"""`tiltlm compare`: study files, whole small studies, and runs that exist already."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Command, assert_one_error, write_config
+
+from tiltlm.config import parse_config
+from tiltlm.errors import UsageError
+from tiltlm.study.file import load_study, parse_study
+from tiltlm.study.grid import expand, steps_within
+from tiltlm.training.proposal import proposal_rule
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+FEMALE = {"constraints": [{"feature": {"pronouns": "female"}, "moment": 0.5}], "samples": 64}
+GOOD = {"constraints": [{"feature": {"contains": "good"}, "moment": 1.0}], "samples": 64}
+
+
+@pytest.fixture
+def study(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A study file that takes seconds."""
+    training = {"batch_size": 32, "learning_rate": 0.002, "save_steps": 1}
+    shared = {"model": settings["model"], "training": training, "max_completion_length": 12, "device": "cpu"}
+    return {
+        "title": "Small <script>alert(1)</script> study",
+        "sequences": 128,
+        "seeds": 1,
+        "shared": {**shared, "evaluation": {"samples": 32, "top_p": 0.9, "texts": 2}},
+        "reference": {"samples": 128},
+        "curve": {"points": 1, "samples": 16, "reference": 32},
+        "tasks": {"female": {"label": "half <b>female</b> & 50%", "target": FEMALE}},
+        "methods": {"gdc++": {"method": "gdc++"}},
+    }
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_this_repository_can_be_run(tiltlm: Command, path: Path) -> None:
+    answer = tiltlm("compare", path, "--dry-run")
+    assert answer.code == 0, answer.err
+    grid = expand(load_study(path), strict=False)
+    assert f"{len(grid.runs)} runs" in answer.out
+    assert all(task in answer.out for task in grid.study.tasks)
+    assert "time: unknown" in answer.out
+    assert all(run.sequences <= (grid.study.tasks[run.task].sequences or grid.study.sequences) for run in grid.runs)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"task": {}}, ["unknown key 'task'", "did you mean 'tasks'"]),
+        ({"tasks": {}}, ["tasks", "at least 1"]),
+        ({"tasks": {"a/b": {"target": FEMALE}}}, ["tasks.a/b", "becomes a folder"]),
+        ({"tasks": {"A": {"target": FEMALE}, "a": {"target": FEMALE}}}, ["differs from it by capitals only"]),
+        ({"tasks": {"x": {"target": FEMALE, "labl": "y"}}}, ["unknown key 'tasks.x.labl'", "did you mean 'label'"]),
+        ({"tasks": {"x": {"target": {"constrains": []}}}}, ["tasks.x", "target.constrains", "constraints"]),
+        ({"methods": {"m": {"method": "gdcc"}}}, ["methods.m", "gdcc", "did you mean 'gdc'"]),
+        ({"methods": {"m": {"method": "gdc", "tasks": ["femal"]}}}, ["methods.m.tasks", "femal", "female"]),
+        ({"methods": {"m": {"method": "gdc", "training": {"batch_sise": 1}}}}, ["methods.m", "training.batch_sise"]),
+        ({"methods": {"m": {"method": "gdc", "training": {"max_steps": 1}}}}, ["max_steps", "follows from sequences"]),
+        ({"methods": {"m": {"method": "gdc", "batch_sizes": [8, 8]}}}, ["batch_sizes", "each once"]),
+        ({"shared": {"model": "embedded", "seed": 1}}, ["shared.seed", "give seeds"]),
+        ({"shared": {"modell": "embedded"}}, ["shared.modell", "did you mean 'model'"]),
+        ({"shared": {}}, ["tasks.female", "'model' is missing"]),
+        ({"sequences": 60}, ["60 sequences leaves no step", "raise sequences"]),
+        ({"sequences": True}, ["sequences: must be a number"]),
+        ({"seeds": [1, 1]}, ["seeds", "each once"]),
+        ({"reference": {"proposal": "guide"}}, ["reference.proposal", "did you mean 'guided'"]),
+        ({"curve": {"points": -1}}, ["curve.points", "greater than or equal to 0"]),
+    ],
+)
+def test_a_bad_study_file_is_explained(
+    tiltlm: Command, here: Path, study: dict[str, Any], change: dict[str, Any], said: list[str]
+) -> None:
+    write_config(here / "study.yaml", {**study, "title": "x", **change})
+    answer = tiltlm("compare", "study.yaml", "--dry-run")
+    assert answer.code == 2
+    assert_one_error(answer.err, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nowhere.yaml",), ["nowhere.yaml", "does not exist"]),
+        (("empty",), ["'empty' is no study", "no run"]),
+        (("empty", "other.yaml"), ["other.yaml", "directories only"]),
+        (("empty", "--dry-run"), ["--dry-run", "study file"]),
+        (("run.yaml", "seeds"), ["'seeds'", "key=value"]),
+    ],
+)
+def test_a_wrong_source_is_explained(tiltlm: Command, here: Path, words: tuple[str, ...], said: list[str]) -> None:
+    (here / "empty").mkdir()
+    answer = tiltlm("compare", *words)
+    assert answer.code == 2
+    assert_one_error(answer.err, said)
+
+
+@pytest.mark.parametrize(
+    ("budget", "fit", "reuse", "rule", "expected"),
+    [
+        (1024, 256, True, "on_policy", (4 + 12, 1024)),
+        (1024, 256, False, "on_policy", (12, 1024)),
+        (1000, 250, True, "on_policy", (3 + 11, 954)),
+        # Ten further batches at each fourth step: for the second time there are too few left, and two steps before it.
+        (1100, 0, False, "published", (7, 1088)),
+    ],
+)
+def test_steps_follow_from_the_budget(budget: int, fit: int, reuse: bool, rule: str, expected: tuple[int, int]) -> None:
+    assert steps_within(budget, fit, 64, reuse, proposal_rule(rule, 4)) == expected
+
+
+def test_a_run_of_the_grid_has_the_settings_of_study_task_and_method(study: dict[str, Any]) -> None:
+    raw = study | {
+        "seeds": [3, 5],
+        "methods": {"m": {"method": "gdc", "training": {"learning_rate": 0.5}, "peft": None}},
+    }
+    raw["tasks"] = {"t": {"target": FEMALE, "training": {"batch_size": 16, "learning_rate": 0.25}, "sequences": 96}}
+    grid = expand(parse_study(raw))
+    assert [(run.name, run.config.seed, run.config.fit_seed) for run in grid.runs] == [
+        ("t/m/seed-3", 3, 0),
+        ("t/m/seed-5", 5, 0),
+    ]
+    training = grid.runs[0].config.training
+    assert (training.batch_size, training.learning_rate, training.save_steps) == (16, 0.5, 1)
+    assert (training.max_steps, grid.runs[0].sequences) == (4 + 2, 96)
+    assert parse_config(grid.runs[0].config.to_json()) == grid.runs[0].config
+
+
+def test_batch_sizes_are_variants_of_equal_samples_and_what_cannot_be_is_left_out(study: dict[str, Any]) -> None:
+    methods = {"gdc": {"method": "gdc", "batch_sizes": [8, 32]}, "vargrad": {"method": "vargrad"}}
+    grid = expand(parse_study(study | {"methods": methods, "tasks": {"good": {"target": GOOD}}}))
+    assert [(run.method, run.config.training.max_steps) for run in grid.runs] == [
+        ("gdc, batch 8", 16),
+        ("gdc, batch 32", 4),
+    ]
+    assert {run.sequences for run in grid.runs} == {128}
+    assert [(one.task, one.method) for one in grid.skipped] == [("good", "vargrad")]
+    assert "log P is −∞" in grid.skipped[0].reason
+
+
+def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[str, Any]) -> None:
+    never = {"constraints": [{"feature": {"length": "words"}, "moment": 500.0}], "samples": 64}
+    write_config(here / "study.yaml", study | {"tasks": {**study["tasks"], "never": {"target": never}}})
+    answer = tiltlm("compare", "study.yaml", "--jobs", 2)
+    folder = here / "runs" / "study"
+
+    # The task that cannot be reached is reported, and stops no other.
+    assert answer.code == 1
+    assert "1 of 2 runs failed" in answer.err
+    assert "moment 500" in answer.err
+    record = json.loads((folder / "study.json").read_text())
+    assert {run["task"]: run["status"] for run in record["runs"]} == {"female": "done", "never": "failed"}
+    assert "moment 500" in record["runs"][1]["error"]
+
+    rows = rows_of(folder)
+    assert list(rows[0]) == ["task", "method", "seed", "sequences", "forward_passes", "metric", "value", "se"]
+    kl = [row for row in rows if row["metric"] == "kl_p_pi"]
+    assert [row["sequences"] for row in kl] == ["0", "64", "64", "128"]
+    run = json.loads((folder / "runs/female/gdc++/seed-0/run.json").read_text())
+    reference = json.loads((folder / "references/female/reference.json").read_text())
+    assert run["target"] == reference["target"]
+    assert float(kl[0]["value"]) == pytest.approx(reference["kl_p_a"]["value"])
+    assert run["progress"]["sequences"] == 128
+    last = {row["metric"]: float(row["value"]) for row in rows if row["sequences"] == "128" and row["value"]}
+    assert last["kl_p_pi"] != run["evaluation"]["policy"]["kl_p_pi"]["value"]
+    assert last["moment:female"] == pytest.approx(run["evaluation"]["policy"]["moments"]["female"]["value"])
+    assert last["self_bleu_5_top_p"] == pytest.approx(run["evaluation"]["policy"]["top_p"]["self_bleu_5"]["value"])
+    assert last["moment_error"] == pytest.approx(abs(last["moment:female"] - 0.5))
+
+    page = (folder / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "half &lt;b&gt;female&lt;/b&gt; &amp; 50%" in page
+    assert page.count("data:image/svg+xml;base64,") >= 6
+    assert "https://" not in page.split("<pre>")[0].replace("http://www.w3.org", "")
+    assert r"half \textless{}b\textgreater{}female" in (folder / "tables.tex").read_text()
+    assert "half &lt;b&gt;female" in (folder / "tables.md").read_text()
+    for form in ("pdf", "svg", "png"):
+        assert (folder / "figures" / f"kl_p_pi.{form}").stat().st_size > 1000
+
+    # Nothing is done twice, and the grid knows what is left and how long it takes.
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=3")
+    assert "1 runs are done; the other 5 take about" in dry.out
+    write_config(here / "study.yaml", study)
+    again = tiltlm("compare", "study.yaml")
+    assert again.code == 0, again.err
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+
+    # A study that asks for other settings of a run that is there does not mix them with it.
+    changed = tiltlm("compare", "study.yaml", "methods.gdc++.training.learning_rate=0.1")
+    assert changed.code == 1
+    assert "training.learning_rate was 0.002 and is 0.1" in changed.err
+
+    # Results can be made anew from what is there, and runs be taken out of the study and compared as runs.
+    (folder / "report.html").unlink()
+    assert tiltlm("compare", folder).code == 0
+    assert (folder / "report.html").exists()
+
+
+def test_runs_that_exist_are_compared(tiltlm: Command, finished: Path) -> None:
+    other = shutil.copytree(finished, finished.parent / "other")
+    record = json.loads((other / "run.json").read_text())
+    record["seed"], record["config"]["training"]["learning_rate"] = 1, 0.004
+    record["config"]["seed"] = 1
+    (other / "run.json").write_text(json.dumps(record))
+    answer = tiltlm("compare", finished, other, "--output-dir", "both")
+    assert answer.code == 0, answer.err
+    rows = rows_of(Path("both"))
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        ("gdc++ (learning_rate=0.002)", "0"),
+        ("gdc++ (learning_rate=0.004)", "1"),
+    }
+    end = [row for row in rows if row["metric"] == "kl_p_pi" and row["seed"] == "0"][-1]
+    assert float(end["value"]) == pytest.approx(record["evaluation"]["policy"]["kl_p_pi"]["value"])
+    assert "each on the samples of its own evaluation; lower" in (Path("both") / "tables.md").read_text()
+
+    twice = tiltlm("compare", finished, finished)
+    assert twice.code == 2
+    assert_one_error(twice.err, ["same task, method and seed"])
+
+
+def test_a_study_knows_its_sections() -> None:
+    with pytest.raises(UsageError, match=r"unknown key .reference\.sample."):
+        parse_study(
+            {
+                "sequences": 1,
+                "tasks": {"a": {"target": {}}},
+                "methods": {"m": {"method": "gdc"}},
+                "reference": {"sample": 1},
+            }
+        )
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_and_resumed_gives_the_same_tables(here: Path, study: dict[str, Any]) -> None:
+    study |= {"seeds": 2, "sequences": 256, "methods": {"gdc++": {"method": "gdc++"}, "ppo": {"method": "ppo"}}}
+    write_config(here / "study.yaml", study)
+    command = [sys.executable, "-m", "tiltlm", "compare", "study.yaml", "--jobs", "2", "--output-dir"]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    subprocess.run([*command, "whole"], check=True, env=environment, capture_output=True)
+
+    chance = random.Random()
+    ends = []
+    for way in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
+        process = subprocess.Popen([*command, "killed"], env=environment, stderr=subprocess.PIPE, text=True)
+        if way is not None:
+            time.sleep(chance.uniform(6, 16))
+            process.send_signal(way)
+        _, said = process.communicate()
+        ends.append(process.returncode)
+        if way == signal.SIGKILL:
+            # Its processes see that it is gone, and stop after the step that they are at.
+            wait_until(lambda: not is_locked(here / "killed" / ".lock"))
+    assert ends[-1] == 0, (ends, said)
+    for name in ("results.csv", "tables.md", "tables.tex"):
+        assert (here / "killed" / name).read_bytes() == (here / "whole" / name).read_bytes(), (name, ends)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
+
+
+def is_locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
