@@ -19,9 +19,9 @@ from tiltlm.errors import TiltError, UsageError
 from tiltlm.runs import storage
 from tiltlm.runs.resuming import check_same_config, is_done
 from tiltlm.runs.study import StudyDirectory
-from tiltlm.study.grid import Grid, PlannedRun
+from tiltlm.study.grid import Grid, PlannedRun, with_fit
 from tiltlm.study.progress import StudyProgress
-from tiltlm.study.reference import has_reference, reference_key
+from tiltlm.study.reference import RECORD, has_reference, reference_key
 from tiltlm.study.watch import is_measured
 from tiltlm.training.interrupt import sigterm_interrupts
 
@@ -54,6 +54,7 @@ class Execution:
         self.grid, self.directory, self.record, self.jobs = grid, directory, record, jobs
         self.places = {f"{one['task']}/{one['method']}/seed-{one['seed']}": one for one in record["runs"]}
         self.active: list[Active] = []
+        self.without_reference: set[str] = set()
 
     def go(self, progress: StudyProgress) -> bool:
         """Draw the references, then run what is not done; False if it was interrupted."""
@@ -88,12 +89,14 @@ class Execution:
             yield Job(f"reference of {task}", {"kind": "reference", **order})
 
     def _runs(self) -> Iterator[Job]:
-        for run in self.grid.runs:
-            place = self.places[run.name]
+        fits = {task: _fit_size(self.directory.reference(task)) for task in self.grid.study.tasks}
+        for planned in self.grid.runs:
+            place, run, fit = self.places[planned.name], planned, fits[planned.task]
             folder, reference = self.directory.run(run.task, run.method, run.seed), self.directory.reference(run.task)
-            if place["status"] == "failed" and place.get("reference_failed"):
+            if fit is None or run.task in self.without_reference:
                 continue
             try:
+                run = with_fit(planned, self.grid.study.budget(run.task), fit)
                 if folder.run_path.exists():
                     check_same_config(folder, run.config.to_json())
                     if is_done(folder) and is_measured(folder, reference):
@@ -166,16 +169,15 @@ class Execution:
         self.directory.write_record(self.record)
 
     def _fail_task(self, task: str, error: str) -> None:
+        self.without_reference.add(task)
         for run in self.grid.of_task(task):
             place = self.places[run.name]
             self._settle(place, "failed", error)
-            place["reference_failed"] = True
             self.progress.ended(run, "failed", None, 0.0)
         self.progress.say(f"{task}: {error}")
 
     def _settle(self, place: dict[str, Any], status: str, error: str | None = None) -> None:
         place["status"], place["error"] = status, error
-        place.pop("reference_failed", None)
 
     def _stop(self) -> None:
         """Ask all to finish their step and save; at a second Ctrl-C end them at once."""
@@ -219,6 +221,12 @@ def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: S
         "runs": runs,
         "skipped": [vars(one) for one in grid.skipped],
     }
+
+
+def _fit_size(reference: Path) -> int | None:
+    """How many samples the target of a task was fitted on; None where it has no reference."""
+    record = reference / RECORD
+    return int(storage.read_object(record)["target"]["samples"]) if record.exists() else None
 
 
 def _answer(process: subprocess.Popen[str]) -> tuple[str, str | None]:

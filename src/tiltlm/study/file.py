@@ -96,6 +96,10 @@ class StudyConfig(Section):
         """The seeds of each cell."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
+    def budget(self, task: str) -> int:
+        """The sequences that a run of this task may draw."""
+        return self.tasks[task].sequences or self.sequences
+
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         seeds = self.seed_list

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
@@ -95,7 +95,7 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
                 continue
             with _at(f"tasks.{name} with methods.{variant.family}"):
                 config = _cell(study, task, variant)
-                config, sequences = _with_steps(config, task.sequences or study.sequences)
+                config, sequences = _with_steps(config, study.budget(name), config.target.samples)
                 try:
                     reason = None if name in unchecked else _checked_names(config)
                 except ModelError as error:
@@ -148,6 +148,17 @@ def steps_within(budget: int, fit: int, batch: int, reuse: bool, rule: ProposalR
         if drawn + cost > budget:
             return steps, drawn
         steps, drawn = steps + 1, drawn + cost
+
+
+def with_fit(run: PlannedRun, budget: int, fit: int) -> PlannedRun:
+    """The same run where the fit of its task came to draw ``fit`` samples, as rare features make it do.
+
+    Raises UsageError where nothing is left to train on.
+    """
+    if fit == run.config.target.samples:
+        return run
+    config, sequences = _with_steps(run.config, budget, fit)
+    return replace(run, config=config, sequences=sequences)
 
 
 def _variants(study: StudyConfig) -> Iterator[Variant]:
@@ -204,9 +215,9 @@ def _at(where: str) -> Iterator[None]:
         raise UsageError(f"study: {where}: {str(error).removeprefix('config: ')}") from error
 
 
-def _with_steps(config: RunConfig, budget: int) -> tuple[RunConfig, int]:
+def _with_steps(config: RunConfig, budget: int, fit: int) -> tuple[RunConfig, int]:
     _, rule = build_method(config.method)
-    training, fit = config.training, config.target.samples
+    training = config.training
     steps, drawn = steps_within(budget, fit, training.batch_size, training.reuse_fit_samples, rule)
     if steps < 1:
         raise UsageError(
