@@ -1,0 +1,170 @@
+"""What a study's rows come to: means, differences, tables, figures and the page, by hand-made rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from scipy import stats
+
+from tiltlm.errors import UsageError
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.runs.run_grid import study_of_runs
+from tiltlm.runs.study import Entry, Method, Row, Study, StudyDirectory, Task, read_study, write_results
+from tiltlm.runs.study_figures import study_figures, styles
+from tiltlm.runs.study_page import render_page
+from tiltlm.runs.study_results import write_study
+from tiltlm.runs.study_statistics import all_pairs, best_of, last_values, over_seeds, paired
+from tiltlm.runs.study_tables import latex, markdown, study_tables
+from tiltlm.runs.summary import Measured
+
+HOSTILE = '<img src=x onerror="alert(1)"> & 50% of_$it | {all}'
+# KL(p‖π) at the end, by task and method, for the seeds 0, 1, 2.
+KL = {
+    ("t1", "m1"): (0.30, 0.32, 0.34),
+    ("t1", "m2"): (0.40, 0.41, 0.45),
+    ("t2", "m1"): (1.00, 1.10, 1.20),
+    ("t2", "m2"): (1.05, 1.05, 1.05),
+    ("t3", "m1"): (2.0, 2.1, 2.2),
+    ("t3", "m2"): (1.0, 1.1, 1.2),
+}
+
+
+def made_up(title: str = "A study", label: str = "Method 1") -> Study:
+    tasks = [Task(name, f"Task {name}", {"female": 0.5}) for name in ("t1", "t2", "t3")]
+    methods = [Method("m1", label, "m1"), Method("m2", "Method 2", "m2")]
+    rows, entries = [], []
+    for (task, method), values in KL.items():
+        for seed, end in enumerate(values):
+            entries.append(Entry(task, method, seed, "done"))
+            for sequences, kl in ((0, 3.0), (500, 2.5), (1000, end)):
+                at = (task, method, seed, sequences, 3 * sequences)
+                rows.append(Row(*at, "kl_p_pi", kl, 0.01))
+                rows.append(Row(*at, "moment:female", 0.5 - kl / 10, 0.02))
+                rows.append(Row(*at, "moment_error", kl / 10, 0.02))
+                rows.append(Row(*at, "kl_pi_a", 3.0 - kl, math.nan))
+                rows.append(Row(*at, "self_bleu_5", 0.1 + kl / 100, 0.01))
+    return Study(title, tasks, methods, entries, rows)
+
+
+def test_means_and_errors_are_over_seeds() -> None:
+    cell = last_values(made_up(), "kl_p_pi")["t1", "m1"]
+    found = over_seeds(cell)
+    assert found.value == pytest.approx(0.32)
+    assert found.se == pytest.approx(0.02 / math.sqrt(3))
+    assert over_seeds({4: Measured(1.5, 0.25)}) == Measured(1.5, 0.25)
+    assert not over_seeds({}).known
+
+
+def test_differences_are_paired_and_tested_over_tasks() -> None:
+    found = paired(made_up(), "kl_p_pi", "m1", "m2")
+    assert found is not None
+    gaps = [-0.10, 0.05, 1.0]
+    assert found.difference.value == pytest.approx(sum(gaps) / 3)
+    assert found.p == pytest.approx(stats.wilcoxon(gaps).pvalue)
+    assert (found.tasks, found.won, found.lost) == (3, 1, 2)
+    # On t2 the seeds differ by −0.05, 0.05, 0.15: no clear difference. On t3 they differ by 1 each.
+    assert (found.clearly_won, found.clearly_lost) == (1, 1)
+    assert best_of(made_up(), "kl_p_pi") == {"t1": ["m1"], "t2": ["m2"], "t3": ["m2"]}
+    assert len(all_pairs(made_up(), "kl_p_pi")) == 1
+
+
+def test_with_one_task_seeds_are_what_is_tested() -> None:
+    whole = made_up()
+    one = replace(whole, tasks=whole.tasks[:1])
+    found = paired(one, "kl_p_pi", "m1", "m2")
+    assert found is not None
+    assert found.p == pytest.approx(stats.ttest_rel(KL["t1", "m1"], KL["t1", "m2"]).pvalue)
+    assert paired(replace(one, rows=[]), "kl_p_pi", "m1", "m2") is None
+
+
+def test_tables_hold_means_goals_and_who_is_best() -> None:
+    tables = {table.title: table for table in study_tables(made_up())}
+    kl = tables["KL(p‖π), nats"]
+    assert [cell.text for cell in kl.rows[0]] == ["Task t1", "3.000 ± 0.010", "0.320 ± 0.012", "0.420 ± 0.015"]
+    assert [cell.best for cell in kl.rows[0]] == [False, False, True, False]
+    assert [cell.text for cell in tables["E_π[φ]"].rows[1][:2]] == ["Task t2", "0.5"]
+    won = tables["Tasks on which a method is best"]
+    assert [[cell.text for cell in row[:2]] for row in won.rows] == [["Method 1", "1 of 3"], ["Method 2", "2 of 3"]]
+
+
+def test_no_label_breaks_out_of_a_table_or_the_page() -> None:
+    study = made_up(title=HOSTILE, label=HOSTILE)
+    tables, figures = study_tables(study), list(study_figures(study))
+    text, tex, page = markdown(study.title, tables), latex(tables), render_page(study, tables, figures)
+    assert "<img" not in text
+    assert r"\| {all}" in text
+    assert r"\& 50\% of\_\$it | \{all\}" in tex
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x") >= 4
+    for figure in figures:
+        # Well-formed, and the label is a comment and outlines, never an element.
+        drawn = ElementTree.fromstring(figure.files["svg"])
+        assert all("img" not in element.tag and "onerror" not in element.attrib for element in drawn.iter())
+    assert page.count('<img src="data:image/svg+xml;base64,') == len(figures)
+    for line in tex.splitlines():
+        if line.endswith(r"\\"):
+            # As many cells as the tabular has columns: no label has added one.
+            assert line.replace(r"\&", "").count("&") in {len(table.columns) - 1 for table in tables}
+
+
+def test_a_method_looks_the_same_everywhere_and_variants_share_a_colour() -> None:
+    methods = [Method("a", "A", "a"), Method("b 8", "B", "b", 8), Method("b 16", "B", "b", 16), Method("c", "C", "c")]
+    look = styles(methods)
+    assert look["b 8"].color == look["b 16"].color
+    assert look["b 8"].dash != look["b 16"].dash
+    assert len({look[name].color for name in ("a", "b 8", "c")}) == 3
+    many = styles([Method(str(i), str(i), str(i)) for i in range(20)])
+    assert len({(one.color, str(one.dash)) for one in many.values()}) == 20
+
+
+def test_figures_are_there_for_what_was_measured() -> None:
+    study = made_up()
+    names = {figure.name for figure in study_figures(study)}
+    assert names == {
+        "kl_p_pi",
+        "kl_pi_a",
+        "self_bleu_5",
+        "moments",
+        "kl_p_pi_passes",
+        "alignment_diversity",
+        "kl_frontier",
+    }
+    sized = replace(study, methods=[replace(m, batch_size=8 * (i + 1)) for i, m in enumerate(study.methods)])
+    spread = [Row("t1", "m1", 0, s, s, "gradient_variance", 1.0, math.nan) for s in (500, 1000)]
+    more = {figure.name for figure in study_figures(replace(sized, rows=[*study.rows, *spread]))}
+    assert more - names == {"batch_size", "variance"}
+    assert list(study_figures(replace(study, rows=[]))) == []
+
+
+def test_results_without_a_run_are_still_a_page(tmp_path: Path) -> None:
+    failed = [replace(entry, status="failed", error="no <b>luck</b>") for entry in made_up().entries]
+    write_study(replace(made_up(), rows=[], entries=failed), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "no &lt;b&gt;luck&lt;/b&gt;" in page
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1
+
+
+def test_unknown_numbers_are_empty_cells(tmp_path: Path) -> None:
+    write_results(tmp_path / "r.csv", [Row("a, b", "m", 0, 1, 2, "kl_p_pi", math.nan, 0.5)])
+    assert (tmp_path / "r.csv").read_text().splitlines()[1] == '"a, b",m,0,1,2,kl_p_pi,,0.5'
+
+
+def test_runs_become_rows_from_base_to_end(make_run: Callable[..., RunDirectory]) -> None:
+    run = make_run()
+    study = study_of_runs([run.path])
+    kl = [row for row in study.rows if row.metric == "kl_p_pi"]
+    assert [row.sequences for row in kl[:2]] == [0, 8192]
+    assert len(kl) <= 2 + 24 + 1
+    assert (kl[-1].sequences, kl[-1].value) == (8192 + 60 * 256, 0.0322)
+    assert [row.sequences for row in kl] == sorted(row.sequences for row in kl)
+    assert study.tasks[0].goals == {"female": 0.235, "male": 0.235}
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no study"):
+        read_study(StudyDirectory(tmp_path))
