@@ -15,9 +15,10 @@ from tiltlm.runs.study_statistics import last_values, over_seeds
 from tiltlm.runs.study_tables import TITLES
 from tiltlm.runs.summary import Measured, plain_number
 
-# Told apart by all common kinds of colour vision (Okabe & Ito 2008), without its yellow, which is too light for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Told apart by all common kinds of colour vision: Okabe & Ito (2008) without its yellow, which is too light for lines,
+# then two of Tol's (2021). Beside the colour each has a marker of its own.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", "h", ">", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.5, 1, 1.5)))
 INK, GRID = "#333333", "#dddddd"
 PANEL, COLUMNS = (3.1, 2.35), 4
