@@ -60,6 +60,12 @@ def test_means_and_errors_are_over_seeds() -> None:
     assert not over_seeds({}).known
 
 
+def test_a_run_whose_end_is_unknown_has_no_earlier_value_in_its_place() -> None:
+    study = made_up()
+    rows = [replace(r, value=math.inf) if (r.task, r.seed, r.sequences) == ("t1", 0, 1000) else r for r in study.rows]
+    assert set(last_values(replace(study, rows=rows), "kl_p_pi")["t1", "m1"]) == {1, 2}
+
+
 def test_differences_are_paired_and_tested_over_tasks() -> None:
     found = paired(made_up(), "kl_p_pi", "m1", "m2")
     assert found is not None

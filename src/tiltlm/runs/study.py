@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ class Study:
     rows: Sequence[Row]
     skipped: Sequence[Mapping[str, str]] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def series(self) -> dict[tuple[str, str, str], list[Row]]:
+        """The known values by task, method and metric, in order."""
+        found: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            if math.isfinite(row.value):
+                found.setdefault((row.task, row.method, row.metric), []).append(row)
+        return found
+
+    @cached_property
+    def ends(self) -> dict[tuple[str, str, str], dict[int, Row]]:
+        """The last row of each seed by task, method and metric, known or not: what came before is no substitute."""
+        found: dict[tuple[str, str, str], dict[int, Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.task, row.method, row.metric), {})[row.seed] = row
+        return found
 
     @property
     def frozen(self) -> bool:

@@ -187,9 +187,8 @@ def _plain_axes(axes: Any) -> None:
 def _along(study: Study, task: str, method: str, metric: str) -> list[tuple[int, int, Measured]]:
     """Means over seeds at each number of sequences and passes, in order, with errors over seeds."""
     at: dict[tuple[int, int], dict[int, Measured]] = {}
-    for row in study.rows:
-        if (row.task, row.method, row.metric) == (task, method, metric) and math.isfinite(row.value):
-            at.setdefault((row.sequences, row.forward_passes), {})[row.seed] = Measured(row.value, row.se)
+    for row in study.series.get((task, method, metric), []):
+        at.setdefault((row.sequences, row.forward_passes), {})[row.seed] = Measured(row.value, row.se)
     seeds = max((len(values) for values in at.values()), default=0)
     # Where some seeds have no point a mean would jump; passes can differ a little from seed to seed.
     points = _by_place(study, task, method, metric) if any(len(v) < seeds for v in at.values()) else at
@@ -199,9 +198,8 @@ def _along(study: Study, task: str, method: str, metric: str) -> list[tuple[int,
 def _by_place(study: Study, task: str, method: str, metric: str) -> dict[tuple[int, int], dict[int, Measured]]:
     """The same with the k-th points of all seeds at their mean place."""
     by_seed: dict[int, list[Row]] = {}
-    for row in study.rows:
-        if (row.task, row.method, row.metric) == (task, method, metric) and math.isfinite(row.value):
-            by_seed.setdefault(row.seed, []).append(row)
+    for row in study.series.get((task, method, metric), []):
+        by_seed.setdefault(row.seed, []).append(row)
     found = {}
     for k in range(min(len(rows) for rows in by_seed.values())):
         rows = [own[k] for own in by_seed.values()]
@@ -328,5 +326,5 @@ def _of_feature(task: Task, feature: str) -> str:
     return task.label if len(task.goals) == 1 else f"{task.label}: {feature}"
 
 
-def _shortened(title: str, most: int = 44) -> str:
+def _shortened(title: str, most: int = 38) -> str:
     return title if len(title) <= most else f"{title[: most - 1]}…"

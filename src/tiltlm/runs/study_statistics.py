@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from tiltlm.runs.study import Row, Study
+from tiltlm.runs.study import Study
 from tiltlm.runs.summary import Measured
 
 # Which way is better: −1 lower, +1 higher. Entropy has no better side by itself, and is compared with the base's.
@@ -39,21 +39,18 @@ class Paired:
 
 def last_values(study: Study, metric: str) -> Cells:
     """The value at the end of each run, by task and method, then by seed."""
-    found: dict[tuple[str, str, int], Row] = {}
-    for row in study.rows:
-        if row.metric == metric and row.sequences > 0:
-            found[row.task, row.method, row.seed] = row
     cells: Cells = {}
-    for (task, method, seed), row in found.items():
-        if math.isfinite(row.value):
-            cells.setdefault((task, method), {})[seed] = Measured(row.value, row.se)
+    for (task, method, measured), rows in study.ends.items():
+        known = {seed: Measured(row.value, row.se) for seed, row in rows.items() if math.isfinite(row.value)}
+        if measured == metric and known:
+            cells[task, method] = known
     return cells
 
 
 def base_value(study: Study, task: str, metric: str) -> Measured:
     """The base's value, a mean over the runs of a task that hold one."""
-    found = [Measured(r.value, r.se) for r in study.rows if (r.task, r.metric, r.sequences) == (task, metric, 0)]
-    known = [one for one in found if one.known]
+    rows = [row for m in study.methods for row in study.series.get((task, m.name, metric), [])]
+    known = [Measured(row.value, row.se) for row in rows if row.sequences == 0]
     # They rest on the same samples of the base, so that several know no more than one.
     return Measured(fmean(one.value for one in known), known[0].se) if known else Measured()
 
