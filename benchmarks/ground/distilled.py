@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ground.runs import Budget, Drawn, Runs
+from tiltlm.estimation import mixture
 from tiltlm.objectives import Guided, prefix_weights
 from tiltlm.targets.prefix_states import PrefixStates
 from tiltlm.targets.twist import Twist
-from tiltlm.training.pool import mixture
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Te
     """Log-probabilities of the tokens [R, N, T] under the mixture of base and guide."""
     laws = drawn.under(runs.base), drawn.under(guide)
     length = drawn.tokens.shape[-1]
-    return mixture(*(law.reshape(-1, length) for law in laws), base_share).reshape(drawn.tokens.shape).float()
+    return mixture([law.reshape(-1, length) for law in laws], [base_share, 1 - base_share]).reshape(drawn.tokens.shape).float()
 
 
 def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guide: Tensor, log_z: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, Term, draw_base_sample, fit_target, report_fit
-from tiltlm.targets.foresight import foresee, unmet_filters
+from tiltlm.targets.foresight import Foresight, foresee, rare_filters
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
@@ -254,31 +254,35 @@ def state_target(
             )
     if own:
         return Stated(own, sample, report_fit(own, sample))
+    found = _foreseen(config, base, terms, sample, display) if sample.base_logprob is None else None
+    if found is not None and found.trusted:
+        sample = found.sample
     try:
         fitted = fit_target(terms, sample)
     except UnreachableTargetError as error:
-        advice = _foreseen(config, base, terms, sample, display)
-        raise UnreachableTargetError(f"{str(error).strip()} {advice}".strip()) from error
+        raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
     return Stated(fitted, sample, fitted.report)
 
 
 def _foreseen(
     config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
-) -> str:
-    """How rare the filters are that no sample passed, found with a guide; "" where that is not what is wrong."""
-    features = unmet_filters(terms, sample)
-    if not features:
-        return ""
-    with display.counting("looking for it with a guide") as progress:
+) -> Foresight | None:
+    """Texts that pass the filters, found with a guide where hardly a sample does; None where nothing is to be found."""
+    filters = rare_filters(terms, sample)
+    if not filters:
+        return None
+    with display.counting("looking for rare texts with a guide") as progress:
         found = foresee(
             base,
-            features,
-            sample.samples,
-            config.max_completion_length,
-            seed=stream(config.seed, "foresight"),
+            filters,
+            [term.feature for term in terms],
+            sample,
+            seed=stream(config.fit_seed, "foresight"),
             progress=progress,
         )
-    return found.advice()
+    names = " and ".join(f"'{feature.name}'" for feature in filters)
+    display.say(f"note: hardly a text of the base passes {names}. {found.advice()}")
+    return found
 
 
 def _held_out(config: RunConfig, base: LanguageModel) -> Prompts | None:

@@ -44,7 +44,9 @@ def evaluate(
                 roles, target, wanted.samples, held_out, max_completion_length=length, seed=seed, progress=progress
             )
     asked = HELD_OUT if held_out is not None else TRAINING
-    before = evaluate_base(control or base_sample, target, wanted.samples, wanted.texts, seed, prompts_from=asked)
+    before = evaluate_base(
+        control or base_sample.of_the_base(), target, wanted.samples, wanted.texts, seed, prompts_from=asked
+    )
     with display.counting("evaluating the tuned model") as progress:
         after = evaluate_policy(
             roles,

@@ -1,19 +1,25 @@
-"""Foresight: the rate of a filter that no sample passed, against the truth of a model that can be listed."""
+"""Foresight: the rate of a filter that no sample passed, and a sample to fit on, against a model that can be listed."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from enumerable import tiny_model
 from tiltlm.errors import UsageError
-from tiltlm.exact import enumerate_completions
-from tiltlm.features import build_feature, length, measure
+from tiltlm.exact import enumerate_completions, exact_target
+from tiltlm.features import Feature, build_feature, contains, length, measure
 from tiltlm.lm import LanguageModel, Law
-from tiltlm.targets.foresight import Chain, Foresight, foresee
+from tiltlm.targets import BaseSample, Twist, draw_base_sample, fit_target, state_terms
+from tiltlm.targets.chain import Chain
+from tiltlm.targets.foresight import Foresight, foresee, rare_filters
+from tiltlm.targets.prefix_states import prefix_states
+from tiltlm.targets.twist import guide_of
+from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 
 LENGTH = 4
 # Rare phrases of the tiny vocabulary, one alone and one beside a word that must not come.
@@ -28,19 +34,82 @@ def base() -> LanguageModel:
     return tiny_model("gpt2", "pad_is_eos")
 
 
+def without_hits(base: LanguageModel, features: list[Feature], n: int, seed: int) -> BaseSample:
+    """Samples of the base of which none passes all."""
+    samples = base.sample(n, seed=seed, max_completion_length=LENGTH)
+    samples = samples.select(~(measure(features, samples.texts) > 0).all(1))
+    return BaseSample(samples, measure(features, samples.texts), LENGTH)
+
+
 @pytest.mark.parametrize("name", FILTERS)
 def test_it_estimates_the_rate_of_what_it_has_never_seen(base: LanguageModel, name: str) -> None:
     filters = [build_feature(form) for form in FILTERS[name]]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     passing = (measure(filters, listed.texts) > 0).all(1)
     rate = float(listed.sequence_logprob.exp()[passing].sum())
-    samples = base.sample(300, seed=1, max_completion_length=LENGTH)
-    samples = samples.select(~(measure(filters, samples.texts) > 0).all(1))
-    found = foresee(base, filters, samples, LENGTH, n=400, seed=3)
+    found = foresee(base, filters, filters, without_hits(base, filters, 300, 1), n=400, seed=3)
     assert 0 < rate < 0.05
     assert found.hits > 20 * rate * 400
     assert abs(found.log_z.value - math.log(rate)) < 4 * found.log_z.se
     assert found.log_z.se < 0.2
+    assert found.trusted
+
+
+def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp_path: Path) -> None:
+    """A filter that hardly a sample passes and a moment under it: log Z, λ and E_p against enumeration."""
+    terms = state_terms([(contains("d b"), 1.0), (contains("a"), 0.6)])
+    features = [term.feature for term in terms]
+    listed = enumerate_completions(base, max_completion_length=LENGTH)
+    few = draw_base_sample(base, features, 300, None, LENGTH, seed=1)
+    assert rare_filters(terms, few) == features[:1]
+    found = foresee(base, features[:1], features, few, n=800, seed=5)
+    sample = found.sample
+    assert len(sample.samples) == len(sample.features) == 300 + 3 * 800
+    fitted = fit_target(terms, sample)
+    truth = exact_target(base, fitted, listed)
+    assert abs(fitted.report.log_z.value - truth.log_z) < 4 * fitted.report.log_z.se < 0.4
+    share = float(truth.logprob.exp() @ truth.features[:, 1])
+    assert share == pytest.approx(0.6, abs=0.04)
+    kl = float((truth.logprob.exp() * (truth.logprob - truth.base_logprob)).nan_to_num(0.0).sum())
+    assert abs(fitted.report.kl_p_a.value - kl) < 4 * fitted.report.kl_p_a.se
+    # What the base writes is told from all samples, each with its weight.
+    rate = float(listed.sequence_logprob.exp() @ measure(features, listed.texts)[:, 0])
+    assert abs(fitted.report.terms[0].base.value - rate) < 4 * fitted.report.terms[0].base.se
+    own = sample.of_the_base()
+    assert own.base_logprob is None
+    assert torch.equal(own.samples.tokens, few.samples.tokens)
+    torch.testing.assert_close(own.samples.proposal_logprob, few.samples.proposal_logprob, rtol=0, atol=1e-5)
+    # A guide made of it is nearer than one of the base's samples alone.
+    kept = Twist.of(base, fitted, sample)
+    assert kept.states.values is not None
+    guide = kept.guide(sample.log_weights(fitted), sample.log_ratio, fitted.log_tilt(kept.states.values))
+    with torch.no_grad():
+        law = base.logprob(replace(listed, guide=guide, law=Law())).sum(-1)
+    assert float((truth.logprob.exp() * (truth.logprob - law)).nan_to_num(0.0).sum()) < 0.3 * kl
+    # And it survives a checkpoint.
+    save_base_sample(tmp_path, sample)
+    again = load_base_sample(tmp_path, base)
+    assert again is not None
+    assert torch.equal(again.log_weights(fitted), sample.log_weights(fitted))
+    assert (again.plain, again.readings) == (sample.plain, sample.readings)
+
+
+def test_weights_of_the_mixture_have_mean_one_and_a_bound(base: LanguageModel) -> None:
+    filters = [build_feature({"contains": "d b c"})]
+    sample = foresee(base, filters, filters, without_hits(base, filters, 300, 1), n=300, seed=2).sample
+    ratio = sample.log_ratio.exp()
+    assert float(ratio.mean()) == pytest.approx(1, abs=5 * float(ratio.std()) / len(ratio) ** 0.5)
+    # The base's share bounds a/m.
+    assert float(ratio.max()) <= len(ratio) / (sample.plain or 0) + 1e-9
+
+
+def test_enough_samples_that_pass_need_no_foresight(base: LanguageModel) -> None:
+    for feature, rare in ((contains("a"), False), (contains("d b c"), True)):
+        terms = state_terms([(feature, 1.0)])
+        sample = draw_base_sample(base, [feature], 1000, None, LENGTH, seed=1)
+        assert rare_filters(terms, sample) == ([feature] if rare else [])
+    terms = state_terms([(contains("d b c"), 0.5)])
+    assert rare_filters(terms, draw_base_sample(base, [terms[0].feature], 200, None, LENGTH)) == []
 
 
 def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: LanguageModel) -> None:
@@ -49,11 +118,12 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     rate = float(listed.sequence_logprob.exp()[measure(filters, listed.texts)[:, 0] > 0].sum())
     many = base.sample(3000, seed=2, max_completion_length=LENGTH)
-    chain = Chain.of(base, filters)
+    states = prefix_states(base, filters, many)
+    chain = Chain.empty(states.transitions, LENGTH)
     chain.learn(base, many)
-    guide = chain.guide(LENGTH)
-    assert float(guide.log_twist[0, 0].exp()) == pytest.approx(rate, rel=0.1)
-    law = replace(listed, guide=guide, law=Law())
+    promise = chain.promise(states.passing())
+    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
+    law = replace(listed, guide=guide_of(states, promise, states.passing()), law=Law())
     with torch.no_grad():
         assert float(base.logprob(law).sum(-1).exp().sum()) == pytest.approx(1, abs=1e-6)
 
@@ -61,32 +131,37 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
 def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageModel) -> None:
     """Learning from guided samples, weighed, gives the mean laws of the base in each state."""
     filters = [build_feature({"contains": "d b"})]
-    plain, guided = Chain.of(base, filters), Chain.of(base, filters)
     samples = base.sample(4000, seed=4, max_completion_length=LENGTH)
+    states = prefix_states(base, filters, samples)
+    plain, guided = Chain.empty(states.transitions, LENGTH), Chain.empty(states.transitions, LENGTH)
     plain.learn(base, samples)
-    drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=base.placed(plain.guide(LENGTH)))
+    guide = base.placed(guide_of(states, plain.promise(states.passing()), states.passing()))
+    drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
         log_ratio = (base.logprob(drawn, law=Law()) - drawn.proposal_logprob).double()
     guided.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
-    often = plain.visits > 300
+    often = (plain.visits > 300) & (guided.visits > 300)
     assert int(often.sum()) >= 2
-    laws = [(chain.mean_law / chain.visits.clamp_min(1e-9)[:, None])[often] for chain in (plain, guided)]
-    assert float((laws[0] - laws[1]).abs().max()) < 0.05
-    assert torch.allclose(plain.visits[often] / 4000, guided.visits[often] / 4000, rtol=0.25)
+    steps = [(chain.moved / chain.weight.clamp_min(1e-9)[..., None])[often] for chain in (plain, guided)]
+    assert float((steps[0] - steps[1]).abs().max()) < 0.06
+    assert torch.allclose(plain.weight[often], guided.weight[often], rtol=0.25)
 
 
 def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageModel) -> None:
-    samples = base.sample(100, seed=0, max_completion_length=LENGTH)
-    guide = Chain.of(base, [build_feature({"contains": "d"})]).guide(LENGTH)
+    feature = contains("d")
+    sample = draw_base_sample(base, [feature], 100, None, LENGTH, seed=0)
+    guide = prefix_states(base, [feature], sample.samples).guide(torch.zeros(1, 2))
     even = torch.full((100,), math.log(1e-4), dtype=torch.float64)
-    assert "a rate of 0.0001 (± 0 %): about 300,000 samples" in Foresight(guide, samples, even).advice()
+    found = Foresight(guide, sample.samples, even, sample)
+    assert "a rate of 0.0001 (± 0 %): about 300,000 samples" in found.advice()
     uneven = torch.full((100,), -math.inf, dtype=torch.float64)
-    assert "0 of 100 texts pass" in Foresight(guide, samples, uneven).advice()
+    assert "0 of 100 texts pass" in replace(found, log_weights=uneven).advice()
     uneven[3] = -20.0
-    assert "(ESS 1.0): the base hardly ever writes it" in Foresight(guide, samples, uneven).advice()
+    assert "(ESS 1.0): the base hardly ever writes it" in replace(found, log_weights=uneven).advice()
+    assert not replace(found, log_weights=uneven).trusted
 
 
 def test_what_cannot_be_read_off_a_prefix_is_refused(base: LanguageModel) -> None:
-    samples = base.sample(20, seed=0, max_completion_length=LENGTH)
+    sample = draw_base_sample(base, [length("characters")], 20, None, LENGTH, seed=0)
     with pytest.raises(UsageError, match="cannot"):
-        foresee(base, [length("characters")], samples, LENGTH)
+        foresee(base, [length("characters")], [length("characters")], sample)

@@ -16,6 +16,7 @@ from tiltlm.features import (
     all_of,
     contains,
     length,
+    measure,
     negation,
     pronouns,
     regex,
@@ -85,8 +86,11 @@ def follow(states: PrefixStates, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_transitions_are_steps_over_the_decoded_text(embedded: LanguageModel, samples: Samples, name: str) -> None:
+def test_transitions_are_steps_over_the_decoded_text(
+    embedded: LanguageModel, samples: Samples, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
+    monkeypatch.setattr("tiltlm.targets.prefix_states.ENOUGH_STATES", 0)
     automaton, states = automaton_of(FEATURES[name]), prefix_states(embedded, FEATURES[name], samples)
     before = follow(states, samples.tokens)
     chance = random.Random(0)
@@ -111,6 +115,32 @@ def test_transitions_are_steps_over_the_decoded_text(embedded: LanguageModel, sa
             assert paired.setdefault(reached, state) == state, decode([*ids, token])
     assert len(set(paired.values())) == len(paired) > 4
     assert max(paired) < len(states.transitions)
+
+
+def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageModel, samples: Samples) -> None:
+    """A phrase that no sample holds is read to its end, and what its last state says is known from a text of it."""
+    phrase = "purple elephants dance"
+    assert not any(phrase in text for text in samples.texts)
+    states = prefix_states(embedded, [contains(phrase)], samples)
+    ids = torch.tensor([embedded.tokenizer.encode(f" {phrase}.", add_special_tokens=False)])
+    last = int(follow(states, ids)[0, -1])
+    assert states.values is not None
+    assert states.values[:, 0].tolist().count(1.0) >= 1
+    assert float(states.values[last, 0]) == float(states.passing()[last]) == 1.0
+    assert float(states.values[states.start, 0]) == 0.0
+
+
+def test_values_of_states_are_those_of_texts_that_end_there(embedded: LanguageModel, samples: Samples) -> None:
+    """On every sample that ends in a state that is one text's alone: the features agree."""
+    for features in FEATURES.values():
+        states = prefix_states(embedded, features, samples)
+        if any(feature.automaton() is None for feature in features):
+            assert states.values is None
+            continue
+        assert states.values is not None
+        last = follow(states, samples.tokens)[:, -1] % len(states.transitions)
+        agree = (states.values[last] == measure(features, samples.texts)).all(1)
+        assert float(agree.double().mean()) > 0.9, [feature.name for feature in features]
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -12,10 +12,11 @@ import torch
 
 from enumerable import random_guide
 from tiltlm.errors import UsageError
+from tiltlm.estimation import mixture
 from tiltlm.lm import Law, Prompts
 from tiltlm.objectives import Guided
 from tiltlm.training.batch import Batch
-from tiltlm.training.pool import Pool, mixture
+from tiltlm.training.pool import Pool
 from tiltlm.training.reuse import Falling
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
@@ -33,7 +34,7 @@ def laws(world: World) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
 def test_the_mixture_is_the_weighted_sum_of_the_laws_of_whole_sequences(world: World, share: float) -> None:
     base, guide = laws(world)
-    mixed = mixture(base, guide, share)
+    mixed = mixture([base, guide], [share, 1 - share])
     expected = share * base.sum(-1).exp() + (1 - share) * guide.sum(-1).exp()
     assert torch.allclose(mixed.sum(-1).exp(), expected, atol=1e-14)
     assert float(mixed.sum(-1).exp().sum()) == pytest.approx(1, abs=1e-9)
@@ -48,7 +49,7 @@ def test_the_gradient_of_a_pool_is_exact_even_with_a_wrong_guide(world: World, s
     assert trainer.guidance is not None
     trainer.guidance.guide = random_guide(world.base, seed=3)
     base, guide = laws(world)
-    mass = mixture(base, guide, share).sum(-1).exp()
+    mass = mixture([base, guide], [share, 1 - share]).sum(-1).exp()
     found = torch.zeros(sum(p.numel() for p in trainer.parameters.values()), dtype=torch.float64)
     # Rows of a batch weigh alike, so each completion is a batch of its own.
     for i in range(len(world.samples)):

@@ -25,6 +25,7 @@ from tiltlm.estimation.divergences import (
 from tiltlm.estimation.diversity import distinct_1, distinct_n, entropy, entropy_per_token, perplexity, self_bleu_5
 from tiltlm.estimation.estimate import Estimate
 from tiltlm.estimation.means import mean, ratio_of_means, weighted_mean
+from tiltlm.estimation.mixture import mixture
 from tiltlm.estimation.partition import Partition, log_partition
 from tiltlm.estimation.strata import Strata
 from tiltlm.estimation.weights import (
@@ -60,6 +61,7 @@ __all__ = [
     "log_importance_weights",
     "log_partition",
     "mean",
+    "mixture",
     "moment_under_policy",
     "moment_under_target",
     "no_hit",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
-from tiltlm.estimation import Estimate, Strata, effective_sample_size
+from tiltlm.estimation import Estimate, Strata, effective_sample_size, weighted_mean
 from tiltlm.features import Batch, Feature, build_feature, measure_batch
 from tiltlm.lm import LanguageModel, Prompts, Samples
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
@@ -27,17 +27,53 @@ ENOUGH_OF_A_PROMPT = 16
 class BaseSample:
     """N samples of the base with the values [N, K] of the target's features: what λ was fitted on.
 
-    ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from.
+    ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from. Where
+    not all were drawn by the base itself, ``base_logprob`` [N, T] is log a of their tokens beside the log q of the
+    samples, and the ``plain`` first rows are the base's own; ``readings`` counts the passes that this took.
     """
 
     samples: Samples
     features: Tensor
     max_completion_length: int
+    base_logprob: Tensor | None = None
+    plain: int | None = None
+    readings: int = 0
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log a(x) − log q(x) [N] in float64: 0 for samples of the base."""
+        if self.base_logprob is None:
+            return torch.zeros(len(self.samples), dtype=torch.float64)
+        return (self.base_logprob - self.samples.proposal_logprob).double().sum(-1).cpu()
+
+    @property
+    def prefix_log_ratio(self) -> Tensor | None:
+        """log a(x_<t) − log q(x_<t) [N, T] before each token; None for samples of the base."""
+        if self.base_logprob is None:
+            return None
+        log_ratio = (self.base_logprob - self.samples.proposal_logprob).double().cpu()
+        return log_ratio.cumsum(-1) - log_ratio
 
     def log_weights(self, target: Target) -> Tensor:
-        """log P(x) − log a(x) [N] in float64, −inf outside the target's support."""
-        base_logprob = self.samples.sequence_logprob.cpu()
-        return target.log_score(base_logprob, self.features).double() - base_logprob
+        """log P(x) − log q(x) [N] in float64, −inf outside the target's support."""
+        base_logprob = self.samples.sequence_logprob.cpu() + self.log_ratio
+        return target.log_score(base_logprob, self.features).double() - base_logprob + self.log_ratio
+
+    def select(self, rows: Tensor) -> BaseSample:
+        """These rows."""
+        here = rows.to(self.samples.tokens.device)
+        base_logprob = self.base_logprob[here] if self.base_logprob is not None else None
+        return replace(self, samples=self.samples.select(here), features=self.features[rows], base_logprob=base_logprob)
+
+    def of_the_base(self) -> BaseSample:
+        """The samples that the base itself drew, which weigh alike."""
+        if self.base_logprob is None:
+            return self
+        rows = torch.arange(self.plain or 0)
+        own = self.select(rows)
+        assert own.base_logprob is not None
+        samples = replace(own.samples, proposal_logprob=own.base_logprob)
+        return BaseSample(samples, own.features, self.max_completion_length)
 
 
 @dataclass(frozen=True)
@@ -198,7 +234,7 @@ def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
         if term.kind == "filter":
             _check_filter(term.feature.name, column)
     fixed = TiltedTarget(tuple(term if term.kind != "moment" else replace(term, coefficient=0.0) for term in terms))
-    log_weights = fixed.log_tilt(values)
+    log_weights = fixed.log_tilt(values) + base_sample.log_ratio
     if not bool(torch.isfinite(log_weights).any()):
         listed = " and ".join(f"'{term.feature.name}'" for term in terms if term.kind == "filter")
         raise UnreachableTargetError(f"features {listed}: never held together in {n} samples. {rarity_advice(n)}")
@@ -226,12 +262,11 @@ def report_fit(
     """How any target, fitted here or written by a user, stands on samples of the base."""
     values = base_sample.features
     n = values.shape[0]
-    base_logprob = base_sample.samples.sequence_logprob.cpu()
     log_weights = base_sample.log_weights(target)
     if bool(torch.isnan(log_weights).any() | (log_weights == math.inf).any()):
         row = int((torch.isnan(log_weights) | (log_weights == math.inf)).nonzero()[0])
         raise NumericalError(
-            f"target: log_score gave {float(log_weights[row] + base_logprob[row])} for text {row + 1} of {n}, "
+            f"target: log_score gave log P − log a = {float(log_weights[row])} for text {row + 1} of {n}, "
             f"{base_sample.samples.texts[row]!r:.60}; return a finite number, or -inf outside of the support"
         )
     if not bool(torch.isfinite(log_weights).any()):
@@ -243,11 +278,11 @@ def report_fit(
     ess = effective_sample_size(log_weights if strata.count == 1 else weights.log())
     log_z, by_prompt = _mean_log_z(strata, log_weights, weights, ess)
     # d KL = Σ_i w_i (log w_i − log Z − KL) by the delta method; rows outside of the support weigh nothing.
-    log_ratio = torch.where(weights > 0, log_weights - by_prompt[strata.index], 0.0)
-    kl = float((weights * log_ratio).sum())
-    around = strata.sum(weights * log_ratio)[strata.index] * count
+    log_tilt = torch.where(weights > 0, log_weights - base_sample.log_ratio - by_prompt[strata.index], 0.0)
+    kl = float((weights * log_tilt).sum())
+    around = strata.sum(weights * log_tilt)[strata.index] * count
     share = torch.where(held, 1 / (count * strata.sizes), 0.0)[strata.index]
-    kl_se = float((weights * (log_ratio - around - 1) + share).square().sum().sqrt())
+    kl_se = float((weights * (log_tilt - around - 1) + share).square().sum().sqrt())
     terms = []
     specs = target.terms if isinstance(target, TiltedTarget) else [Term(f, "reward") for f in target.features]
     for k, term in enumerate(specs):
@@ -258,7 +293,7 @@ def report_fit(
                 term.feature.name,
                 term.kind,
                 1.0 if term.kind == "filter" else term.goal,
-                Estimate(float(column.mean()), float(column.std() / math.sqrt(n)) if n > 1 else math.nan),
+                weighted_mean(column, base_sample.log_ratio.softmax(0)),
                 Estimate(float((weights * column).sum()), float((weights * (column - around)).square().sum().sqrt())),
                 coefficients[k] if coefficients else None,
             )

@@ -1,45 +1,47 @@
-"""Foresight: how rare a filter is, and a guide toward it, where no sample of the base has ever passed it.
+"""Foresight: how rare a filter is, and texts that pass it, where hardly a sample of the base does.
 
-The base's next-token laws tell the probability of every step of the features' automata, those never taken included. So
-the automaton on the tokens becomes a Markov chain whose rows are averages of whole laws, and
-
-    ψ_t(s) = Σ_s' P(s → s') ψ_{t+1}(s'),     ψ_T(s) = whether a text that ends in state s passes
-
-is what each state promises. The guide that this makes is exact to sample from and to score, whatever the chain leaves
-out; what it draws shows the states that were unknown, and the next guide is better.
+The chain of the features' automata knows the steps that no sample took, so its guide leads there. Texts of the guided
+base, together with the base's own, are a sample of the mixture of their laws: the target is fitted on it like on the
+base's, each text with its weight. The guide is exact to sample from and to score, whatever the chain leaves out; what
+it draws shows states that were unknown, and the next guide is better.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import Estimate, effective_sample_size, log_partition
-from tiltlm.features import Feature, measure
-from tiltlm.features.automaton import State
+from tiltlm.estimation import Estimate, Strata, effective_sample_size, log_partition, mixture
+from tiltlm.features import Feature
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
-from tiltlm.targets.constrain import BaseSample
-from tiltlm.targets.prefix_states import MOST_STATES, TokenTree, prefix_automaton, token_texts, token_transitions
+from tiltlm.targets.chain import Chain
+from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.prefix_states import prefix_states
 from tiltlm.targets.target import Term
-from tiltlm.targets.twist import FLOOR
+from tiltlm.targets.twist import guide_of
 
-# Visits to a state that count as much as the guess that all states after it are equally likely.
-GUESS = 0.5
 # Below so many effective samples an estimate of Z is no estimate.
 TRUSTED = 10.0
+# With so many effective samples that pass, no guide need look for more.
+ENOUGH_HITS = 30.0
 
 
 @dataclass(frozen=True)
 class Foresight:
-    """Guided ``samples`` with log a − log g [N], −inf where a filter fails: importance weights of the filters' law."""
+    """Guided ``samples`` of the last round with log a − log g [N], −inf where a filter fails.
+
+    ``sample`` holds all texts, the base's and the guided ones of every round, as one sample of the mixture of their
+    laws.
+    """
 
     guide: Guide
     samples: Samples
     log_weights: Tensor
+    sample: BaseSample
 
     @property
     def hits(self) -> int:
@@ -56,10 +58,15 @@ class Foresight:
         """log of the share of the base's texts that pass; −inf without a hit."""
         return log_partition(self.log_weights) if self.hits else Estimate(-math.inf, math.nan)
 
+    @property
+    def trusted(self) -> bool:
+        """Whether the weights are even enough for a target to be fitted on these texts."""
+        return self.ess >= TRUSTED
+
     def advice(self) -> str:
-        """What to do about it, in one sentence or two."""
+        """What it found, and what to do about it, in one sentence or two."""
         n = len(self.samples)
-        if self.ess < TRUSTED:
+        if not self.trusted:
             return (
                 f"Guided toward it, {self.hits} of {n} texts pass, but their weights are too uneven for an estimate "
                 f"(ESS {self.ess:.1f}): the base hardly ever writes it. Start from a looser feature, or from a prompt "
@@ -68,121 +75,78 @@ class Foresight:
         rate, error = math.exp(self.log_z.value), self.log_z.se
         return (
             f"Guided toward it, {self.hits} of {n} texts pass, and tell that the base passes at a rate of {rate:.2g} "
-            f"(± {100 * error:.0f} %): about {math.ceil(30 / rate):,} samples would hold thirty. Raise target.samples "
-            f"that far, or start from a looser feature, or from a prompt that brings it about."
+            f"(± {100 * error:.0f} %): about {math.ceil(30 / rate):,} samples of it would hold thirty."
         )
 
 
-@dataclass
-class Chain:
-    """The automata of features on a model's tokens: S states, where each token leads, and the mean law in each state.
-
-    ``mean_law`` [S, V] sums next-token laws over ``visits`` [S]; ``passes`` [S] is 1 where a text that ends there does.
-    """
-
-    transitions: Tensor
-    passes: Tensor
-    mean_law: Tensor
-    visits: Tensor
-
-    @staticmethod
-    def of(model: LanguageModel, features: Sequence[Feature]) -> Chain:
-        """All states within reach, up to a bound, each with a text that leads there, which the features judge.
-
-        Raises UsageError where no feature has an automaton.
-        """
-        automaton = prefix_automaton(features)
-        tree = TokenTree(token_texts(model))
-        states, reached = [automaton.start], []
-        paths: dict[State, tuple[int, ...]] = {automaton.start: ()}
-        memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
-        for state in states:
-            reached.append(tree.read_all(automaton, state, memo))
-            for token, after in enumerate(reached[-1]):
-                if after not in paths and len(states) < MOST_STATES:
-                    states.append(after)
-                    paths[after] = (*paths[state], token)
-        transitions = token_transitions(model, automaton, states, reached)
-        texts = [model.tokenizer.decode(list(path)) for path in paths.values()]
-        passes = (measure(features, texts) > 0).all(1).double()
-        empty = torch.zeros(len(states), model.vocab_size, dtype=torch.float64)
-        return Chain(transitions, passes, empty, torch.zeros(len(states), dtype=torch.float64))
-
-    @torch.no_grad()
-    def learn(self, model: LanguageModel, samples: Samples, log_weights: Tensor | None = None) -> None:
-        """Add the model's next-token laws at every prefix; ``log_weights`` [N, T] are those of the prefixes."""
-        still = Guide(self.transitions, torch.zeros(1, 2 * len(self.visits)))
-        for rows in model.chunks(samples):
-            chunk = samples.select(rows).trimmed()
-            reading = model.read(chunk).cast()
-            places = chunk.flat_rows.cpu(), chunk.flat_columns.cpu()
-            states = still.states(chunk.tokens.cpu())[places] % len(self.visits)
-            weights = torch.ones(len(states), dtype=torch.float64)
-            if log_weights is not None:
-                weights = log_weights[rows.cpu()][places].exp()
-            for piece in reading.pieces():
-                law = reading.logits(piece).softmax(-1).double().cpu()
-                self.mean_law.index_add_(0, states[piece], law * weights[piece, None])
-            self.visits.index_add_(0, states, weights)
-
-    def guide(self, length: int) -> Guide:
-        """The guide toward texts of at most ``length`` tokens that pass."""
-        promise, tables = self.passes, [self.passes]
-        steps = self._steps()
-        for _ in range(length):
-            promise = steps @ torch.cat([promise, self.passes])
-            tables.append(promise)
-        table = torch.stack(tables[::-1])
-        both = torch.cat([table, self.passes.expand_as(table)], 1)
-        return Guide(self.transitions, both.clamp_min(max(FLOOR * float(table[0, 0]), 1e-300)).log())
-
-    def _steps(self) -> Tensor:
-        """Probabilities [S, 2S] of the next state, from the mean laws, and a guess where there are few visits."""
-        count = len(self.visits)
-        seen = torch.zeros(count, 2 * count, dtype=torch.float64).scatter_add_(1, self.transitions, self.mean_law)
-        possible = torch.zeros_like(seen).scatter_(1, self.transitions, 1.0)
-        possible[:, count:] = 0.0
-        guess = possible / possible.sum(1, keepdim=True).clamp_min(1.0)
-        return (seen + GUESS * guess) / (self.visits + GUESS)[:, None]
-
-
-def unmet_filters(terms: Sequence[Term], sample: BaseSample) -> list[Feature]:
-    """The filters of a target, where no sample passed all of them and one can be read off a prefix; else none."""
+def rare_filters(terms: Sequence[Term], sample: BaseSample) -> list[Feature]:
+    """The filters of a target, where too few samples pass all of them and one can be read off a prefix; else none."""
     filters = [k for k, term in enumerate(terms) if term.kind == "filter"]
-    met = bool((sample.features[:, filters] > 0).all(1).any())
     features = [terms[k].feature for k in filters]
-    return [] if met or all(feature.automaton() is None for feature in features) else features
+    if not filters or all(feature.automaton() is None for feature in features):
+        return []
+    passed = (sample.features[:, filters] > 0).all(1)
+    strata = Strata.of(sample.samples.prompt_ids, len(passed))
+    return features if float(strata.sum(passed.double()).mean()) < ENOUGH_HITS / strata.count else []
 
 
 def foresee(
     base: LanguageModel,
     filters: Sequence[Feature],
-    samples: Samples,
-    max_completion_length: int,
+    features: Sequence[Feature],
+    sample: BaseSample,
     *,
     n: int = 512,
     rounds: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Foresight:
-    """How often the base passes all ``filters``, from its ``samples``, though none of them did.
+    """How often the base passes all ``filters``, from its ``sample``, though hardly a text of it does.
 
-    Draws ``rounds`` times ``n`` guided completions, each round with a guide that has learnt from those before. Raises
-    UsageError where the filters cannot be read off a prefix.
+    Draws ``rounds`` times ``n`` guided completions, each round with a guide that has learnt from those before, and
+    measures all ``features`` of the target on them. Raises UsageError where the filters cannot be read off a prefix.
     """
-    chain = Chain.of(base, filters)
-    chain.learn(base, samples)
-    found: Foresight | None = None
+    length, plain = sample.max_completion_length, sample.samples
+    states = prefix_states(base, filters, plain)
+    chain = Chain.empty(states.transitions.to(base.device), length)
+    chain.learn(base, plain)
+    wanted = [k for k, feature in enumerate(features) if feature in filters]
+    texts, measured, guides = [plain], [sample.features], list[Guide]()
+    log_weights = torch.empty(0)
     for i in range(rounds):
-        guide = base.placed(chain.guide(max_completion_length))
-        drawn = base.sample(n, samples.prompts, seed + i, max_completion_length=max_completion_length, guide=guide)
+        guides.append(base.placed(guide_of(states, chain.promise(states.passing()), states.passing())))
+        drawn = base.sample(n, plain.prompts, seed + i, max_completion_length=length, guide=guides[-1])
+        values = measure_samples(features, drawn)
         with torch.no_grad():
             log_ratio = (base.logprob(drawn, law=Law()) - drawn.proposal_logprob).double().cpu()
-        held = (measure(filters, drawn.texts) > 0).all(1)
-        found = Foresight(guide, drawn, torch.where(held, log_ratio.sum(-1), -math.inf))
+        log_weights = torch.where((values[:, wanted] > 0).all(1), log_ratio.sum(-1), -math.inf)
         if i + 1 < rounds:
             chain.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
+        texts.append(replace(drawn, guide=None))
+        measured.append(values)
         if progress is not None:
             progress((i + 1) * n, rounds * n)
-    assert found is not None
-    return found
+    together = Samples.concatenate(texts)
+    under = _under(base, together, guides)
+    shares = [_share(part, together) for part in texts]
+    everything = replace(together, proposal_logprob=mixture(under, shares).to(together.tokens.device))
+    # Those of the chain, one for each round, and those of the mixture.
+    readings = len(plain) + (2 * rounds - 1) * n + (rounds + 1) * len(together)
+    mixed = BaseSample(
+        everything, torch.cat(measured), length, under[0].to(together.tokens.device), len(plain), readings
+    )
+    return Foresight(guides[-1], drawn, log_weights, mixed)
+
+
+def _share(part: Samples, together: Samples) -> Tensor:
+    """Of the samples of each row's prompt, the share that are in ``part`` [N]."""
+    count = len(together.prompts)
+    of_part, of_all = (torch.bincount(x.prompt_index, minlength=count).double() for x in (part, together))
+    return (of_part / of_all.clamp_min(1))[together.prompt_index]
+
+
+@torch.no_grad()
+def _under(base: LanguageModel, samples: Samples, guides: Sequence[Guide]) -> list[Tensor]:
+    """Log-probabilities of the tokens [N, T] under the base, and under the base with each guide."""
+    laws = [replace(samples, guide=guide, law=Law()) for guide in (None, *guides)]
+    return [base.logprob(law).double() for law in laws]

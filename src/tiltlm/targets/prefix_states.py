@@ -11,21 +11,32 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.features import Feature
+from tiltlm.features import Feature, measure
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import Guide, LanguageModel, Samples
 
 # States beyond these are merged with coarser ones: each costs a row of the vocabulary. Those are kept whose coarse
 # stand-in would most often have gone another way.
 MOST_STATES = 512
+# States that no sample passed fill up to these.
+ENOUGH_STATES = 128
 
 
 @dataclass(frozen=True)
 class PrefixStates:
-    """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s."""
+    """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s.
+
+    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them.
+    """
 
     transitions: Tensor
     start: int = 0
+    values: Tensor | None = None
+
+    def passing(self) -> Tensor:
+        """1 where a text that ends in the state passes all features, else 0 [S], float64."""
+        assert self.values is not None
+        return (self.values > 0).all(1).double()
 
     def guide(self, log_twist: Tensor) -> Guide:
         """A guide over these states, from log ψ [T + 1, 2S]."""
@@ -45,7 +56,10 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
-    """The states of ``samples`` that matter most, with coarser ones. Raises UsageError where there are none."""
+    """The states of ``samples`` that matter most, with coarser ones, and some next to them that no sample passed.
+
+    Raises UsageError where there are none.
+    """
     automaton = prefix_automaton(features)
     vocabulary = TokenTree(token_texts(model))
     stepped: dict[tuple[State, int], State] = {}
@@ -58,16 +72,30 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
 
     matters = Counter[State]()
     coarse = dict[State, None]()
+    texts: dict[State, tuple[int, ...]] = {automaton.start: ()}
     for ids in samples.completion_ids:
         path = list(accumulate(ids, step, initial=automaton.start))
         for t, state in enumerate(path):
             stand_in = automaton.coarse(state)
             coarse[stand_in] = None
+            for one in (state, stand_in):
+                if one not in texts:
+                    texts[one] = tuple(ids[:t])
             matters[state] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
     kept = list(dict.fromkeys([automaton.start, *(s for s, _ in matters.most_common(MOST_STATES)), *coarse]))
     memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
-    reached = (vocabulary.read_all(automaton, state, memo) for state in kept)
-    return PrefixStates(token_transitions(model, automaton, kept, reached))
+    reached: list[Sequence[State]] = []
+    for state in kept:
+        reached.append(vocabulary.read_all(automaton, state, memo))
+        for token, after in enumerate(reached[-1]):
+            if after not in texts:
+                texts[after] = (*texts[state], token)
+                if len(kept) < min(ENOUGH_STATES, MOST_STATES):
+                    kept.append(after)
+    values = None
+    if all(feature.automaton() is not None for feature in features):
+        values = measure(features, [model.tokenizer.decode(list(texts[state])) for state in kept])
+    return PrefixStates(token_transitions(model, automaton, kept, reached), 0, values)
 
 
 def _is_missed(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.lm import Guide, LanguageModel
+from tiltlm.targets.chain import Chain
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.targets.prefix_states import PrefixStates, prefix_states
 from tiltlm.targets.target import Target
@@ -16,56 +17,69 @@ from tiltlm.targets.target import Target
 NEIGHBOUR = 0.7
 # So many samples of a state, as they are at all positions, stand beside those near one position.
 PRIOR_SAMPLES = 8.0
+# What the features say of a text that ends in a state counts as so many samples that end there.
+TOLD_SAMPLES = 2.0
 # No state is left with less than this share of the mean promise: the guided law must reach all of the target.
 FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
 class Twist:
-    """ψ(s, t) = E_a[P(x)/a(x) | state s after t tokens]: an average over the samples of the base that pass there.
+    """ψ(s, t) = E_a[P(x)/a(x) | state s after t tokens], estimated from samples.
 
     ``visited`` [N, T + 1] is the cell of each sample after t tokens, t · 2S + state, in the states of a ``Guide``; a
-    row that had ended before points to the cell behind the last. ``length`` is T.
+    row that had ended before points to the cell behind the last. ``length`` is T. With a ``chain`` ψ follows from its
+    steps and from what ended texts are worth; without, it is an average over the samples that pass each cell.
     """
 
     states: PrefixStates
     visited: Tensor
     length: int
+    chain: Chain | None = None
 
     @staticmethod
     def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> Twist:
-        """Follow the samples that the target was fitted on through the states of its features.
+        """Follow the samples that the target was fitted on through the states of its features; the model reads them.
 
         Raises UsageError when no feature says anything of a prefix.
         """
         samples, length = base_sample.samples, base_sample.max_completion_length
         states = prefix_states(model, target.features, samples)
-        tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
-        guide, cells = states.guide(torch.zeros(1, 2 * len(states.transitions))), 2 * len(states.transitions)
-        state, visited = guide.begin(len(samples)), torch.full((len(samples), length + 1), (length + 1) * cells)
-        visited[:, 0] = state
-        for t in range(tokens.shape[1]):
-            state = guide.advance(state, tokens[:, t])
-            visited[:, t + 1] = torch.where(mask[:, t], (t + 1) * cells + state, visited[:, t + 1])
-        return Twist(states, visited, length)
+        chain = Chain.empty(states.transitions.to(model.device), length)
+        chain.learn(model, samples, base_sample.prefix_log_ratio)
+        return Twist(states, cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length), length, chain)
 
-    def guide(self, log_tilt: Tensor) -> Guide:
-        """The guide toward a · exp(``log_tilt``), given log P(x) − log a(x) [N] of the samples; −inf is a filter's no.
+    def guide(self, log_weights: Tensor, log_ratio: Tensor | None = None, of_states: Tensor | None = None) -> Guide:
+        """The guide toward P, given log P(x) − log q(x) [N] of the samples, −inf for a filter's no.
 
-        Few samples of a state borrow from those at other positions, fewer still from all samples.
+        ``log_ratio`` [N] is log a(x) − log q(x), 0 where the base drew them; ``of_states`` [S] is log P(x) − log a(x)
+        of a text that ends in each state, where that is known, and may be all that is.
         """
+        greatest = float(log_weights.max() if of_states is None else torch.maximum(log_weights.max(), of_states.max()))
+        weights = (log_weights - greatest).exp()
+        ratios = torch.ones_like(weights) if log_ratio is None else log_ratio.exp()
+        told = (of_states - greatest).exp() if of_states is not None else None
+        counts, sums = self._totals(ratios), self._totals(weights)
+        mean = weights.sum() / ratios.sum()
+        final = self._final(counts, sums, mean, told)
+        if self.chain is not None:
+            return guide_of(self.states, self.chain.promise(final), final)
+        return guide_of(self.states, self._table(counts, sums, mean, final), final, mean)
+
+    def _final(self, counts: Tensor, sums: Tensor, mean: Tensor, told: Tensor | None) -> Tensor:
+        """The worth [S] of texts that have ended."""
         s = len(self.states.transitions)
-        tilt = (log_tilt - log_tilt.logsumexp(0)).exp() * len(log_tilt)  # the mean is 1
-        counts, sums = self._totals(torch.ones_like(tilt)), self._totals(tilt)
         # A text cut at the full length is as final as one that has ended.
-        final_counts, final_sums = (x[:, s:].sum(0) + x[-1, :s] for x in (counts, sums))
-        nothing_known = torch.ones(s, dtype=torch.float64)
-        final = _shrunk(final_sums, final_counts, nothing_known, 0.0)
+        counts, sums = (x[:, s:].sum(0) + x[-1, :s] for x in (counts, sums))
+        return _shrunk(sums, counts, mean.expand(s), 0.0) if told is None else _shrunk(sums, counts, told, TOLD_SAMPLES)
+
+    def _table(self, counts: Tensor, sums: Tensor, mean: Tensor, final: Tensor) -> Tensor:
+        """ψ [T + 1, S] where the samples passed; few borrow from other positions, fewer still from all samples."""
+        s = len(self.states.transitions)
         counts, sums = counts[:-1, :s], sums[:-1, :s]
-        anywhere = _shrunk(sums.sum(0), counts.sum(0), nothing_known, 1.0)
+        anywhere = _shrunk(sums.sum(0), counts.sum(0), mean.expand(s), 1.0)
         on_the_way = _shrunk(_with_neighbours(sums), _with_neighbours(counts), anywhere, PRIOR_SAMPLES)
-        still_open = torch.cat([on_the_way, final[None]])
-        return self.states.guide(torch.cat([still_open, final.expand_as(still_open)], 1).clamp_min(FLOOR).log())
+        return torch.cat([on_the_way, final[None]])
 
     def _totals(self, weights: Tensor) -> Tensor:
         """Σ of weights [N] over the samples that pass each cell [T + 1, 2S]."""
@@ -73,6 +87,25 @@ class Twist:
         spread = weights[:, None].expand_as(self.visited).reshape(-1)
         total = torch.zeros(cells + 1, dtype=torch.float64).index_add_(0, self.visited.reshape(-1), spread)
         return total[:-1].reshape(self.length + 1, -1)
+
+
+def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:
+    """The guide of what open states promise [T + 1, S] and ended texts are worth [S]; ``mean`` is that of all texts."""
+    both = torch.cat([promise, final.expand_as(promise)], 1)
+    mean = promise[0, states.start] if mean is None else mean
+    return states.guide((both / mean).clamp_min(FLOOR).log())
+
+
+def cells_visited(states: PrefixStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
+    """The cells [N, length + 1] of samples with these tokens [N, T]; see ``Twist``."""
+    count = 2 * len(states.transitions)
+    guide = states.guide(torch.zeros(1, count))
+    state, visited = guide.begin(len(tokens)), torch.full((len(tokens), length + 1), (length + 1) * count)
+    visited[:, 0] = state
+    for t in range(tokens.shape[1]):
+        state = guide.advance(state, tokens[:, t])
+        visited[:, t + 1] = torch.where(mask[:, t], (t + 1) * count + state, visited[:, t + 1])
+    return visited
 
 
 def _shrunk(sums: Tensor, counts: Tensor, prior: Tensor, prior_samples: float) -> Tensor:

@@ -88,9 +88,16 @@ def in_turn(prompts: Prompts, drawn: int, n: int, each: int = 1) -> Prompts:
     return prompts.select([(first + i) % count for i in range(min(-(-n // each), count))])
 
 
+# The proposal of fit samples that not only the base drew.
+MIXTURE = "mixture"
+
+
 @dataclass
 class FitSampleQueue:
-    """The base samples that the target was fitted on, handed out once in full batches, in order."""
+    """The samples that the target was fitted on, handed out once in full batches.
+
+    In order where they are the base's own; of a mixture of laws in an order that mixes them, the same in every run.
+    """
 
     base_sample: BaseSample | None
     position: int = 0
@@ -103,7 +110,14 @@ class FitSampleQueue:
         """The next ``size`` rows as a batch from the base, or None when fewer are left."""
         if self.base_sample is None or not self.holds(size):
             return None
-        rows = torch.arange(self.position, self.position + size)
+        part = slice(self.position, self.position + size)
         self.position += size
-        samples = self.base_sample.samples.select(rows.to(self.base_sample.samples.tokens.device)).trimmed()
-        return Batch(samples, self.base_sample.features[rows], "base", reused=True)
+        if self.base_sample.base_logprob is None:
+            chosen = self.base_sample.select(torch.arange(part.start, part.stop))
+            return Batch(chosen.samples.trimmed(), chosen.features, "base", reused=True)
+        mixed = torch.randperm(len(self.base_sample.samples), generator=torch.Generator().manual_seed(0))
+        chosen = self.base_sample.select(mixed[part])
+        samples = chosen.samples.trimmed()
+        assert chosen.base_logprob is not None
+        known = Assessment(base=chosen.base_logprob[:, : samples.tokens.shape[1]])
+        return Batch(samples, chosen.features, MIXTURE, reused=True, assessment=known)

@@ -79,7 +79,7 @@ def save_base_sample(folder: Path, sample: BaseSample) -> None:
         **{name: getattr(samples, name) for name in ("tokens", "mask", "proposal_logprob", "prompt_index")},
         "prompts": {name: _plain(value) for name, value in vars(samples.prompts).items()},
         "features": sample.features,
-        "max_completion_length": sample.max_completion_length,
+        **{name: getattr(sample, name) for name in ("max_completion_length", "base_logprob", "plain", "readings")},
     }
     partial = folder / f"{BASE_SAMPLE}.partial"
     try:
@@ -112,7 +112,10 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
             law=Law(),
             tokenizer=base.tokenizer,
         )
-        return BaseSample(samples, state["features"].cpu(), state["max_completion_length"])
+        drawn = {name: state.get(name) for name in ("base_logprob", "plain")}
+        return BaseSample(
+            samples, state["features"].cpu(), state["max_completion_length"], **drawn, readings=state.get("readings", 0)
+        )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({reason}). Start anew in another output directory.") from error

@@ -33,13 +33,16 @@ class Guidance:
     ) -> None:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
         self.twist = Twist.of(base, target, base_sample)
-        self.log_tilt = base_sample.log_weights(target)
+        self.log_weights, self.log_ratio = base_sample.log_weights(target), base_sample.log_ratio
         if isinstance(log_z, Tensor):
-            self.log_tilt = self.log_tilt - log_z
+            self.log_weights = self.log_weights - log_z
+        values = self.twist.states.values
+        nothing = torch.zeros(0 if values is None else len(values), dtype=torch.float64)
+        self.of_states = None if values is None else target.log_score(nothing, values).double()
         terms = target.terms if isinstance(target, TiltedTarget) else ()
         self.moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
         self.goals = torch.tensor([float(terms[k].goal or 0.0) for k in self.moments], dtype=torch.float64)
-        weights = self.log_tilt.softmax(0)
+        weights = self.log_weights.softmax(0)
         centred = self.features[:, self.moments].double() - self.goals
         self.variances = (weights[:, None] * centred.square()).sum(0)
         self.leaning = torch.zeros(len(self.moments), dtype=torch.float64)
@@ -60,5 +63,8 @@ class Guidance:
         self.guide = self._leant()
 
     def _leant(self) -> Guide:
-        guide = self.twist.guide(self.log_tilt + self.features[:, self.moments].double() @ self.leaning)
-        return self.base.placed(guide)
+        of_states, values = self.of_states, self.twist.states.values
+        if of_states is not None and values is not None:
+            of_states = of_states + values[:, self.moments].double() @ self.leaning
+        log_weights = self.log_weights + self.features[:, self.moments].double() @ self.leaning
+        return self.base.placed(self.twist.guide(log_weights, self.log_ratio, of_states))

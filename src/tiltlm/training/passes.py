@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiltlm.lm import Samples
+from tiltlm.targets import BaseSample
 
 
 @dataclass
@@ -23,6 +24,12 @@ class Passes:
         """These were sampled."""
         self.sequences += len(samples)
         self.read(samples)
+
+    def found(self, sample: BaseSample) -> None:
+        """A target was fitted on this; sequences that were read beside are counted with the sample's mean length."""
+        self.drew(sample.samples)
+        self.forward_passes += sample.readings
+        self.tokens += round(sample.readings * float(sample.samples.mask.sum()) / len(sample.samples))
 
     def read(self, samples: Samples) -> None:
         """These went through base or policy."""

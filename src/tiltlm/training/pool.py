@@ -7,7 +7,6 @@ Since g may lean as training goes on, both laws are read anew each time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -95,16 +94,3 @@ class Pool:
         self.features, self.from_base = state["features"], state["from_base"]
         self.generator.set_state(state["generator"])
         self.samples = self.rows.restored(state)
-
-
-def mixture(base: Tensor, guide: Tensor, base_share: float) -> Tensor:
-    """Log-probabilities of tokens [N, T] under α a + (1 − α) g, from those under base and guide [N, T].
-
-    The mixture is of whole sequences: of a prefix it is α a(x_≤t) + (1 − α) g(x_≤t), and a token's is their quotient.
-    """
-    prefixes = []
-    for law, share in ((base, base_share), (guide, 1 - base_share)):
-        if share > 0:
-            prefixes.append(law.double().cumsum(-1) + math.log(share))
-    total = torch.stack(prefixes).logsumexp(0)
-    return torch.diff(total, prepend=torch.zeros_like(total[:, :1]), dim=-1)

@@ -15,7 +15,7 @@ from tiltlm.estimation import Partition, PromptPartition
 from tiltlm.lm import Samples
 from tiltlm.objectives import BatchObjective, Guided, Objective
 from tiltlm.training.arguments import TrainingArguments
-from tiltlm.training.batch import Batch
+from tiltlm.training.batch import MIXTURE, Batch
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.laws import Laws
 from tiltlm.training.mixed_pool import MixedPool
@@ -41,8 +41,11 @@ class Reuse:
         self.falling = Falling()
 
     def add(self, batch: Batch) -> None:
-        """Let the pool keep a batch, before the policy or the proposal changes."""
-        if self.pool is not None and self.falling.holds:
+        """Let the pool keep a batch, before the policy or the proposal changes.
+
+        It cannot ask other sequences of the law that fit samples have where a guide drew some of them.
+        """
+        if self.pool is not None and self.falling.holds and batch.source != MIXTURE:
             self.pool.add(batch)
 
     @property

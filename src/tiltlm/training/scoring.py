@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiltlm.estimation import mixture
 from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
 from tiltlm.objectives import AdaptiveObjective, BatchObjective, CriticObjective, Objective, Record
 from tiltlm.targets import Target, target_reward
@@ -18,7 +19,6 @@ from tiltlm.training.batch import Assessment, Batch
 from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
 from tiltlm.training.passes import Passes
-from tiltlm.training.pool import mixture
 from tiltlm.training.pulling import (
     finite,
     follows_its_advantage,
@@ -248,7 +248,7 @@ def _as_from_mixture(chunk: Samples, laws: NextToken, base_share: float | None) 
         return chunk
     assert laws.base is not None
     assert laws.guide is not None
-    return replace(chunk, proposal_logprob=mixture(laws.base, laws.guide, base_share))
+    return replace(chunk, proposal_logprob=mixture([laws.base, laws.guide], [base_share, 1 - base_share]))
 
 
 def _rows(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:

@@ -83,7 +83,7 @@ class Trainer:
         self.scheduler = build_scheduler(optimizer, args)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.passes = Passes()
-        self.passes.drew(base_sample.samples)
+        self.passes.found(base_sample)
         self.drawer = Drawer(
             roles,
             target,
@@ -106,6 +106,7 @@ class Trainer:
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
+                self.passes.read(base_sample.samples)
                 self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0), log_z)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0
