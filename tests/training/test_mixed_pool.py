@@ -14,6 +14,7 @@ from tiltlm.exact import expected_gradient, weighted_gradient
 from tiltlm.features import contains
 from tiltlm.lm import Law
 from tiltlm.objectives import BUILT_IN, Objective, Pooled, Record
+from tiltlm.objectives.pooled import best_kappa
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
 from tiltlm.training.batch import Batch
 from tiltlm.training.mixed_pool import MixedPool
@@ -30,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 50,
     "learning_rate": 0.01,
 }
-FIXED = Pooled(adaptive=False, self_normalized=False)
+FIXED = Pooled(adaptive=False, kappa=1, self_normalized=False)
 
 
 def pool_of(trainer: Trainer) -> MixedPool:
@@ -103,18 +104,30 @@ def test_self_normalized_it_comes_as_near_as_one_likes_with_more_samples(world: 
     assert errors[1] < errors[0] / 4
 
 
-def test_kappa_is_one_while_many_samples_carry_the_policy_and_else_what_regression_finds() -> None:
-    zero = torch.zeros(4).double()
-    even = Record(zero, zero, zero, torch.tensor([0.5, -0.5, 0.1, 0.0]).double(), 0.0)
-    assert Pooled(kappa=0.5).adapted(even).kappa == pytest.approx(0.5 + 0.1 * 0.5)
-    r, w = torch.tensor([4.0, 0.1, 0.1, 0.1]).double(), torch.tensor([1.0, 2.0, 0.5, 0.0]).double()
-    uneven = Record(r.log(), zero, zero, w.log(), 0.0)
-    best = float((w * r).sum() / (r * r).sum())
-    assert Pooled().adapted(uneven).kappa == pytest.approx(1 + 0.1 * (best - 1))
-    assert Pooled(adaptive=False).adapted(uneven).kappa == 1
-    # Regression removes most of the variance that a multiple of r can.
-    left = {kappa: float((w - kappa * r).square().mean()) for kappa in (0.0, best, 1.0)}
-    assert left[best] < min(left[0.0], left[1.0])
+def test_kappa_is_none_without_hits_one_while_most_carry_the_policy_and_else_what_regression_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, r = (torch.rand(200, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert best_kappa(w, r) == 1
+    # Few samples carry r, and more of it where w is large.
+    heavy = r**8 * w * 20
+    regression = float((w * heavy).sum() / heavy.square().sum())
+    assert 0.05 < regression < 0.95
+    assert best_kappa(w, heavy) == pytest.approx(regression)
+    # No other multiple leaves less.
+    left = {kappa: float((w - kappa * heavy).square().mean()) for kappa in (0.0, 0.9 * regression, regression, 1.0)}
+    assert min(left, key=lambda kappa: left[kappa]) == regression
+    for hits in (0, 1, 4):
+        assert best_kappa(torch.where(torch.arange(200) < hits, 50.0, 0.0), r) == 0
+    assert math.isnan(best_kappa(w, r * math.nan))
+
+
+def test_kappa_moves_by_what_others_showed_and_stays_where_nothing_can_be_said() -> None:
+    zero = torch.zeros(20).double()
+    record = Record(zero, zero, zero, zero, 0.0)
+    assert Pooled().adapted(record) == Pooled(kappa=0.1)
+    assert Pooled(kappa=0.5).adapted(record).kappa == pytest.approx(0.55)
+    assert Pooled(adaptive=False).adapted(record) == Pooled(adaptive=False)
+    assert Pooled(kappa=0.5).adapted(Record(zero + 800, zero, zero, zero, 0.0)).kappa == 0.5
 
 
 def exact_laws(trainer: Trainer) -> Tensor:
@@ -239,4 +252,5 @@ def test_a_pool_brings_the_policy_nearer_than_as_many_updates_on_each_batch(worl
         found[method, pool] = world.kl(trainer.roles.policy), trainer.passes.sequences
     assert len({sequences for _, sequences in found.values()}) == 1
     assert found["gdc++", 750][0] < 0.75 * found["gdc++", 0][0]
-    assert found["pooled", 750][0] < 0.75 * found["gdc++", 0][0]
+    # Its κ begins at 0, and has not come far after so few updates.
+    assert found["pooled", 750][0] < found["gdc++", 0][0]

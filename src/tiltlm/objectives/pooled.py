@@ -1,7 +1,8 @@
 """The pool's objective: samples of many laws count as drawn from their mixture m, and a measured multiple of π/m goes.
 
-E_m[(π/m) ∇ log π] = 0, so any multiple κ of π/m may be taken off the weight P/(Z m). At κ = 1 nothing pulls at π = p;
-where few samples carry π/m, as under laws that the policy has left behind, taking off less of it is less noise.
+E_m[(π/m) ∇ log π] = 0, so any multiple κ of π/m may be taken off the weight P/(Z m). At κ = 1 nothing pulls at π = p.
+Where hardly a sample carries the target's weight, though, that pull is noise in every step, and an optimizer that
+scales its steps makes as much of it as of the few hits; and where few carry the policy's, less of it is less noise.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from tiltlm.objectives.dpg import policy_weight, target_weight
 from tiltlm.objectives.objective import Record
 from tiltlm.objectives.settings import flag, number
 
-# A share of the samples: with an ESS of π/m above it κ is 1. And how fast κ moves, for each update.
-HIGH_ESS, RATE = 0.5, 0.1
+# The ESS of P/m, in samples of an update, from which π/m is taken off at all; the ESS of π/m, as a share of them, above
+# which all of it is; and how fast κ moves, an update.
+ENOUGH_HITS, MOST_CARRY, RATE = 5.0, 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,14 @@ class Pooled:
     """c = P/(Z m) − κ π/m.
 
     ``self_normalized``: Z is the mean of P/m over the pool, so that c = n w/Σw − κ r; else the running estimate, from
-    earlier batches. With ``adaptive`` κ moves from ``kappa`` to the best for the samples of earlier updates, as no
-    sample may set its own baseline: 1 while the ESS of r = π/m is high, else E[w r]/E[r²], the regression of w on r,
-    in [0, 1].
+    earlier batches. With ``adaptive`` κ moves, from ``kappa``, to what is best for the samples of earlier updates, as
+    none may set its own baseline: 0 while few of them carry w = P/(Z m), 1 while most of them carry r = π/m, and else
+    E[w r]/E[r²], the regression of w on r, in [0, 1].
     """
 
     name: str = "pooled"
     self_normalized: bool = True
-    kappa: float = 1.0
+    kappa: float = 0.0
     adaptive: bool = True
     moving: ClassVar[str] = "kappa"
 
@@ -47,10 +49,20 @@ class Pooled:
 
     def adapted(self, record: Record) -> Pooled:
         """The same for the next samples, with ``kappa`` a little nearer to what is best for these."""
-        w, r = target_weight(record), policy_weight(record)
-        squares = float(r.square().mean())
-        regression = float((w * r).mean()) / squares if squares > 0 else math.nan
-        if not self.adaptive or not math.isfinite(regression):
+        best = best_kappa(target_weight(record), policy_weight(record))
+        if not self.adaptive or not math.isfinite(best):
             return self
-        best = 1.0 if float(r.mean()) ** 2 > HIGH_ESS * squares else min(max(regression, 0.0), 1.0)
         return replace(self, kappa=self.kappa + RATE * (best - self.kappa))
+
+
+def best_kappa(w: Tensor, r: Tensor) -> float:
+    """The multiple of r [N] to take off w [N]; not finite where they are not."""
+    if float(w.sum()) ** 2 < ENOUGH_HITS * float(w.square().sum()) or not bool(w.any()):
+        return 0.0
+    squares = float(r.square().mean())
+    if squares == 0:
+        return 0.0
+    if float(r.mean()) ** 2 > MOST_CARRY * squares:
+        return 1.0
+    regression = float((w * r).mean()) / squares
+    return min(max(regression, 0.0), 1.0) if math.isfinite(regression) else math.nan
