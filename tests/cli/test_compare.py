@@ -186,6 +186,8 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert last["self_bleu_5_top_p"] == pytest.approx(run["evaluation"]["policy"]["top_p"]["self_bleu_5"]["value"])
     assert last["moment_error"] == pytest.approx(abs(last["moment:female"] - 0.5))
 
+    assert not list((folder / "runs").rglob("step-*"))
+
     page = (folder / "report.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page

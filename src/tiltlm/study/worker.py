@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -42,6 +43,9 @@ def work(job: dict[str, Any]) -> str:
     if not is_measured(run, reference):
         policy = policy or load_policy(run, config.device)[1]
         measure_end(run, policy, reference, config, job["scored"])
+    # A run that is done is not resumed, and of a large model these are most of what it would leave on the disk.
+    for checkpoint in run.checkpoint_dir.glob("step-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return "done"
 
 
