@@ -18,12 +18,25 @@ import time
 
 import torch
 from ground.distilled import Distilled
+from ground.pooled import FromPool
 from ground.runs import Budget, Runs
 from ground.sampled import Sampled
 from ground.worlds import World, enumerable, rare_phrase
 from torch import Tensor
 
-from tiltlm.objectives import DPG, FDPG, GDC, AlphaDPG, BRAIn, GDCPlusPlus, Guided, KLControl, Reinforce, VarGrad
+from tiltlm.objectives import (
+    DPG,
+    FDPG,
+    GDC,
+    AlphaDPG,
+    BRAIn,
+    GDCPlusPlus,
+    Guided,
+    KLControl,
+    Pooled,
+    Reinforce,
+    VarGrad,
+)
 
 TARGETS = ("pointwise-2", "pointwise-3", "pointwise-5", "moment", "hybrid")
 RATES = [1e-3, 3e-3, 1e-2, 3e-2]
@@ -31,11 +44,15 @@ FIT = 2000
 BUDGET = Budget(10_000, 20_000)
 SEQUENCES, PASSES = (2_500, 5_000, 10_000), (10_000, 20_000)
 
-METHODS: dict[str, Sampled | Distilled] = {
+METHODS: dict[str, Sampled | Distilled | FromPool] = {
     "gdc++ published": Sampled(GDCPlusPlus(), "published"),
     "gdc++ on-policy": Sampled(GDCPlusPlus()),
     "gdc++ on-policy, fit reused": Sampled(GDCPlusPlus(), reuse=True),
     "gdc++ on-policy, 4 steps": Sampled(GDCPlusPlus(), steps=4),
+    "gdc++, pool, 4 steps": FromPool(GDCPlusPlus()),
+    "gdc++, pool, 12 steps": FromPool(GDCPlusPlus(), steps=12),
+    "pooled, 4 steps": FromPool(Pooled()),
+    "pooled, 12 steps": FromPool(Pooled(), steps=12),
     "dpg on-policy": Sampled(DPG()),
     "gdc, q follows by KL": Sampled(GDC(), "kl"),
     "f_dpg js": Sampled(FDPG(divergence="js")),
@@ -61,9 +78,11 @@ def means_something(method: str, world: World) -> bool:
     return method not in FILTERS_ALONE or not world.moments
 
 
-def trained(method: Sampled | Distilled, world: World, seeds: int, rates: list[float], budget: Budget) -> Runs:
+def trained(
+    method: Sampled | Distilled | FromPool, world: World, seeds: int, rates: list[float], budget: Budget
+) -> Runs:
     """All seeds at all learning rates; fit samples are drawn only where target or method uses them."""
-    needs_fit = bool(world.moments) or isinstance(method, Distilled) or method.reuse
+    needs_fit = bool(world.moments) or isinstance(method, Distilled | FromPool) or method.reuse
     runs = Runs(world, seeds, rates, FIT if needs_fit else 0)
     method.train(runs, budget)
     return runs
