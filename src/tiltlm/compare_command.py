@@ -48,7 +48,8 @@ def compare(
 
 def _existing(folders: list[Path], output_dir: Path | None) -> tuple[Study, Path]:
     from tiltlm.runs.run_grid import study_of_runs
-    from tiltlm.runs.study import StudyDirectory, read_study
+    from tiltlm.runs.study import StudyDirectory
+    from tiltlm.runs.study_rows import read_study
 
     if len(folders) == 1 and not (folders[0] / "run.json").exists():
         return read_study(StudyDirectory(folders[0])), output_dir or folders[0]
@@ -60,7 +61,8 @@ def _study(file: Path, overrides: list[str], output_dir: Path | None, jobs: int,
 
     stated = load_study(file, overrides)
     folder = output_dir or Path(stated.output_dir or Path("runs") / file.stem)
-    from tiltlm.runs.study import StudyDirectory, read_study
+    from tiltlm.runs.study import StudyDirectory
+    from tiltlm.runs.study_rows import read_study
     from tiltlm.study.dry_run import show_grid
     from tiltlm.study.execute import Execution, new_record
     from tiltlm.study.grid import expand

@@ -9,7 +9,8 @@ from typing import Any
 
 from tiltlm.errors import UsageError
 from tiltlm.runs.directory import RunDirectory, git_commit, installed_versions
-from tiltlm.runs.study import Entry, Method, Study, Task, goals_of, run_rows
+from tiltlm.runs.study import Entry, Method, Study, Task
+from tiltlm.runs.study_rows import goals_of, run_rows
 from tiltlm.runs.summary import plain_number
 
 # What makes a task of a run's config; the fit's samples and their seed only say how well it is known.

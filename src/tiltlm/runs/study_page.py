@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiltlm.runs.study import Study
-from tiltlm.runs.study_figures import StudyFigure
+from tiltlm.runs.study_drawing import StudyFigure
 from tiltlm.runs.study_tables import Table
 
 

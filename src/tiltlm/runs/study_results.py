@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiltlm.runs import storage
-from tiltlm.runs.study import Study, write_results
+from tiltlm.runs.study import Study
 from tiltlm.runs.study_figures import study_figures
 from tiltlm.runs.study_page import render_page
+from tiltlm.runs.study_rows import write_results
 from tiltlm.runs.study_tables import latex, markdown, study_tables
 
 
