@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from ground.distilled import guide_law, mixture_of, pulls
 from ground.policies import Adam
+from ground.pooled import Kept
 from ground.runs import Drawn, Runs
 from ground.worlds import World, enumerable, rare_phrase
 
 from tiltlm.exact import MarkovModel, MarkovTarget, markov_target
-from tiltlm.objectives import GDCPlusPlus, Guided
+from tiltlm.objectives import GDCPlusPlus, Guided, Pooled
 
 RUNS, SAMPLES = 100, 2000
 
@@ -51,6 +52,18 @@ def from_the_pool(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     return pulls(runs, Guided(), kept, table, guide, log_z)
 
 
+def from_all_proposals(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
+    """A quarter from the base and the others from the policy, as drawn from their mixture."""
+    kept = Kept(runs)
+    kept.add(runs.score(runs.draw(runs.base, SAMPLES // 4)), 0)
+    kept.laws.append(table)
+    kept.add(runs.score(runs.draw(table, SAMPLES - SAMPLES // 4)), 1)
+    mixed = kept.mixed()
+    records = runs.records(mixed, mixed.drawn.under(table), log_z)
+    objective = Pooled(kappa=0.7, adaptive=False)
+    return runs.pull(mixed.drawn, torch.stack([objective.coefficients(record) for record in records]))
+
+
 def toward_the_target(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     """A guide that knows the truth, for a target that no sample of the base shows."""
     guide = runs.world.graph.tilted(runs.world.base, 0.9 * runs.world.promise).float().expand(RUNS, -1, -1)
@@ -75,6 +88,7 @@ def near(world: World, steps: int) -> World:
         (from_the_base, "hybrid"),
         (guided, "moment"),
         (from_the_pool, "hybrid"),
+        (from_all_proposals, "hybrid"),
         (on_policy, "rare"),
         (toward_the_target, "rare"),
     ],
