@@ -33,10 +33,11 @@ class StudyFigure:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of a figure's axes: its title, and what draws on it."""
+    """One of a figure's axes: its title, what draws on it, and the name of its y axis where panels differ in that."""
 
     title: str
     draw: Callable[[Any], None]
+    y: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def draw_figure(
         for axes, panel in zip(grid, shown, strict=False):
             _plain_axes(axes)
             axes.set_title(_shortened(panel.title), color=INK, fontsize=9, loc="left")
+            axes.set_ylabel(panel.y, color=INK, fontsize=8)
             panel.draw(axes)
         for axes in grid[len(shown) :]:
             axes.set_visible(False)

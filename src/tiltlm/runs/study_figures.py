@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiltlm.runs.study_statistics import last_values, over_seeds
 from tiltlm.runs.study_tables import TITLES
 from tiltlm.runs.summary import Measured, plain_number
 
+SIZED = {"kl_p_pi": TITLES["kl_p_pi"], "moment_error": "distance of moments from goals", "kl_pi_a": TITLES["kl_pi_a"]}
 SPREAD_TITLES = {
     "gradient_variance": "variance of the gradient",
     "advantage_variance": "variance of the advantage",
@@ -89,7 +91,14 @@ def _by_place(study: Study, task: str, method: str, metric: str) -> dict[tuple[i
 
 
 def _curve(
-    study: Study, task: str, title: str, metric: str, goal: float | None = None, *, passes: bool = False
+    study: Study,
+    task: str,
+    title: str,
+    metric: str,
+    goal: float | None = None,
+    *,
+    passes: bool = False,
+    y: str = "",
 ) -> Panel | None:
     lines = {m.name: _along(study, task, m.name, metric) for m in study.methods}
     lines = {name: points for name, points in lines.items() if points}
@@ -111,7 +120,7 @@ def _curve(
         if metric == "kl_p_pi":
             axes.set_ylim(bottom=0)
 
-    return Panel(title, draw)
+    return Panel(title, draw, y)
 
 
 def _way(study: Study, task: str, title: str, feature: str, goal: float | None, metric: str) -> Panel | None:
@@ -141,7 +150,7 @@ def _way(study: Study, task: str, title: str, feature: str, goal: float | None, 
 
 def _spreads(study: Study) -> Iterator[StudyFigure]:
     panels = [
-        _curve(study, task.name, f"{task.label}: {title}", metric)
+        _curve(study, task.name, task.label, metric, y=title)
         for task in study.tasks
         for metric, title in SPREAD_TITLES.items()
         if any(row.metric == metric for row in study.rows)
@@ -158,7 +167,7 @@ def _batch_sizes(study: Study) -> Iterator[StudyFigure]:
     families = list(dict.fromkeys(method.family for method in sized))
     look = styles(study.methods)
 
-    def panel(task: str, title: str, metric: str) -> Panel | None:
+    def panel(task: str, title: str, metric: str, y: str) -> Panel | None:
         cells = last_values(study, metric)
         lines = {}
         for family in families:
@@ -190,15 +199,12 @@ def _batch_sizes(study: Study) -> Iterator[StudyFigure]:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda x, _position: plain_number(x))
 
-        return Panel(title, draw)
+        return Panel(title, draw, y)
 
-    panels = [
-        panel(task.name, f"{task.label}: {TITLES[metric]}", metric)
-        for task in study.tasks
-        for metric in ("kl_p_pi", "moment_error", "kl_pi_a")
-    ]
+    panels = [panel(task.name, task.label, metric, y) for task in study.tasks for metric, y in SIZED.items()]
     text = "The end of each run, at equal total samples: means over seeds, bars two standard errors over them."
     firsts = [next(m for m in sized if m.family == family) for family in families]
+    firsts = [replace(m, label=m.label.removesuffix(f", batch {m.batch_size}")) for m in firsts]
     yield from draw_figure(study, "batch_size", "Batch size", text, panels, "batch size", 3, firsts)
 
 
