@@ -20,6 +20,7 @@ PROMISED = {
         "[KEY=VALUE]...",
         *("-n", "--top-p", "--prompt", "--jsonl", "--seed", "--sampler", "--proposal", "--max-draws", "--qrs-curve"),
     ],
+    "compare": ["STUDY.yaml [KEY=VALUE]...|RUN_DIR...", "--output-dir", "--jobs", "--dry-run"],
     "report": ["RUN_DIR"],
     "init": ["[NAME]"],
     "env": [],
