@@ -133,7 +133,8 @@ def _plain_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: compact_count(x)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda x, _position: compact_count(x)))
 
 
 def _shortened(title: str, most: int = 38) -> str:

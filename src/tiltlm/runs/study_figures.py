@@ -25,7 +25,7 @@ SPREAD_TITLES = {
 
 def study_figures(study: Study) -> Iterator[StudyFigure]:
     """All figures that the study has numbers for."""
-    band = "Lines are means over seeds, bands two standard errors over them; a ring is the end of a run."
+    band = "Lines are means over seeds, bands two standard errors (of one seed: its estimate's); open marks end runs."
     drawn = (
         "The first sequences of a run are those of its fit; it trains on them once all are drawn, so lines fall there."
     )
@@ -150,7 +150,7 @@ def _way(study: Study, task: str, title: str, feature: str, goal: float | None, 
 
 def _spreads(study: Study) -> Iterator[StudyFigure]:
     panels = [
-        _curve(study, task.name, task.label, metric, y=title)
+        _curve(study, task.name, task.label, metric, passes=True, y=title)
         for task in study.tasks
         for metric, title in SPREAD_TITLES.items()
         if any(row.metric == metric for row in study.rows)
@@ -159,7 +159,7 @@ def _spreads(study: Study) -> Iterator[StudyFigure]:
         "Of single samples of each batch, before the update on it: the trace of the gradient's covariance, and the "
         "coefficient of ∇ log π. Lines are means over seeds and steps beside each other, bands two standard errors."
     )
-    yield from draw_figure(study, "variance", "Variance along training", text, panels, "sequences drawn", len(SPREADS))
+    yield from draw_figure(study, "variance", "Variance along training", text, panels, "forward passes", len(SPREADS))
 
 
 def _batch_sizes(study: Study) -> Iterator[StudyFigure]:
