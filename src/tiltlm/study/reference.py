@@ -176,7 +176,9 @@ class Drawn:
 
     @property
     def size(self) -> float:
-        """Effective samples."""
+        """Effective samples; 0 where none lies in the target's support."""
+        if not bool(self.log_weights.isfinite().any()):
+            return 0.0
         strata = Strata.of(self.samples.prompt_ids, len(self.log_weights))
         return effective_sample_size(strata.softmax(self.log_weights).log()).value
 
@@ -193,15 +195,15 @@ def _best(
         return plain, "the base reaches the target often enough"
     if settings.proposal is None and not is_guidable(stated.target):
         return plain, "no feature can be read off a prefix, so there is no guide"
-    # A guide of these draws is better than the fit's, which are fewer; what it draws is independent of them.
+    # A guide of these draws is better than the fit's, which are fewer, unless the fit has looked for rare texts. What
+    # it draws is independent of both.
     known = BaseSample(plain.samples, plain.features, config.max_completion_length)
-    guide = guide_toward(base, stated.target, known)
+    guide = guide_toward(base, stated.target, stated.base_sample if stated.report.ess.value > plain.size else known)
     mixed = _draw(guide, base, stated, config, settings, generator, display)
     if settings.proposal == "guided":
         return mixed, "asked for"
-    return max(
-        plain, mixed, key=lambda one: one.size
-    ), f"effective samples: {plain.size:.0f} base, {mixed.size:.0f} guided"
+    reason = f"effective samples: {plain.size:.0f} base, {mixed.size:.0f} guided"
+    return max(plain, mixed, key=lambda one: one.size), reason
 
 
 @torch.no_grad()
