@@ -64,6 +64,7 @@ METHODS: dict[str, Sampled | Distilled | FromPool] = {
     "guided, correction 1": Distilled(Guided()),
     "guided, correction 0": Distilled(Guided(correction=0.0)),
     "guided, pool, 4 steps": Distilled(Guided(), steps=4),
+    "guided, pool, 12 steps": Distilled(Guided(), steps=12),
 }
 # Log P must be finite for VarGrad; and the maximum of a·exp(reward) is p where there are moments alone.
 MOMENTS_ALONE = ("vargrad", "kl_control, beta 1")

@@ -1,4 +1,4 @@
-"""Guided distillation on many runs at once, with the library's twist, objective and mixture."""
+"""Guided distillation on many runs at once, with the library's chain, objective and mixture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from ground.runs import Budget, Drawn, Runs
 from tiltlm.estimation import mixture
 from tiltlm.objectives import Guided, prefix_weights
+from tiltlm.targets.chain import Chain
 from tiltlm.targets.prefix_states import PrefixStates
 from tiltlm.targets.twist import Twist
 
@@ -54,23 +55,24 @@ class Distilled:
 
 
 def guide_law(runs: Runs) -> Tensor:
-    """log g(v|node) [R, M, V] from a table of ψ over state and position, by each run's fit samples.
-
-    The base itself where no fit sample is possible.
-    """
+    """log g(v|node) [R, M, V] from the automaton's chain, as each run's fit samples show it; the base tells their laws."""
     assert runs.fit_sample is not None
-    world, fit, states = runs.world, runs.fit_sample, PrefixStates(runs.world.automaton.transitions)
-    graph, laws = world.graph, []
+    world, fit, graph = runs.world, runs.fit_sample, runs.world.graph
+    inner = len(graph.child)
+    states = PrefixStates(world.automaton.transitions, int(world.state[0]), world.automaton.values)
     depth = torch.arange(graph.length).repeat_interleave(torch.tensor(graph.layers))
     depth = torch.cat([depth, torch.full((graph.leaves,), graph.length)])
-    passed = torch.cat([fit.nodes, fit.leaf[..., None] + len(graph.child)], -1)
+    passed = torch.cat([fit.nodes, fit.leaf[..., None] + inner], -1)
+    laws = []
     for r in range(runs.count):
-        visited = torch.arange(graph.length + 1) * 2 * len(states.transitions) + world.state[passed[r]]
-        log_tilt = runs.log_tilt[r][fit.leaf[r]]
-        if not bool(log_tilt.isfinite().any()):
-            laws.append(runs.base[0])
-            continue
-        log_twist = Twist(states, visited, graph.length).guide(log_tilt).log_twist
+        chain = Chain.empty(states.transitions, graph.length)
+        visits = torch.bincount(fit.nodes[r].flatten(), minlength=inner).double()
+        seen = visits.nonzero().squeeze(-1)
+        chain.add(world.state[seen], depth[seen], world.base[seen].exp(), visits[seen], visits[seen])
+        cells = torch.arange(graph.length + 1) * 2 * len(states.transitions) + world.state[passed[r]]
+        twist = Twist(states, cells, graph.length, chain)
+        log_tilt, told = runs.log_tilt[r][fit.leaf[r]], runs.targets[r].log_tilt(world.automaton.values)
+        log_twist = twist.guide(log_tilt, None, told).log_twist
         laws.append(graph.tilted(world.base, log_twist[depth, world.state]).float())
     return torch.stack(laws)
 
@@ -79,7 +81,11 @@ def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Te
     """Log-probabilities of the tokens [R, N, T] under the mixture of base and guide."""
     laws = drawn.under(runs.base), drawn.under(guide)
     length = drawn.tokens.shape[-1]
-    return mixture([law.reshape(-1, length) for law in laws], [base_share, 1 - base_share]).reshape(drawn.tokens.shape).float()
+    return (
+        mixture([law.reshape(-1, length) for law in laws], [base_share, 1 - base_share])
+        .reshape(drawn.tokens.shape)
+        .float()
+    )
 
 
 def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guide: Tensor, log_z: Tensor) -> Tensor:

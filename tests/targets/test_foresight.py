@@ -11,6 +11,7 @@ import torch
 
 from enumerable import tiny_model
 from tiltlm.errors import UsageError
+from tiltlm.estimation import Estimate
 from tiltlm.exact import enumerate_completions, exact_target
 from tiltlm.features import Feature, build_feature, contains, length, measure
 from tiltlm.lm import LanguageModel, Law
@@ -152,7 +153,7 @@ def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageMo
     sample = draw_base_sample(base, [feature], 100, None, LENGTH, seed=0)
     guide = prefix_states(base, [feature], sample.samples).guide(torch.zeros(1, 2))
     even = torch.full((100,), math.log(1e-4), dtype=torch.float64)
-    found = Foresight(guide, sample.samples, even, sample)
+    found = Foresight(guide, sample.samples, even, sample, Estimate(math.log(1e-4), 0.0))
     assert "a rate of 0.0001 (± 0 %): about 300,000 samples" in found.advice()
     uneven = torch.full((100,), -math.inf, dtype=torch.float64)
     assert "0 of 100 texts pass" in replace(found, log_weights=uneven).advice()

@@ -156,7 +156,7 @@ def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | 
             "guided: a guide is made of the base's samples that the target was fitted on, and they are not there; take "
             "another proposal, with rejection, qrs, resample or mcmc"
         )
-    return Twist.of(base, target, base_sample).guide(base_sample.log_weights(target))
+    return Twist.of(base, target, base_sample).toward(target, base_sample)
 
 
 def is_guidable(target: Target) -> bool:

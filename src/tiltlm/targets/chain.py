@@ -64,15 +64,18 @@ class Chain:
                 law = reading.logits(piece).float().softmax(-1).to(device)
                 self.add(states[piece], places[1][piece], law, weights[piece])
 
-    def add(self, states: Tensor, columns: Tensor, laws: Tensor, weights: Tensor) -> None:
-        """Add next-token laws [P, V] at prefixes in these states [P], after as many tokens as ``columns`` [P] say."""
+    def add(self, states: Tensor, columns: Tensor, laws: Tensor, weights: Tensor, visits: Tensor | None = None) -> None:
+        """Add next-token laws [P, V] at prefixes in these states [P], after as many tokens as ``columns`` [P] say.
+
+        A law may stand for several ``visits`` [P], whose weights [P] are then their sum.
+        """
         count, stretches = len(self.transitions), len(self.moved)
         cells = columns * stretches // self.length * count + states
         moved = torch.zeros(len(cells), 2 * count, device=self.moved.device)
         moved.scatter_add_(1, self.transitions[states], laws.float() * weights[:, None].float())
         self.moved.view(-1, 2 * count).index_add_(0, cells, moved)
         self.weight.view(-1).index_add_(0, cells, weights)
-        self.visits.view(-1).index_add_(0, cells, torch.ones_like(weights))
+        self.visits.view(-1).index_add_(0, cells, torch.ones_like(weights) if visits is None else visits)
 
     def promise(self, final: Tensor) -> Tensor:
         """ψ [T + 1, S] of the states after each number of tokens, given that of texts that have ended [S]."""

@@ -35,13 +35,14 @@ class Foresight:
     """Guided ``samples`` of the last round with log a − log g [N], −inf where a filter fails.
 
     ``sample`` holds all texts, the base's and the guided ones of every round, as one sample of the mixture of their
-    laws.
+    laws; ``log_z``, the log of the share of the base's texts that pass, is told by all of them, −inf without a hit.
     """
 
     guide: Guide
     samples: Samples
     log_weights: Tensor
     sample: BaseSample
+    log_z: Estimate
 
     @property
     def hits(self) -> int:
@@ -52,11 +53,6 @@ class Foresight:
     def ess(self) -> float:
         """The effective number of samples; 0 without a hit."""
         return effective_sample_size(self.log_weights).value if self.hits else 0.0
-
-    @property
-    def log_z(self) -> Estimate:
-        """log of the share of the base's texts that pass; −inf without a hit."""
-        return log_partition(self.log_weights) if self.hits else Estimate(-math.inf, math.nan)
 
     @property
     def trusted(self) -> bool:
@@ -135,7 +131,9 @@ def foresee(
     mixed = BaseSample(
         everything, torch.cat(measured), length, under[0].to(together.tokens.device), len(plain), readings
     )
-    return Foresight(guides[-1], drawn, log_weights, mixed)
+    passed = torch.where((mixed.features[:, wanted] > 0).all(1), mixed.log_ratio, -math.inf)
+    log_z = log_partition(passed) if bool((passed > -math.inf).any()) else Estimate(-math.inf, math.nan)
+    return Foresight(guides[-1], drawn, log_weights, mixed, log_z)
 
 
 def _share(part: Samples, together: Samples) -> Tensor:

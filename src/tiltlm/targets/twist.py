@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +50,25 @@ class Twist:
         chain.learn(model, samples, base_sample.prefix_log_ratio)
         return Twist(states, cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length), length, chain)
 
+    def toward(self, target: Target, base_sample: BaseSample) -> Guide:
+        """The guide toward a target, by the samples that this twist was made of."""
+        return self.guide(base_sample.log_weights(target), base_sample.log_ratio, self.worth(target))
+
+    def worth(self, target: Target) -> Tensor | None:
+        """log P(x) − log a(x) [S] of a text that ends in each state; None where the automata do not tell it."""
+        values = self.states.values
+        if values is None:
+            return None
+        return target.log_score(torch.zeros(len(values), dtype=torch.float64), values).double()
+
     def guide(self, log_weights: Tensor, log_ratio: Tensor | None = None, of_states: Tensor | None = None) -> Guide:
         """The guide toward P, given log P(x) − log q(x) [N] of the samples, −inf for a filter's no.
 
         ``log_ratio`` [N] is log a(x) − log q(x), 0 where the base drew them; ``of_states`` [S] is log P(x) − log a(x)
         of a text that ends in each state, where that is known, and may be all that is.
         """
-        greatest = float(log_weights.max() if of_states is None else torch.maximum(log_weights.max(), of_states.max()))
+        known = log_weights if of_states is None else torch.cat([log_weights, of_states])
+        greatest = known[known > -math.inf].max() if bool((known > -math.inf).any()) else 0.0
         weights = (log_weights - greatest).exp()
         ratios = torch.ones_like(weights) if log_ratio is None else log_ratio.exp()
         told = (of_states - greatest).exp() if of_states is not None else None
@@ -93,7 +106,8 @@ def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor 
     """The guide of what open states promise [T + 1, S] and ended texts are worth [S]; ``mean`` is that of all texts."""
     both = torch.cat([promise, final.expand_as(promise)], 1)
     mean = promise[0, states.start] if mean is None else mean
-    return states.guide((both / mean).clamp_min(FLOOR).log())
+    # Where nothing is known to be worth anything, all is worth as much.
+    return states.guide((both / mean).clamp_min(FLOOR).log() if float(mean) > 0 else torch.zeros_like(both))
 
 
 def cells_visited(states: PrefixStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:

@@ -36,9 +36,7 @@ class Guidance:
         self.log_weights, self.log_ratio = base_sample.log_weights(target), base_sample.log_ratio
         if isinstance(log_z, Tensor):
             self.log_weights = self.log_weights - log_z
-        values = self.twist.states.values
-        nothing = torch.zeros(0 if values is None else len(values), dtype=torch.float64)
-        self.of_states = None if values is None else target.log_score(nothing, values).double()
+        self.of_states = self.twist.worth(target)
         terms = target.terms if isinstance(target, TiltedTarget) else ()
         self.moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
         self.goals = torch.tensor([float(terms[k].goal or 0.0) for k in self.moments], dtype=torch.float64)
