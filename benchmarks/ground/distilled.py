@@ -55,7 +55,7 @@ class Distilled:
 
 
 def guide_law(runs: Runs) -> Tensor:
-    """log g(v|node) [R, M, V] from the automaton's chain, as each run's fit samples show it; the base tells their laws."""
+    """log g(v|node) [R, M, V] from the chain of the automaton, as the fit samples of each run show it."""
     assert runs.fit_sample is not None
     world, fit, graph = runs.world, runs.fit_sample, runs.world.graph
     inner = len(graph.child)
