@@ -18,11 +18,11 @@ from tiltlm.features.callables import load_object
 from tiltlm.features.spec import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.lm.fingerprint import fingerprint
-from tiltlm.objectives import BUILT_IN, Guided, Objective
+from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.prompts import PromptData, prompt_dataset, prompt_file, stated_prompts
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base
-from tiltlm.targets import Target, Term, TiltedTarget, prefix_automaton, state_terms
+from tiltlm.targets import Target, Term, TiltedTarget, state_terms
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
@@ -148,8 +148,6 @@ def check_names(config: RunConfig) -> None:
     check_expressible(objective, target)
     iterations = updates_per_batch(objective, config.training.num_iterations)
     check_pool(config.training, iterations, objective, rule)
-    if isinstance(objective, Guided) or rule.first == "guided":
-        prefix_automaton(target.features)
     read_prompts(config)
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from enumerable import tiny_model
-from tiltlm.errors import UsageError
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
-from tiltlm.features import Feature, contains, length, negation, regex, wordlist
+from tiltlm.features import contains, length, negation, wordlist
 from tiltlm.lm import Guide, LanguageModel, Law
 from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample
 from tiltlm.targets.prefix_states import PrefixStates
@@ -211,14 +210,6 @@ def test_samples_that_all_end_early_leave_the_full_length_open() -> None:
     assert own.log_twist.shape[0] == LENGTH + 1
     assert bool(torch.isfinite(own.log_twist).all())
     assert float(guided("filter", own).exp()[truth("filter").features[:, 0] > 0].sum()) > 0.9
-
-
-def test_features_that_say_nothing_of_a_prefix_are_named() -> None:
-    features: list[Feature] = [regex("b+"), length("characters")]
-    target = TiltedTarget(tuple(Term(f, "reward", coefficient=0.1) for f in features))
-    sample = draw_base_sample(base(), features, 50, None, LENGTH, seed=0)
-    with pytest.raises(UsageError, match=r"^method: .*'matches 'b\+'', 'length in characters' cannot"):
-        Twist.of(base(), target, sample)
 
 
 def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:

@@ -1,7 +1,7 @@
 """Sampling from the target itself, exactly or nearly, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
-from tiltlm.sampling.proposal import Draws, Proposal, build_proposal, guide_toward, is_guidable
+from tiltlm.sampling.proposal import Draws, Proposal, build_proposal, guide_toward
 from tiltlm.sampling.samplers import (
     SAMPLERS,
     Guided,
@@ -32,7 +32,6 @@ __all__ = [
     "build_proposal",
     "build_sampler",
     "guide_toward",
-    "is_guidable",
     "known_bound",
     "qrs_curve",
     "sample_target",

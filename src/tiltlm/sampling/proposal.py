@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import effective_sample_size, log_importance_weights
 from tiltlm.lm import Guide, LanguageModel, Law, Prompts, Roles, Samples
-from tiltlm.targets import BaseSample, Target, Twist, measure_samples, prefix_automaton
+from tiltlm.targets import BaseSample, Target, Twist, measure_samples
 
 Source = Literal["base", "guided", "policy"]
 SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
@@ -97,12 +97,12 @@ def build_proposal(
 ) -> Proposal:
     """The proposal called ``source``, by default the nearest to the target of those at hand.
 
-    That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where there
-    is no guide; or the policy, if there is one and more of 256 draws of it carry the target's weight. Raises UsageError
-    for a proposal that there is not.
+    That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where they
+    are not there; or the policy, if there is one and more of 256 draws of it carry the target's weight. Raises
+    UsageError for a proposal that there is not.
     """
     if source is None:
-        own = "guided" if base_sample is not None and is_guidable(target) else "base"
+        own = "guided" if base_sample is not None else "base"
         rivals = [own, "policy"] if policy else [own]
         given: dict[str, Any] = {
             "policy": policy,
@@ -142,27 +142,11 @@ def _nearest(proposals: Sequence[Proposal]) -> Proposal:
 def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | None) -> Guide:
     """The guide of a guided base, made of the samples that the target was fitted on.
 
-    Raises UsageError where these are not there, and where no feature says anything of a prefix.
+    Raises UsageError where these are not there.
     """
-    if not is_guidable(target):
-        names = ", ".join(f"'{feature.name}'" for feature in target.features)
-        raise UsageError(
-            f"guided: a guide needs a feature that can be read off a prefix (words, phrases, pronouns, word counts, "
-            f"and combinations of them), and {names} cannot; take another proposal, with rejection, qrs, resample or "
-            f"mcmc"
-        )
     if base_sample is None:
         raise UsageError(
             "guided: a guide is made of the base's samples that the target was fitted on, and they are not there; take "
             "another proposal, with rejection, qrs, resample or mcmc"
         )
     return Twist.of(base, target, base_sample).toward(target, base_sample)
-
-
-def is_guidable(target: Target) -> bool:
-    """Whether a feature of the target can be read off a prefix, so that there is a guide."""
-    try:
-        prefix_automaton(target.features)
-    except UsageError:
-        return False
-    return True

@@ -10,9 +10,8 @@ from typing import Any
 from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
 from tiltlm.config import RunConfig, parse_config
 from tiltlm.errors import ModelError, UsageError
-from tiltlm.objectives import Guided
 from tiltlm.study.file import MethodSection, StudyConfig, TaskSection
-from tiltlm.targets import TiltedTarget, prefix_automaton
+from tiltlm.targets import TiltedTarget
 from tiltlm.training.proposal import ProposalRule
 
 MERGED = ("training", "evaluation")
@@ -124,12 +123,10 @@ def _checked_names(config: RunConfig) -> str | None:
 
 def why_not(config: RunConfig) -> str | None:
     """Why the method of a run cannot match its target; None where it can."""
-    objective, rule = build_method(config.method)
+    objective, _ = build_method(config.method)
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
     try:
         check_expressible(objective, target)
-        if isinstance(objective, Guided) or rule.first == "guided":
-            prefix_automaton(target.features)
     except UsageError as error:
         return str(error).removeprefix("method.name: ")
     return None

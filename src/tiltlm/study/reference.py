@@ -31,7 +31,7 @@ from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
 from tiltlm.runs.display import Display
-from tiltlm.sampling import guide_toward, is_guidable
+from tiltlm.sampling import guide_toward
 from tiltlm.study.file import ReferenceSection
 from tiltlm.targets import BaseSample, measure_samples
 from tiltlm.training.checkpoint import save_base_sample
@@ -193,8 +193,6 @@ def _best(
         return plain, "asked for"
     if settings.proposal is None and plain.size >= ENOUGH_SHARE * settings.samples:
         return plain, "the base reaches the target often enough"
-    if settings.proposal is None and not is_guidable(stated.target):
-        return plain, "no feature can be read off a prefix, so there is no guide"
     # A guide of these draws is better than the fit's, which are fewer, unless the fit has looked for rare texts. What
     # it draws is independent of both.
     known = BaseSample(plain.samples, plain.features, config.max_completion_length)

@@ -12,7 +12,6 @@ from tiltlm.targets.constrain import (
     state_terms,
 )
 from tiltlm.targets.moments import MomentFit, fit_moments
-from tiltlm.targets.prefix_states import prefix_automaton
 from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
 from tiltlm.targets.twist import Twist
 
@@ -30,7 +29,6 @@ __all__ = [
     "fit_moments",
     "fit_target",
     "measure_samples",
-    "prefix_automaton",
     "report_fit",
     "state_terms",
     "target_reward",

@@ -98,6 +98,13 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
     return PrefixStates(token_transitions(model, automaton, kept, reached), 0, values)
 
 
+def one_state(model: LanguageModel) -> PrefixStates:
+    """The single state of a text of which nothing is read, and its end."""
+    transitions = torch.zeros(1, model.vocab_size, dtype=torch.long)
+    transitions[:, model.eos_ids] = 1
+    return PrefixStates(transitions)
+
+
 def _is_missed(
     stand_in: State, path: Sequence[State], tokens: Sequence[int], step: Callable[[State, int], State]
 ) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tiltlm.estimation import Strata
 from tiltlm.lm import Guide, LanguageModel
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.constrain import BaseSample
-from tiltlm.targets.prefix_states import PrefixStates, prefix_states
+from tiltlm.targets.learned_states import LearnedStates, learned_states
+from tiltlm.targets.prefix_states import PrefixStates, one_state, prefix_states
 from tiltlm.targets.target import Target
 
 # What a position tells of its neighbours: the weight of a state's samples falls by this factor with each token.
@@ -31,24 +33,35 @@ class Twist:
     ``visited`` [N, T + 1] is the cell of each sample after t tokens, t · 2S + state, in the states of a ``Guide``; a
     row that had ended before points to the cell behind the last. ``length`` is T. With a ``chain`` ψ follows from its
     steps and from what ended texts are worth; without, it is an average over the samples that pass each cell.
+    ``learned`` are states for features that no automaton reads.
     """
 
     states: PrefixStates
     visited: Tensor
     length: int
     chain: Chain | None = None
+    learned: LearnedStates | None = None
 
     @staticmethod
     def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> Twist:
         """Follow the samples that the target was fitted on through the states of its features; the model reads them.
 
-        Raises UsageError when no feature says anything of a prefix.
+        Features without an automaton have learned states, if there is enough to learn.
         """
         samples, length = base_sample.samples, base_sample.max_completion_length
-        states = prefix_states(model, target.features, samples)
-        chain = Chain.empty(states.transitions.to(model.device), length)
-        chain.learn(model, samples, base_sample.prefix_log_ratio)
-        return Twist(states, cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length), length, chain)
+        tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
+        states, chain = one_state(model), None
+        if any(feature.automaton() is not None for feature in target.features):
+            states = prefix_states(model, target.features, samples)
+            chain = Chain.empty(states.transitions.to(model.device), length)
+            chain.learn(model, samples, base_sample.prefix_log_ratio)
+        twist = Twist(states, cells_visited(states, tokens, mask, length), length, chain)
+        if all(feature.automaton() is not None for feature in target.features):
+            return twist
+        log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio
+        if (strata := Strata.of(samples.prompt_ids, len(samples))).count > 1:
+            log_weights = strata.softmax(log_weights).log()
+        return replace(twist, learned=learned_states(twist, tokens, mask, log_weights, log_ratio))
 
     def toward(self, target: Target, base_sample: BaseSample) -> Guide:
         """The guide toward a target, by the samples that this twist was made of."""
@@ -76,8 +89,15 @@ class Twist:
         mean = weights.sum() / ratios.sum()
         final = self._final(counts, sums, mean, told)
         if self.chain is not None:
-            return guide_of(self.states, self.chain.promise(final), final)
-        return guide_of(self.states, self._table(counts, sums, mean, final), final, mean)
+            guide = guide_of(self.states, self.chain.promise(final), final)
+        else:
+            guide = guide_of(self.states, self._table(counts, sums, mean, final), final, mean)
+        return guide if self.learned is None else self.learned.guide(guide, self.along(guide), weights / ratios / mean)
+
+    def along(self, guide: Guide) -> Tensor:
+        """log ψ of the guide's states after each token of the samples [N, T], 0 where a row had ended before."""
+        cells = guide.log_twist.reshape(-1)
+        return torch.cat([cells, cells.new_zeros(1)])[self.visited[:, 1:]]
 
     def _final(self, counts: Tensor, sums: Tensor, mean: Tensor, told: Tensor | None) -> Tensor:
         """The worth [S] of texts that have ended."""

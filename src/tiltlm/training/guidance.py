@@ -20,7 +20,7 @@ class Guidance:
     With ``feedback`` above 0 the moments' coefficients, in the guide alone, move at each step by feedback · (goal −
     E_π[φ]) / Var_p(φ): distillation closes the last part of a gap slowly, and a guide that leans closes it sooner. The
     target, and every distance to it, stays what it is. ``log_z`` [N] makes prompts count alike where there are several;
-    they share one guide. Raises UsageError for features that say nothing of a prefix.
+    they share one guide.
     """
 
     def __init__(

@@ -1,0 +1,175 @@
+"""Learned states: a feature that nothing reads off a prefix is guided too, noise is not, and nothing is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from enumerable import tiny_model
+from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
+from tiltlm.features import Feature, callable_feature, contains, length, regex
+from tiltlm.lm import Guide, LanguageModel, Law
+from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample, measure_samples
+from tiltlm.targets.learned_states import LEVELS
+
+LENGTH = 5
+MANY = 8_000
+
+
+def lead_of_a(texts: list[str]) -> list[float]:
+    return [float(text.count("a") - text.count("c")) for text in texts]
+
+
+TARGETS: dict[str, TiltedTarget] = {
+    "filter": TiltedTarget((Term(regex("c"), "filter"),)),
+    "without": TiltedTarget((Term(callable_feature(lambda texts: [float("a" not in t) for t in texts]), "filter"),)),
+    "moment": TiltedTarget((Term(regex("d"), "moment", 0.8, 2.5),)),
+    "reward": TiltedTarget((Term(callable_feature(lead_of_a), "reward", coefficient=0.9),)),
+    "characters": TiltedTarget((Term(length("characters"), "reward", coefficient=0.3),)),
+    "two": TiltedTarget((Term(regex("c"), "moment", 0.5, 1.5), Term(callable_feature(lead_of_a), "reward", None, 0.7))),
+    "mixed": TiltedTarget((Term(contains("a"), "filter"), Term(regex("d"), "moment", 0.8, 2.5))),
+}
+
+
+@cache
+def base() -> LanguageModel:
+    return tiny_model("gpt2", "pad_is_eos")
+
+
+@cache
+def drawn(name: str, n: int = MANY) -> BaseSample:
+    return draw_base_sample(base(), TARGETS[name].features, n, None, LENGTH, seed=3)
+
+
+@cache
+def truth(name: str) -> ExactTarget:
+    return exact_target(base(), TARGETS[name], enumerate_completions(base(), max_completion_length=LENGTH))
+
+
+@cache
+def guide(name: str, n: int = MANY) -> Guide:
+    target, sample = TARGETS[name], drawn(name, n)
+    return Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
+
+
+@torch.no_grad()
+def guided(name: str, with_guide: Guide) -> Tensor:
+    """log g [N] of every completion."""
+    return base().logprob(replace(truth(name).samples, guide=with_guide, law=Law())).sum(-1)
+
+
+def ess_share(name: str, law: Tensor) -> float:
+    """ESS/N of weights P/q, exactly."""
+    p = truth(name).logprob
+    return 1 / float(torch.where(p.isfinite(), 2 * p - law, -math.inf).exp().sum())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_guided_law_is_nearer_and_its_weights_are_more_even(name: str) -> None:
+    known = truth(name)
+    own = guided(name, guide(name))
+    before, after = exact_kl(known.logprob, known.base_logprob), exact_kl(known.logprob, own)
+    assert before > 0.05
+    assert 0 <= after < 0.7 * before
+    assert ess_share(name, own) > ess_share(name, known.base_logprob) + 0.04
+
+
+@pytest.mark.parametrize("name", ["filter", "without"])
+def test_a_filter_is_met_far_more_often(name: str) -> None:
+    hits = truth(name).features[:, 0] > 0
+    by_base, by_guide = (float(law.exp()[hits].sum()) for law in (truth(name).base_logprob, guided(name, guide(name))))
+    assert 1 - by_guide < 0.6 * (1 - by_base)
+    samples = base().sample(500, seed=0, max_completion_length=LENGTH, guide=guide(name))
+    assert float(TARGETS[name].features[0](samples.texts).mean()) == pytest.approx(by_guide, abs=0.05)
+
+
+def test_what_an_automaton_tells_is_kept_and_the_rest_is_learned() -> None:
+    """Beside a word, an expression: nearer than under the automaton's own states."""
+    known, sample = truth("mixed"), drawn("mixed")
+    blind = TiltedTarget(TARGETS["mixed"].terms[:1])
+    states = Twist.of(base(), blind, BaseSample(sample.samples, sample.features[:, :1], LENGTH))
+    automaton_only = guided("mixed", states.guide(TARGETS["mixed"].log_tilt(sample.features)))
+    own = guided("mixed", guide("mixed"))
+    assert exact_kl(known.logprob, own) < 0.7 * exact_kl(known.logprob, automaton_only)
+    assert float(own.exp()[known.features[:, 0] > 0].sum()) > 0.95
+
+
+@pytest.mark.parametrize("n", [60, 200, 1000])
+def test_few_samples_do_no_harm(n: int) -> None:
+    for name in ("filter", "reward"):
+        known = truth(name)
+        assert exact_kl(known.logprob, guided(name, guide(name, n))) < exact_kl(known.logprob, known.base_logprob)
+
+
+def noise(n: int, seed: int, filtered: bool) -> tuple[TiltedTarget, BaseSample]:
+    """Values that have nothing to do with the texts."""
+    feature: Feature = regex("x").renamed("noise") if filtered else callable_feature(lead_of_a)
+    target = TiltedTarget((Term(feature, "filter") if filtered else Term(feature, "reward", None, 1.0),))
+    samples = drawn("filter", n).samples
+    values = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return target, BaseSample(samples, (values < 0.05).double() if filtered else 2 * values, LENGTH)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("n", [100, 1000])
+def test_noise_teaches_nothing(n: int, filtered: bool) -> None:
+    learned = [Twist.of(base(), *noise(n, seed, filtered)).learned for seed in range(20)]
+    assert sum(states is not None for states in learned) <= 2
+
+
+def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
+    target, sample = noise(100, 0, True)
+    one = torch.zeros_like(sample.features)
+    one[7] = 1
+    twist = Twist.of(base(), target, replace(sample, features=one))
+    assert len(twist.states.transitions) == 1
+    assert twist.learned is None
+    assert bool(torch.isfinite(twist.guide(target.log_tilt(one)).log_twist).all())
+
+
+@pytest.mark.parametrize("name", ["reward", "mixed"])
+def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltlm.targets.learned_states.MOST_STATES", 3)
+    target, sample = TARGETS[name], drawn(name)
+    few = Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    assert len(few.transitions) < len(guide(name).transitions)
+    law = guided(name, few)
+    assert float(law.exp().sum()) == pytest.approx(1, abs=1e-9)
+    assert exact_kl(truth(name).logprob, law) < exact_kl(truth(name).logprob, truth(name).base_logprob)
+
+
+def test_the_same_samples_teach_the_same_states() -> None:
+    target, sample = TARGETS["reward"], drawn("reward")
+    again = Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    assert torch.equal(again.transitions, guide("reward").transitions)
+    assert torch.equal(again.log_twist, guide("reward").log_twist)
+    assert 2 < len(again.transitions) <= LEVELS + 2
+
+
+def test_what_the_automata_tell_is_not_learned_again() -> None:
+    word = TiltedTarget((Term(contains("c"), "filter"),))
+    sample = draw_base_sample(base(), word.features, 500, None, LENGTH, seed=3)
+    assert Twist.of(base(), word, sample).learned is None
+
+
+def test_a_tilt_that_leans_further_makes_the_levels_tell_more() -> None:
+    sample, values = drawn("reward"), drawn("reward").features[:, 0]
+    twist = Twist.of(base(), TARGETS["reward"], sample)
+    spread = [float(twist.guide(strength * values).log_twist[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
+    assert spread[0] < 0.1 * spread[2]
+    assert spread == sorted(spread)
+
+
+def test_samples_of_another_law_teach_by_their_weights() -> None:
+    target, known = TARGETS["reward"], truth("reward")
+    mixed = base().sample(MANY, seed=5, max_completion_length=LENGTH, guide=guide("reward"))
+    with torch.no_grad():
+        base_logprob = base().logprob(replace(mixed, guide=None), law=Law())
+    sample = BaseSample(mixed, measure_samples(target.features, mixed), LENGTH, base_logprob)
+    own = Twist.of(base(), target, sample).guide(sample.log_weights(target), sample.log_ratio)
+    assert exact_kl(known.logprob, guided("reward", own)) < 0.4 * exact_kl(known.logprob, known.base_logprob)
