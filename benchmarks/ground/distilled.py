@@ -32,6 +32,7 @@ class Distilled:
         """Until the budget is spent."""
         assert runs.fit_sample is not None, "the guide is estimated from fit samples"
         guide, generator = guide_law(runs), torch.Generator().manual_seed(0)
+        runs.passes += len(runs.fit_sample)  # the base reads them for the guide
         pool: list[Drawn] = []
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
         from_base = len(waiting)
