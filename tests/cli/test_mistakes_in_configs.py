@@ -154,8 +154,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["training.pool", "set training.num_iterations to 2 or more"],
     ),
     "pool of a method that does not mix": (
-        {"method": "gdc++", "training.pool": 500, "training.num_iterations": 2},
-        ["training.pool", "use method guided"],
+        {"method": "rloo", "training.pool": 500, "training.num_iterations": 2},
+        ["training.pool", "use pooled, gdc++ or another method"],
     ),
     "unknown proposal": ({"method.proposal": "intervall"}, ["method.proposal", "did you mean 'interval'"]),
     "unknown optimizer": ({"training.optim": "adamm"}, ["training.optim", "'adamm'", "did you mean 'adam"]),
