@@ -35,6 +35,7 @@ EXPECTED = {
     "gdc": WEIGHT,
     "gdc++": [w - r for w, r in zip(WEIGHT, RATIO, strict=True)],
     "guided": [-1.00, 0.00, -2.00, 1.00, 2.00],
+    "pooled": [w - BUILT_IN["pooled"]().kappa * r for w, r in zip(WEIGHT, RATIO, strict=True)],
 }
 # A sum over whole sequences knows no guide; test_guided.py has the others.
 WITHOUT_GUIDE = [name for name in KL_METHODS if name != "guided"]
