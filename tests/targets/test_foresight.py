@@ -166,3 +166,11 @@ def test_what_cannot_be_read_off_a_prefix_is_refused(base: LanguageModel) -> Non
     sample = draw_base_sample(base, [length("characters")], 20, None, LENGTH, seed=0)
     with pytest.raises(UsageError, match="cannot"):
         foresee(base, [length("characters")], [length("characters")], sample)
+
+
+def test_what_cannot_be_written_at_all_is_told_and_no_crash(base: LanguageModel) -> None:
+    """No token of the vocabulary makes the word, so that no state promises anything."""
+    feature = contains("zebra")
+    found = foresee(base, [feature], [feature], draw_base_sample(base, [feature], 100, None, LENGTH, seed=1), n=50)
+    assert (found.hits, found.trusted, found.log_z.value) == (0, False, -math.inf)
+    assert "0 of 50 texts pass" in found.advice()
