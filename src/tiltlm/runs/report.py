@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiltlm.runs import storage
 from tiltlm.runs.charts import distance_charts, how_to_read, moment_charts
@@ -14,6 +14,9 @@ from tiltlm.runs.directory import RUN_FIELDS, RunDirectory
 from tiltlm.runs.plots import PALETTE_SIZE, compact_count
 from tiltlm.runs.samples_view import pair_samples
 from tiltlm.runs.summary import MET_WITHIN, FeatureSummary, Measured, plain_number, summarize
+
+if TYPE_CHECKING:
+    import jinja2
 
 PROGRESS = ("step", "max_steps", "sequences", "forward_passes", "passes_per_token")
 MOST_SAMPLES = 40
@@ -94,7 +97,6 @@ def render_report(
     name: str, run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> str:
     """The report's HTML from what a run directory holds: its name, run.json, metrics.jsonl and samples.jsonl."""
-    import jinja2
     import yaml
 
     summary = summarize(run, metrics)
@@ -103,13 +105,7 @@ def render_report(
     batch_size = Measured.read(((run.get("config") or {}).get("training") or {}).get("batch_size")).value
     moments = moment_charts(summary, metrics)
     distances = distance_charts(summary, metrics, evaluation.get("base") or {}, batch_size)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {"number": plain_number, "duration": duration, "count": compact_count}
     environment.tests["finite"] = math.isfinite
     return environment.get_template("report.html.j2").render(
@@ -132,6 +128,19 @@ def render_report(
         sample_counts={model: sum(one.get("model") == model for one in samples) for model in ("base", "policy")},
         at_first=SAMPLES_AT_FIRST,
         config=yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True, width=100),
+    )
+
+
+def templates() -> jinja2.Environment:
+    """The templates of pages: all text in them is escaped, and a name that is not given is an error."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from tiltlm.runs.report import templates
 from tiltlm.runs.study import Study
 from tiltlm.runs.study_drawing import StudyFigure
 from tiltlm.runs.study_tables import Table
@@ -24,31 +24,27 @@ class Shown:
 
 def render_page(study: Study, tables: Sequence[Table], figures: Sequence[StudyFigure]) -> str:
     """The page's HTML; all text is escaped."""
-    import jinja2
     import yaml
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     count = {status: sum(e.status == status for e in study.entries) for status in ("done", "failed")}
-    return environment.get_template("study.html.j2").render(
-        title=study.title,
-        tables=tables,
-        figures=[_shown(figure) for figure in figures],
-        runs=len(study.entries),
-        done=count["done"],
-        failed=count["failed"],
-        tasks=len(study.tasks),
-        methods=len(study.methods),
-        seeds=len({entry.seed for entry in study.entries}),
-        made={key: value for key, value in study.made.items() if key not in ("study", "versions", "command")},
-        command=" ".join(study.made.get("command") or []),
-        versions=study.made.get("versions") or {},
-        config=yaml.safe_dump(study.made.get("study") or {}, sort_keys=False, allow_unicode=True, width=100),
+    return (
+        templates()
+        .get_template("study.html.j2")
+        .render(
+            title=study.title,
+            tables=tables,
+            figures=[_shown(figure) for figure in figures],
+            runs=len(study.entries),
+            done=count["done"],
+            failed=count["failed"],
+            tasks=len(study.tasks),
+            methods=len(study.methods),
+            seeds=len({entry.seed for entry in study.entries}),
+            made={key: value for key, value in study.made.items() if key not in ("study", "versions", "command")},
+            command=" ".join(study.made.get("command") or []),
+            versions=study.made.get("versions") or {},
+            config=yaml.safe_dump(study.made.get("study") or {}, sort_keys=False, allow_unicode=True, width=100),
+        )
     )
 
 
