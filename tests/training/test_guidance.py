@@ -229,5 +229,7 @@ def test_features_that_no_automaton_reads_are_learned_and_the_run_begins(world: 
     unreadable = replace(world, target=fit_target(terms, sample), base_sample=sample)
     for method, rule in (("guided", "guided"), ("gdc", "guided")):
         trainer = build_trainer(unreadable, method=method, rule=rule, policy=near(world.base), batch_size=100)
+        # There is no chain to learn, so nobody reads the fit's samples for a guide.
+        assert (trainer.passes.sequences, trainer.passes.forward_passes) == (600, 600)
         log_z = trainer.train_step().log_z
         assert abs(log_z.value - sample.log_weights(unreadable.target).logsumexp(0).item() + math.log(600)) < 0.3

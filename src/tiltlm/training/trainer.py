@@ -106,8 +106,9 @@ class Trainer:
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
-                self.passes.read(base_sample.samples)
                 self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0), log_z)
+            if self.guidance.twist.chain is not None:  # the base has read them for it
+                self.passes.read(base_sample.samples)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
