@@ -9,10 +9,18 @@ from torch import Tensor
 
 from ground.runs import Budget, Drawn, Runs
 from tiltlm.estimation import mixture
-from tiltlm.objectives import Guided, prefix_weights
+from tiltlm.objectives import Guided, GuideRecord
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.prefix_states import PrefixStates
 from tiltlm.targets.twist import Twist
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The guide of each of R runs: log g(v|node) ``law`` [R, M, V], and log ψ of each node ``promises`` [R, M + L]."""
+
+    law: Tensor
+    promises: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,32 +39,32 @@ class Distilled:
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
         assert runs.fit_sample is not None, "the guide is estimated from fit samples"
-        guide, generator = guide_law(runs), torch.Generator().manual_seed(0)
+        guides, generator = guides_of(runs), torch.Generator().manual_seed(0)
         runs.passes += len(runs.fit_sample)  # the base reads them for the guide
         pool: list[Drawn] = []
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
         from_base = len(waiting)
         while not runs.spent(budget):
             fresh = not waiting
-            batch = runs.draw(guide, self.batch) if fresh else waiting.pop(0)
+            batch = runs.draw(guides.law, self.batch) if fresh else waiting.pop(0)
             pool.append(batch)
             scored = runs.score(batch)
             log_z = runs.log_z(scored)
             if fresh:
                 runs.learn_log_z(scored)
-            update(runs, self.objective, batch, guide, log_z)
+            update(runs, self.objective, batch, guides, log_z)
             if self.steps > 1:
                 kept = Drawn.joined(pool)
                 share = min(from_base, len(pool)) / len(pool)
-                kept = replace(kept, logprob=mixture_of(runs, kept, guide, share))
+                kept = replace(kept, logprob=mixture_of(runs, kept, guides.law, share))
                 for _ in range(self.steps - 1):
                     rows = torch.randperm(len(kept), generator=generator)[: self.batch]
-                    update(runs, self.objective, kept.rows(rows), guide, log_z)
+                    update(runs, self.objective, kept.rows(rows), guides, log_z)
             runs.note()
 
 
-def guide_law(runs: Runs) -> Tensor:
-    """log g(v|node) [R, M, V] from the chain of the automaton, as the fit samples of each run show it."""
+def guides_of(runs: Runs) -> Guides:
+    """From the chain of the automaton, as the fit samples of each run show it."""
     assert runs.fit_sample is not None
     world, fit, graph = runs.world, runs.fit_sample, runs.world.graph
     inner = len(graph.child)
@@ -64,7 +72,7 @@ def guide_law(runs: Runs) -> Tensor:
     depth = torch.arange(graph.length).repeat_interleave(torch.tensor(graph.layers))
     depth = torch.cat([depth, torch.full((graph.leaves,), graph.length)])
     passed = torch.cat([fit.nodes, fit.leaf[..., None] + inner], -1)
-    laws = []
+    laws, promises = [], []
     for r in range(runs.count):
         chain = Chain.empty(states.transitions, graph.length)
         visits = torch.bincount(fit.nodes[r].flatten(), minlength=inner).double()
@@ -73,9 +81,10 @@ def guide_law(runs: Runs) -> Tensor:
         cells = torch.arange(graph.length + 1) * 2 * len(states.transitions) + world.state[passed[r]]
         twist = Twist(states, cells, graph.length, chain)
         log_tilt, told = runs.log_tilt[r][fit.leaf[r]], runs.targets[r].log_tilt(world.automaton.values)
-        log_twist = twist.guide(log_tilt, None, told).log_twist
-        laws.append(graph.tilted(world.base, log_twist[depth, world.state]).float())
-    return torch.stack(laws)
+        guide = twist.guide(log_tilt, None, told)
+        promises.append(guide.log_twist[depth, world.state] + guide.log_scale)
+        laws.append(graph.tilted(world.base, promises[-1]).float())
+    return Guides(torch.stack(laws), torch.stack(promises))
 
 
 def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Tensor:
@@ -89,25 +98,29 @@ def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Te
     )
 
 
-def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guide: Tensor, log_z: Tensor) -> Tensor:
-    """What correction and distillation pull at each node and token [R, M, V], under laws [R, M, V]."""
-    scored, guided = runs.score(drawn), drawn.under(guide)
-    records = runs.records(scored, drawn.under(policy), log_z)
-    totals = guided.double().sum(-1)
-    coefficients = torch.stack(
-        [
-            objective.coefficients(replace(record, guide_logprob=total))
-            for record, total in zip(records, totals, strict=True)
-        ]
+def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guides: Guides, log_z: Tensor) -> Tensor:
+    """What correction and distillation pull at each node and token [R, M, V], under the policy's law [R, M, V]."""
+    scored, graph = runs.score(drawn), runs.world.graph
+    expected = torch.cat(
+        [(runs.world.base[layer] + graph.after(guides.promises, layer)).logsumexp(-1) for layer in graph], -1
     )
-    weights = prefix_weights(guided, drawn.logprob) / len(drawn)
-    taught = torch.zeros(guide.shape[:2]).scatter_add_(1, drawn.nodes.flatten(1), weights.flatten(1))
-    return runs.pull(drawn, runs.checked(coefficients)) + taught[..., None] * guide.exp()
+    passed = torch.cat([drawn.nodes, drawn.leaf[..., None] + len(graph.child)], -1).flatten(1)
+    promised = guides.promises.gather(1, passed).reshape(*drawn.leaf.shape, -1) - log_z[:, None, None]
+    next_promised = expected.gather(1, drawn.nodes.flatten(1)).reshape(drawn.nodes.shape) - log_z[:, None, None]
+    law = drawn.under(guides.law).double()
+    records = [
+        replace(record, guide=GuideRecord(law[r], promised[r], next_promised[r]))
+        for r, record in enumerate(runs.records(scored, drawn.under(policy), log_z))
+    ]
+    coefficients = torch.stack([objective.coefficients(record) for record in records])
+    weights = torch.stack([objective.lessons(record) for record in records]).float() / len(drawn)
+    taught = torch.zeros(guides.law.shape[:2]).scatter_add_(1, drawn.nodes.flatten(1), weights.flatten(1))
+    return runs.pull(drawn, runs.checked(coefficients)) + taught[..., None] * guides.law.exp()
 
 
-def update(runs: Runs, objective: Guided, drawn: Drawn, guide: Tensor, log_z: Tensor) -> None:
+def update(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: Tensor) -> None:
     """One step; base and policy read every sequence, the base for the law of the guide."""
     table = runs.policy.log_table()
     runs.passes += 2 * len(drawn)
-    pulled = pulls(runs, objective, drawn, table.detach(), guide, log_z)
+    pulled = pulls(runs, objective, drawn, table.detach(), guides, log_z)
     runs.optimizer.step(runs.gradients(table, pulled))

@@ -164,8 +164,8 @@ class Runs:
         ]
 
     def pull(self, drawn: Drawn, coefficients: Tensor) -> Tensor:
-        """Σ c over the samples at each node and token [R, M, V], from coefficients [R, N], over N."""
-        weights = coefficients.float()[..., None].expand(drawn.tokens.shape)
+        """Σ c over the samples at each node and token [R, M, V], from coefficients [R, N] or [R, N, T], over N."""
+        weights = coefficients.float().reshape(*drawn.leaf.shape, -1).expand(drawn.tokens.shape)
         vocabulary = self.world.graph.vocabulary
         places = (drawn.nodes * vocabulary + drawn.tokens).flatten(1)
         total = torch.zeros(self.count, self.world.base.numel())
@@ -176,9 +176,9 @@ class Runs:
         return list(torch.autograd.grad(-(pulls * log_policy).sum(), self.policy.parameters))
 
     def checked(self, coefficients: Tensor) -> Tensor:
-        """The coefficients [R, N]; a run with one that is not finite has failed, as in the library, and gets zeros."""
-        self.failed |= ~coefficients.isfinite().all(1)
-        return torch.where(self.failed[:, None], 0.0, coefficients)
+        """The coefficients [R, ...]; a run with one that is not finite has failed, as in the library: it gets zeros."""
+        self.failed |= ~coefficients.flatten(1).isfinite().all(1)
+        return torch.where(self.failed.reshape(-1, *[1] * (coefficients.ndim - 1)), 0.0, coefficients)
 
     def note(self) -> None:
         """Add a point to the curves."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ground.distilled import guide_law, mixture_of, pulls
+from ground.distilled import Guides, guides_of, mixture_of, pulls
 from ground.policies import Adam
 from ground.pooled import Kept
 from ground.runs import Drawn, Runs
@@ -41,15 +41,15 @@ def sampled(runs: Runs, log_z: Tensor, table: Tensor, proposal: Tensor) -> Tenso
 
 
 def guided(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
-    guide = guide_law(runs)
-    return pulls(runs, Guided(), runs.draw(guide, SAMPLES), table, guide, log_z)
+    guides = guides_of(runs)
+    return pulls(runs, Guided(), runs.draw(guides.law, SAMPLES), table, guides, log_z)
 
 
 def from_the_pool(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
-    guide = guide_law(runs)
-    kept = Drawn.joined([runs.draw(runs.base, SAMPLES // 4), runs.draw(guide, SAMPLES - SAMPLES // 4)])
-    kept = replace(kept, logprob=mixture_of(runs, kept, guide, 0.25))
-    return pulls(runs, Guided(), kept, table, guide, log_z)
+    guides = guides_of(runs)
+    kept = Drawn.joined([runs.draw(runs.base, SAMPLES // 4), runs.draw(guides.law, SAMPLES - SAMPLES // 4)])
+    kept = replace(kept, logprob=mixture_of(runs, kept, guides.law, 0.25))
+    return pulls(runs, Guided(), kept, table, guides, log_z)
 
 
 def from_all_proposals(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
@@ -66,8 +66,10 @@ def from_all_proposals(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
 
 def toward_the_target(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     """A guide that knows the truth, for a target that no sample of the base shows."""
-    guide = runs.world.graph.tilted(runs.world.base, 0.9 * runs.world.promise).float().expand(RUNS, -1, -1)
-    return pulls(runs, Guided(), runs.draw(guide, SAMPLES), table, guide, log_z)
+    promises = 0.9 * runs.world.promise
+    law = runs.world.graph.tilted(runs.world.base, promises).float()
+    guides = Guides(law.expand(RUNS, -1, -1), promises.expand(RUNS, -1))
+    return pulls(runs, Guided(), runs.draw(guides.law, SAMPLES), table, guides, log_z)
 
 
 def near(world: World, steps: int) -> World:

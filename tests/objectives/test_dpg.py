@@ -18,30 +18,27 @@ POLICY = [0.50, 0.20, 0.10, 0.15, 0.05]
 PROPOSAL = [0.25, 0.40, 0.10, 0.05, 0.20]
 SCORE = [1.00, 0.40, 0.00, 0.60, 2.00]
 Z = 4.0
-GUIDE = [0.50, 0.10, 0.20, 0.10, 0.10]
 WEIGHT = [1.00, 0.25, 0.00, 3.00, 2.50]
 RATIO = [2.00, 0.50, 1.00, 3.00, 0.25]
 
 
 def record(shift: float = 0.0) -> Record:
     """Five sequences; ``shift`` is taken off all log-probabilities, as if each were so much longer."""
-    laws = (POLICY, PROPOSAL, SCORE, GUIDE)
-    policy, proposal, score, guide = (torch.tensor(x, dtype=torch.float64).log() - shift for x in laws)
-    return Record(policy, torch.zeros(5, dtype=torch.float64), proposal, score, math.log(Z), guide)
+    policy, proposal, score = (torch.tensor(x, dtype=torch.float64).log() - shift for x in (POLICY, PROPOSAL, SCORE))
+    return Record(policy, torch.zeros(5, dtype=torch.float64), proposal, score, math.log(Z))
 
 
 EXPECTED = {
     "dpg": WEIGHT,
     "gdc": WEIGHT,
     "gdc++": [w - r for w, r in zip(WEIGHT, RATIO, strict=True)],
-    "guided": [-1.00, 0.00, -2.00, 1.00, 2.00],
     "pooled": [w - BUILT_IN["pooled"]().kappa * r for w, r in zip(WEIGHT, RATIO, strict=True)],
 }
 # A sum over whole sequences knows no guide; test_guided.py has the others.
 WITHOUT_GUIDE = [name for name in KL_METHODS if name != "guided"]
 
 
-@pytest.mark.parametrize("name", KL_METHODS)
+@pytest.mark.parametrize("name", WITHOUT_GUIDE)
 @pytest.mark.parametrize("shift", [0.0, 140.0, 5000.0])
 def test_coefficients_are_the_formulas_even_where_probabilities_underflow(name: str, shift: float) -> None:
     coefficients = BUILT_IN[name]().coefficients(record(shift))

@@ -14,7 +14,7 @@ from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.exact import weighted_gradient
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
-from tiltlm.objectives import Guided, prefix_weights
+from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, prefix_weights
 from tiltlm.training import scoring
 from tiltlm.training.batch import Batch
 from tiltlm.training.trainer import Trainer
@@ -178,17 +178,44 @@ def test_a_guide_that_forbids_tokens_is_exact_too(world: World, proposal: str, m
 
 
 def test_where_the_guide_is_the_policy_it_is_gdc_plus_plus(world: World) -> None:
-    """Then the guide has nothing to teach, sample by sample, and g/q is π/q."""
+    """Where ψ promises Z of every prefix the guide has nothing to teach, sample by sample, and a/q is π/q."""
     found: dict[str, Tensor] = {}
     for name in ("guided", "gdc++"):
         trainer = build_trainer(world, method=name, rule="kl", check_steps=99, batch_size=30)
         if trainer.guidance:
             guide = trainer.guidance.guide
-            trainer.guidance.guide = replace(guide, log_twist=torch.zeros_like(guide.log_twist))
+            flat_twist = torch.zeros_like(guide.log_twist)
+            trainer.guidance.guide = replace(guide, log_twist=flat_twist, log_scale=world.truth.log_z)
         trainer.pull(trainer.draw(), world.truth.log_z)
         found[name] = gradient(trainer)
     assert found["gdc++"].norm() > 0.1
     assert float((found["guided"] - found["gdc++"]).abs().max()) < 1e-10
+
+
+def logs(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize("shift", [0.0, 140.0, 5000.0])
+def test_corrections_and_lessons_are_the_formulas_even_where_probabilities_underflow(shift: float) -> None:
+    """Two texts of two tokens, the second of them ended after one; ``shift`` is taken off log a, log q and log g."""
+    base, proposal = logs([0.5, 0.4], [0.2, 1.0]) - shift, logs([0.25, 0.8], [0.4, 1.0]) - shift
+    mask = torch.tensor([[True, True], [True, False]])
+    base, proposal, guide = (torch.where(mask, x, 0.0) for x in (base, proposal, logs([0.5, 0.2], [0.8, 1.0]) - shift))
+    promises, expected = logs([1.0, 2.0, 3.0], [1.0, 0.5, 0.5]), logs([1.1, 1.5], [0.7, 1.0])
+    tokens = TokenRecord(base, base, proposal, mask)
+    score = base.sum(-1) + torch.tensor([8.0, 0.0]).double().log()
+    own = GuideRecord(guide, promises, expected)
+    record = Record(base.sum(-1), base.sum(-1), proposal.sum(-1), score, math.log(2.0), own, tokens=tokens)
+    # ρ is 1 and 2, then a/q 1; 0.5 in the other. The first text is worth 4 where 3 is promised, the second nothing.
+    later = 2 * (1.5 - 2.0)
+    corrections = torch.tensor([[later + 1.0, 1.0], [-0.25, 0.0]]).double()
+    lessons = torch.tensor([[1.1, 2 * 1.5], [0.7, 0.0]]).double()
+    torch.testing.assert_close(Guided().coefficients(record), corrections)
+    torch.testing.assert_close(Guided().lessons(record), lessons)
+    torch.testing.assert_close(Guided(correction=0.25).coefficients(record), 0.25 * corrections)
+    of_guide = prefix_weights(guide, proposal) * mask
+    torch.testing.assert_close(Guided(correction=0.25).lessons(record) * mask, 0.25 * lessons + 0.75 * of_guide)
 
 
 def test_weights_of_prefixes_are_products_of_the_tokens_before() -> None:

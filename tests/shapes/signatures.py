@@ -14,7 +14,8 @@ from torch import Tensor
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Guide, Law, sampling
-from tiltlm.objectives import BatchObjective, Objective, Record, TokenRecord, guided
+from tiltlm.objectives import BatchObjective, GuideRecord, Objective, Record, TokenRecord
+from tiltlm.objectives import prefix_weights as weights_of_prefixes
 from tiltlm.targets import TiltedTarget, moments
 
 shaped = jaxtyped(typechecker=beartype)
@@ -62,8 +63,10 @@ def coefficients(
     prompts: Int[Tensor, "N"],
     tokens: Float[Tensor, "N T"],
 ) -> Logs | Float[Tensor, "N T"]:
-    record = Record(policy, base, proposal, score, log_z=-1.0, guide_logprob=guide, reward=-score, prompt_index=prompts)
+    record = Record(policy, base, proposal, score, log_z=-1.0, reward=-score, prompt_index=prompts)
     record = replace(record, tokens=TokenRecord(tokens, tokens - 0.1, tokens + 0.1, tokens < 0, tokens))
+    promises = torch.stack([guide] * (tokens.shape[1] + 1), 1)
+    record = replace(record, guide=GuideRecord(tokens - 0.2, promises, promises[:, 1:]))
     if isinstance(objective, BatchObjective):
         record = replace(record, advantage=objective.advantages(record))
     return objective.coefficients(record)
@@ -71,7 +74,7 @@ def coefficients(
 
 @shaped
 def prefix_weights(guide_tokens: Float[Tensor, "N T"], proposal_tokens: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    return guided.prefix_weights(guide_tokens, proposal_tokens)
+    return weights_of_prefixes(guide_tokens, proposal_tokens)
 
 
 @shaped

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from tiltlm.features import build_feature
 from tiltlm.lm import Guide, Law
-from tiltlm.objectives import BUILT_IN
+from tiltlm.objectives import BUILT_IN, guided
 from tiltlm.targets import Term, TiltedTarget
 from tiltlm.targets.target import Kind
-from tiltlm.training import pulling
 from tiny_world import build_trainer, tiny_world
 
 N, T, V, K, S = 11, 5, 13, 3, 7
@@ -91,6 +90,6 @@ def test_training_calls_with_the_shapes_that_the_signature_states(monkeypatch: p
         calls.append(args)
         return shaped.prefix_weights(*args)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(pulling, "prefix_weights", call)
+    monkeypatch.setattr(guided, "prefix_weights", call)
     build_trainer(tiny_world(), method="guided", rule="guided", batch_size=50).train_step()
     assert calls

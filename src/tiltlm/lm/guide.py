@@ -13,14 +13,15 @@ class Guide:
     """What a prefix still promises: log ψ for S states of what was read, at each number of tokens read.
 
     ``transitions`` [S, V] gives the state after a token, S + s where the token ends the text in state s; ``log_twist``
-    [T + 1, 2S] gives log ψ(state, tokens read) up to a constant. Every row begins in ``start``. A guided model
-    draws v with probability proportional to a(v|x_<t) ψ(x_<t v), normalized at each token, so its log-probabilities
-    are exact whatever ψ is. Source: twisted sampling, Zhao et al. 2024 (arXiv 2404.17546).
+    [T + 1, 2S] gives log ψ(state, tokens read), less the constant ``log_scale``. Every row begins in ``start``. A
+    guided model draws v with probability proportional to a(v|x_<t) ψ(x_<t v), normalized at each token, so its
+    log-probabilities are exact whatever ψ is. Source: twisted sampling, Zhao et al. 2024 (arXiv 2404.17546).
     """
 
     transitions: Tensor
     log_twist: Tensor
     start: int = 0
+    log_scale: float = 0.0
 
     def log_weights(self, states: Tensor, t: int) -> Tensor:
         """log ψ of every next token [N, V] for rows in ``states`` [N] that have read ``t`` tokens (any, if ended)."""
@@ -56,6 +57,15 @@ class Guide:
             before.append(state)
             state = self.advance(state, column)
         return torch.stack(before, 1)
+
+    def promises(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """log ψ [N, T + 1], its constant and all, before each of ``tokens`` [N, T] and at the end of the text."""
+        state, last = self.begin(len(tokens)), len(self.log_twist) - 1
+        found = [self.log_twist[0][state]]
+        for t, (column, here) in enumerate(zip(tokens.unbind(-1), mask.unbind(-1), strict=True)):
+            state = torch.where(here, self.advance(state, column), state)
+            found.append(torch.where(here, self.log_twist[min(t + 1, last)][state], found[-1]))
+        return torch.stack(found, 1) + self.log_scale
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
         """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""

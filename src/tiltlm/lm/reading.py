@@ -93,7 +93,8 @@ class NextToken:
     """What one pass of policy and base says at each sampled token [N, T]; 0 where masked, None where not asked for.
 
     ``policy``, ``base`` and ``guide`` are log-probabilities of the token, in nats; ``kl`` is KL(π(·|x_<t)‖a(·|x_<t));
-    ``taught`` is Σ_v g(v|x_<t) log π(v|x_<t), the guide's law g as a teacher. ``policy`` and ``taught`` carry a
+    ``taught`` is Σ_v g(v|x_<t) log π(v|x_<t), the guide's law g as a teacher; ``expected`` is log Σ_v a(v|x_<t)
+    ψ(x_<t v), what the guide promises of the next token, less its ``log_scale``. ``policy`` and ``taught`` carry a
     gradient.
     """
 
@@ -102,6 +103,7 @@ class NextToken:
     kl: Tensor | None = None
     guide: Tensor | None = None
     taught: Tensor | None = None
+    expected: Tensor | None = None
 
 
 def next_token(samples: Samples, policy: Reading, base: Reading | None = None, guide: Guide | None = None) -> NextToken:
@@ -110,7 +112,7 @@ def next_token(samples: Samples, policy: Reading, base: Reading | None = None, g
     found = _Laws.apply(  # type: ignore[no-untyped-call]
         policy.hidden, policy.weight, policy.bias, job
     )
-    wanted = (True, base is not None, base is not None, guide is not None, guide is not None)
+    wanted = (True, *[base is not None] * 2, *[guide is not None] * 3)
     tables: Any = [_spread(x, samples) if asked else None for x, asked in zip(found, wanted, strict=True)]
     return NextToken(*tables)
 
@@ -235,20 +237,18 @@ class _Rows:
 
 
 class _Laws(torch.autograd.Function):
-    """The five numbers of ``NextToken`` per position [P]; backward makes each piece of logits again.
+    """The numbers of ``NextToken`` per position [P]; backward makes each piece of logits again.
 
     With z the logits, ∂ log π(x) / ∂z = 1_x − π and ∂ Σ_v g_v log π_v / ∂z = g − π. Where the output layer is frozen,
     forward has all that the gradient needs: both times the weight, [P, H].
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
         policy, base = Reading(hidden, weight, bias, job.compute).cast(), job.base
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
-        found: list[list[Tensor]] = [[], [], [], [], []]
+        found: list[list[Tensor]] = [[] for _ in range(6)]
         pulls: list[list[Tensor]] = [[], []]
         scratch, ours, theirs = _Scratch(policy), _Logits(policy), _Logits(base) if base is not None else None
         held = [_Rows(policy, policy.piece_rows) for _ in range((1 if job.guide is None else 2) if frozen else 0)]
@@ -263,8 +263,12 @@ class _Laws(torch.autograd.Function):
                 found[1].append(job.at_tokens(base_law, strip))
                 found[2].append(torch.linalg.vecdot(pi, torch.sub(law, base_law, out=base_law)))
             if job.guide is not None:
+                normalizer = job.at_tokens(base_logits, strip) - found[1][-1]
                 guide_law = job.guide_law(base_logits, strip, scratch["other"])
                 found[3].append(job.at_tokens(guide_law, strip))
+                # Of two laws' normalizers any token tells, if the guide does not rule it out: so the likeliest.
+                likeliest, place = guide_law.max(-1, keepdim=True)
+                found[5].append((base_logits.gather(-1, place) - likeliest).squeeze(-1) - normalizer)
                 g = guide_law.exp_()
                 # A token that the guide rules out weighs 0, and 0 · −inf is no number.
                 found[4].append(torch.mul(g, law, out=law).masked_fill_(g == 0, 0.0).sum(-1))
@@ -284,12 +288,12 @@ class _Laws(torch.autograd.Function):
         was_cast = policy.hidden is not hidden or policy.weight is not weight
         ctx.cast = policy if was_cast and not frozen else None
         ctx.save_for_backward(*([torch.cat(p) for p in pulls if p] if frozen else [hidden, weight, bias]))
-        ctx.mark_non_differentiable(*outputs[1:4])
-        return tuple(outputs)  # type: ignore[return-value]
+        ctx.mark_non_differentiable(*outputs[1:4], outputs[5])
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, on_policy: Tensor, _b: Any, _k: Any, _g: Any, on_taught: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, on_policy: Tensor, _b: Any, _k: Any, _g: Any, on_taught: Tensor, _e: Any) -> tuple[Any, ...]:
         job: _Job = ctx.job
         if ctx.frozen:
             to_token, *to_guide = ctx.saved_tensors

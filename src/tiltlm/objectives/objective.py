@@ -23,12 +23,25 @@ class TokenRecord:
 
 
 @dataclass(frozen=True)
+class GuideRecord:
+    """A guide g behind a record: its log-probabilities ``tokens`` [N, T] in nats, and what each prefix still promises.
+
+    ``promises`` [N, T + 1] is log ψ before each token and at the end of the text, ψ being the guide's estimate of
+    E_a[P/(Z a) | prefix]; ``expected`` [N, T] is log Σ_v a(v|x_<t) ψ(x_<t v).
+    """
+
+    tokens: Tensor
+    promises: Tensor
+    expected: Tensor
+
+
+@dataclass(frozen=True)
 class Record:
     """What is known of N sampled sequences when their coefficients are computed; nothing here carries a gradient.
 
     All are log-probabilities in nats: of the policy π, the base a, the proposal q that drew the samples, and the
     target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number or one per row [N].
-    ``guide_logprob`` [N] is there where a guide g is distilled. ``reward`` [N] is the target read as a reward,
+    ``guide`` is there where a guide is distilled. ``reward`` [N] is the target read as a reward,
     ``prompt_index`` [N] says which samples share a prompt, ``tokens`` has the same token by token, and ``advantage``,
     [N] or [N, T], is what ``advantages`` gave for these rows when the batch was drawn.
     """
@@ -38,7 +51,7 @@ class Record:
     proposal_logprob: Tensor
     target_logscore: Tensor
     log_z: float | Tensor
-    guide_logprob: Tensor | None = None
+    guide: GuideRecord | None = None
     reward: Tensor | None = None
     prompt_index: Tensor | None = None
     tokens: TokenRecord | None = None

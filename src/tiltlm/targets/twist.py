@@ -92,7 +92,10 @@ class Twist:
             guide = guide_of(self.states, self.chain.promise(final), final)
         else:
             guide = guide_of(self.states, self._table(counts, sums, mean, final), final, mean)
-        return guide if self.learned is None else self.learned.guide(guide, self.along(guide), weights / ratios / mean)
+        scale = guide.log_scale + float(greatest)
+        if self.learned is not None:
+            guide = self.learned.guide(guide, self.along(guide), weights / ratios / mean)
+        return replace(guide, log_scale=scale)
 
     def along(self, guide: Guide) -> Tensor:
         """log ψ of the guide's states after each token of the samples [N, T], 0 where a row had ended before."""
@@ -127,7 +130,9 @@ def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor 
     both = torch.cat([promise, final.expand_as(promise)], 1)
     mean = promise[0, states.start] if mean is None else mean
     # Where nothing is known to be worth anything, all is worth as much.
-    return states.guide((both / mean).clamp_min(FLOOR).log() if float(mean) > 0 else torch.zeros_like(both))
+    if float(mean) <= 0:
+        return states.guide(torch.zeros_like(both))
+    return replace(states.guide((both / mean).clamp_min(FLOOR).log()), log_scale=math.log(mean))
 
 
 def cells_visited(states: PrefixStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:

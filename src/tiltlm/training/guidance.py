@@ -34,9 +34,10 @@ class Guidance:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
         self.twist = Twist.of(base, target, base_sample)
         self.log_weights, self.log_ratio = base_sample.log_weights(target), base_sample.log_ratio
+        self.of_states = self.twist.worth(target)
         if isinstance(log_z, Tensor):
             self.log_weights = self.log_weights - log_z
-        self.of_states = self.twist.worth(target)
+            self.of_states = self.of_states - log_z.mean() if self.of_states is not None else None
         terms = target.terms if isinstance(target, TiltedTarget) else ()
         self.moments = [k for k, term in enumerate(terms) if term.kind == "moment"]
         self.goals = torch.tensor([float(terms[k].goal or 0.0) for k in self.moments], dtype=torch.float64)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import NextToken, Samples
-from tiltlm.objectives import AdaptiveObjective, BatchObjective, Objective, Record, TokenRecord, prefix_weights
+from tiltlm.objectives import AdaptiveObjective, BatchObjective, Guided, GuideRecord, Objective, Record, TokenRecord
 from tiltlm.training.metrics import Scores
 
 
@@ -36,18 +37,18 @@ def record_of(
     base: Tensor,
     *,
     reward: Tensor | None = None,
-    guide: Tensor | None = None,
+    guide: GuideRecord | None = None,
     values: Tensor | None = None,
     advantage: Tensor | None = None,
 ) -> Record:
-    """What an objective reads of N samples; ``policy``, ``base``, ``guide`` are log-probabilities of tokens [N, T]."""
+    """What an objective reads of N samples; ``policy`` and ``base`` are log-probabilities of tokens [N, T]."""
     return Record(
         policy_logprob=scores.policy_logprob,
         base_logprob=scores.base_logprob,
         proposal_logprob=scores.proposal_logprob,
         target_logscore=scores.target_logscore,
         log_z=log_z,
-        guide_logprob=guide.double().sum(-1).cpu() if guide is not None else None,
+        guide=guide,
         reward=reward,
         prompt_index=samples.prompt_index.cpu(),
         tokens=TokenRecord(policy.detach(), base, samples.proposal_logprob, samples.mask, values),
@@ -62,9 +63,10 @@ def pull_chunk(objective: Objective, samples: Samples, record: Record, laws: Nex
     """
     coefficients = finite(objective, objective.coefficients(record), record).to(laws.policy)
     pulled = coefficients * laws.policy.sum(-1) if coefficients.ndim == 1 else (coefficients * laws.policy).sum(-1)
-    if laws.guide is None or laws.taught is None:
+    if record.guide is None or laws.taught is None:
         return pulled
-    return pulled + (prefix_weights(laws.guide, samples.proposal_logprob.to(laws.guide)) * laws.taught).sum(-1)
+    lessons: Tensor = cast(Guided, objective).lessons(record)
+    return pulled + (lessons.to(laws.taught) * laws.taught).sum(-1)
 
 
 def finite(objective: Objective, values: Tensor, record: Record) -> Tensor:
@@ -126,7 +128,7 @@ def _made_up(values: Tensor) -> Record:
         proposal_logprob=sampled,
         target_logscore=values - 1.0,
         log_z=0.0,
-        guide_logprob=values,
+        guide=GuideRecord(values[:, None], torch.stack([values, values], -1), values[:, None]),
         reward=values,
         prompt_index=torch.zeros(len(values), dtype=torch.long),
         tokens=TokenRecord(values[:, None], values.flip(0)[:, None], sampled[:, None], mask),

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from tiltlm.estimation import mixture
 from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
-from tiltlm.objectives import AdaptiveObjective, BatchObjective, CriticObjective, Objective, Record
+from tiltlm.objectives import (
+    AdaptiveObjective,
+    BatchObjective,
+    CriticObjective,
+    GuideRecord,
+    Objective,
+    Record,
+)
 from tiltlm.targets import Target, target_reward
 from tiltlm.training.batch import Assessment, Batch
 from tiltlm.training.critic import Critic
@@ -139,7 +146,7 @@ class Scorer:
                         log_z[rows.cpu()] if isinstance(log_z, Tensor) else log_z,
                         laws.policy,
                         base_tokens,
-                        guide=laws.guide,
+                        guide=_guide_record(chunk, laws, guide, log_z),
                         advantage=_rows(batch.assessment.advantage if batch.assessment else None, rows, chunk),
                     )
                     loss = -pull_chunk(self.objective, chunk, record, laws).sum()
@@ -240,6 +247,17 @@ class Scorer:
         if base is not None:
             return self._with_target(batch, rows, scores)
         return scores.with_target(torch.full((len(chunk),), -math.inf))
+
+
+def _guide_record(chunk: Samples, laws: NextToken, guide: Guide | None, log_z: float | Tensor) -> GuideRecord | None:
+    """What an objective reads of a guide; with several prompts its promises are over each one's Z already."""
+    if guide is None or laws.guide is None or laws.expected is None:
+        return None
+    promises = guide.promises(chunk.tokens, chunk.mask).double()
+    expected = laws.expected.double() + guide.log_scale
+    if not isinstance(log_z, Tensor):
+        promises, expected = promises - log_z, expected - log_z
+    return GuideRecord(laws.guide.double(), promises, expected)
 
 
 def _as_from_mixture(chunk: Samples, laws: NextToken, base_share: float | None) -> Samples:
