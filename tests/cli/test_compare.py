@@ -218,6 +218,21 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert tiltlm("compare", folder).code == 0
     assert (folder / "report.html").exists()
 
+    assert tiltlm("compare", "study.yaml").code == 0
+    # What results.csv holds of a run stands for it where its directory is gone, as on another machine.
+    whole = {name: (folder / name).read_bytes() for name in ("results.csv", "tables.md", "tables.tex")}
+    shutil.rmtree(folder / "runs")
+    (folder / "references/female/sample.pt").unlink()
+    elsewhere = tiltlm("compare", "study.yaml")
+    assert elsewhere.code == 0, elsewhere.err
+    assert not (folder / "runs").exists()
+    assert whole == {name: (folder / name).read_bytes() for name in whole}
+    # It is neither lost nor mixed with other settings.
+    lost = tiltlm("compare", "study.yaml", "seeds=[1]")
+    assert lost.code == 2
+    assert_one_error(lost.err, ["female/gdc++/seed-0", "would lose"])
+    assert whole["results.csv"] == (folder / "results.csv").read_bytes()
+
 
 def test_runs_that_exist_are_compared(tiltlm: Command, finished: Path) -> None:
     other = shutil.copytree(finished, finished.parent / "other")

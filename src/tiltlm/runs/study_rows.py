@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tiltlm.errors import CheckpointError
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.study import Entry, Method, Row, Study, StudyDirectory, Task
@@ -23,25 +24,59 @@ MOST_POINTS = 24
 
 
 def read_study(directory: StudyDirectory) -> Study:
-    """A study with the rows of all its runs that are done. Raises UsageError, CheckpointError."""
+    """A study with the rows of all its runs that are done. Raises UsageError, CheckpointError.
+
+    Of a run whose directory is gone they are what ``results.csv`` holds of it.
+    """
     record = directory.read_record()
     entries = [Entry(**{f.name: one.get(f.name) for f in fields(Entry)}) for one in record["runs"]]
     done = [(e, directory.run(e.task, e.method, e.seed)) for e in entries if e.status == "done"]
-    rows = [row for entry, run in done for row in run_rows(entry, run)]
+    kept = kept_rows(directory)
+    rows = [
+        row
+        for entry, run in done
+        for row in (run_rows(entry, run) if run.run_path.exists() else kept.get(key_of(entry), []))
+    ]
     goals: dict[str, Mapping[str, float | None]] = {}
     for entry, run in done:
-        goals.setdefault(entry.task, goals_of(run.read_run()))
+        if run.run_path.exists():
+            goals.setdefault(entry.task, goals_of(run.read_run()))
     tasks = []
     for name, label in record["tasks"].items():
         path = directory.reference(name) / "reference.json"
-        tasks.append(Task(name, label, goals.get(name, {}), storage.read_object(path) if path.exists() else None))
+        reference = storage.read_object(path) if path.exists() else None
+        tasks.append(Task(name, label, goals.get(name) or goals_of(reference or {}), reference))
     methods = [Method(name, **shown) for name, shown in record["methods"].items()]
     made = {key: record.get(key) for key in ("updated", "versions", "git_commit", "command", "study")}
     return Study(record["title"], tasks, methods, entries, rows, record["skipped"], made)
 
 
+def key_of(one: Entry | Row) -> tuple[str, str, int]:
+    """What tells the runs of a study apart."""
+    return one.task, one.method, one.seed
+
+
+def kept_rows(directory: StudyDirectory) -> dict[tuple[str, str, int], list[Row]]:
+    """What ``results.csv`` holds of each run. Raises CheckpointError for a file that is none."""
+    path = directory.results_path
+    if not path.is_file():
+        return {}
+    kinds = {one.name: {"int": int, "float": float}.get(str(one.type), str) for one in fields(Row)}
+    found: dict[tuple[str, str, int], list[Row]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file, strict=True):
+                row = Row(**{name: kind(line[name] or "nan") for name, kind in kinds.items()})
+                found.setdefault(key_of(row), []).append(row)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}); put it back, or delete it to have its runs done anew"
+        ) from error
+    return found
+
+
 def goals_of(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """The wanted mean of each feature in a ``run.json`` record; a reward has none."""
+    """The wanted mean of each feature in a ``run.json`` or ``reference.json`` record; a reward has none."""
     found = (record.get("target") or {}).get("features") or []
     return {one["name"]: 1.0 if one["kind"] == "filter" else one["goal"] for one in found}
 

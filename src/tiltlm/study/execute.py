@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tiltlm.errors import TiltError, UsageError
 from tiltlm.runs import storage
 from tiltlm.runs.resuming import check_same_config, is_done
 from tiltlm.runs.study import StudyDirectory
+from tiltlm.runs.study_rows import kept_rows
 from tiltlm.study.grid import Grid, PlannedRun, with_fit
 from tiltlm.study.progress import StudyProgress
 from tiltlm.study.reference import RECORD, has_reference, reference_key
@@ -53,8 +55,11 @@ class Execution:
     def __init__(self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int) -> None:
         self.grid, self.directory, self.record, self.jobs = grid, directory, record, jobs
         self.places = {f"{one['task']}/{one['method']}/seed-{one['seed']}": one for one in record["runs"]}
+        self.planned = {run.name: run for run in grid.runs}
         self.active: list[Active] = []
         self.without_reference: set[str] = set()
+        self.kept = kept_rows(directory)
+        self._check_kept()
 
     def go(self, progress: StudyProgress) -> bool:
         """Draw the references, then run what is not done; False if it was interrupted."""
@@ -77,7 +82,7 @@ class Execution:
         for task in self.grid.study.tasks:
             runs = self.grid.of_task(task)
             folder = self.directory.reference(task)
-            if not runs:
+            if all(self._is_kept(run) for run in runs):
                 continue
             try:
                 if has_reference(folder, reference_key(runs[0].config, settings)):
@@ -92,6 +97,10 @@ class Execution:
         fits = {task: _fit_size(self.directory.reference(task)) for task in self.grid.study.tasks}
         for planned in self.grid.runs:
             place, run, fit = self.places[planned.name], planned, fits[planned.task]
+            if self._is_kept(run):
+                self._settle(place, "done")
+                self.progress.already(run)
+                continue
             folder, reference = self.directory.run(run.task, run.method, run.seed), self.directory.reference(run.task)
             if fit is None or run.task in self.without_reference:
                 continue
@@ -101,6 +110,7 @@ class Execution:
                     check_same_config(folder, run.config.to_json())
                     if is_done(folder) and is_measured(folder, reference):
                         self._settle(place, "done")
+                        place["kept"] = settings_key(planned)
                         self.progress.already(run)
                         continue
             except TiltError as error:
@@ -116,6 +126,22 @@ class Execution:
                 "curve": self.grid.study.curve.model_dump(),
             }
             yield Job(run.name, order, run)
+
+    def _is_kept(self, run: PlannedRun) -> bool:
+        """Whether only ``results.csv`` has it, as where the study went on on another machine."""
+        place = self.places[run.name]
+        gone = not self.directory.run(run.task, run.method, run.seed).run_path.exists()
+        return gone and place["kept"] == settings_key(run) and (run.task, run.method, run.seed) in self.kept
+
+    def _check_kept(self) -> None:
+        """Raises UsageError for rows that would be lost: of runs outside the grid that no directory holds."""
+        for task, method, seed in self.kept:
+            name, run = f"{task}/{method}/seed-{seed}", self.directory.run(task, method, seed)
+            if name not in self.planned and not run.run_path.exists():
+                raise UsageError(
+                    f"{self.directory.results_path} alone holds the results of {name}, which this study does not name "
+                    f"and would lose; name its task, method and seed, or choose another --output-dir"
+                )
 
     def _work(self, jobs: Iterator[Job]) -> None:
         """Keep ``self.jobs`` processes at work until all is done."""
@@ -165,6 +191,7 @@ class Execution:
         place = self.places[one.job.run.name]
         place["seconds"] = (place.get("seconds") or 0.0) + seconds
         self._settle(place, status, error)
+        place["kept"] = settings_key(self.planned[one.job.run.name]) if status == "done" else None
         self.progress.ended(one.job.run, status, error, seconds)
         self.directory.write_record(self.record)
 
@@ -204,12 +231,13 @@ class Execution:
 def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: Sequence[str]) -> dict[str, Any]:
     """``study.json`` of a grid; what an earlier sitting knows of the same runs is kept."""
     known = {(one["task"], one["method"], one["seed"]): one for one in (before or {}).get("runs", [])}
-    fresh = {"status": "waiting", "error": None, "seconds": None}
+    fresh = {"status": "waiting", "error": None, "seconds": None, "kept": None}
     runs = []
     for run in grid.runs:
         key = {"task": run.task, "method": run.method, "seed": run.seed}
         earlier = known.get((run.task, run.method, run.seed), {})
-        runs.append({**fresh, **key, "seconds": earlier.get("seconds"), "sequences": run.sequences})
+        known_of = {name: earlier.get(name) for name in ("seconds", "kept")}
+        runs.append({**fresh, **key, **known_of, "sequences": run.sequences})
     return {
         "title": title,
         "command": list(command),
@@ -221,6 +249,11 @@ def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: S
         "runs": runs,
         "skipped": [vars(one) for one in grid.skipped],
     }
+
+
+def settings_key(run: PlannedRun) -> str:
+    """What a finished run was run with, as a hash; its rows in ``results.csv`` are of these settings."""
+    return hashlib.sha256(json.dumps(run.config.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def _fit_size(reference: Path) -> int | None:

@@ -104,7 +104,7 @@ def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
 
 def has_reference(folder: Path, key: str) -> bool:
     """Whether the reference is there. Raises UsageError where it was drawn for other settings."""
-    if not (folder / RECORD).exists():
+    if not (folder / RECORD).exists() or not (folder / SAMPLE).exists():
         return False
     if storage.read_object(folder / RECORD)["key"] != key:
         raise UsageError(
