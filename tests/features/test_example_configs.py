@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         from train_example_models import train_all  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(ROOT / "scripts"))
-    figures = train_all(folder / "examples" / "models", sentences=900, steps=80)
+    figures = train_all(folder / "examples" / "models", sentences=900, steps=160)
     assert figures["sentences"]["correlation with VADER"] > 0.1
     assert figures["code"]["nats per token"] < 1.2
     return folder
