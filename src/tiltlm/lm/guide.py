@@ -60,12 +60,12 @@ class Guide:
 
     def promises(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """log ψ [N, T + 1], its constant and all, before each of ``tokens`` [N, T] and at the end of the text."""
-        state, last = self.begin(len(tokens)), len(self.log_twist) - 1
-        found = [self.log_twist[0][state]]
-        for t, (column, here) in enumerate(zip(tokens.unbind(-1), mask.unbind(-1), strict=True)):
-            state = torch.where(here, self.advance(state, column), state)
-            found.append(torch.where(here, self.log_twist[min(t + 1, last)][state], found[-1]))
-        return torch.stack(found, 1) + self.log_scale
+        before = self.states(tokens)
+        states = torch.cat([before, self.advance(before[:, -1], tokens[:, -1])[:, None]], 1)
+        read = torch.arange(states.shape[1], device=tokens.device)
+        found = self.log_twist[read.clamp_max(len(self.log_twist) - 1), states]
+        # Behind its end a text promises what it did there.
+        return found.gather(1, read.minimum(mask.sum(1, keepdim=True))) + self.log_scale
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
         """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""
