@@ -231,6 +231,14 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     lost = tiltlm("compare", "study.yaml", "seeds=[1]")
     assert lost.code == 2
     assert_one_error(lost.err, ["female/gdc++/seed-0", "would lose"])
+    other = tiltlm("compare", "study.yaml", "methods.gdc++.training.learning_rate=0.1")
+    assert other.code == 2
+    assert_one_error(other.err, ["female/gdc++/seed-0", "other settings"])
+    assert whole["results.csv"] == (folder / "results.csv").read_bytes()
+    # Not even where the task's reference cannot be drawn for a further seed.
+    (folder / "references/female/reference.json").write_text('{"key": "another"}')
+    failed = tiltlm("compare", "study.yaml", "seeds=2")
+    assert failed.code == 1, failed.err
     assert whole["results.csv"] == (folder / "results.csv").read_bytes()
 
 

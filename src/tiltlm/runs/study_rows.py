@@ -37,10 +37,7 @@ def read_study(directory: StudyDirectory) -> Study:
         for entry, run in done
         for row in (run_rows(entry, run) if run.run_path.exists() else kept.get(key_of(entry), []))
     ]
-    goals: dict[str, Mapping[str, float | None]] = {}
-    for entry, run in done:
-        if run.run_path.exists():
-            goals.setdefault(entry.task, goals_of(run.read_run()))
+    goals = {entry.task: goals_of(run.read_run()) for entry, run in reversed(done) if run.run_path.exists()}
     tasks = []
     for name, label in record["tasks"].items():
         path = directory.reference(name) / "reference.json"

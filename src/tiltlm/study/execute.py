@@ -58,8 +58,7 @@ class Execution:
         self.planned = {run.name: run for run in grid.runs}
         self.active: list[Active] = []
         self.without_reference: set[str] = set()
-        self.kept = kept_rows(directory)
-        self._check_kept()
+        self.kept = self._kept()
 
     def go(self, progress: StudyProgress) -> bool:
         """Draw the references, then run what is not done; False if it was interrupted."""
@@ -80,9 +79,9 @@ class Execution:
     def _references(self) -> Iterator[Job]:
         settings = self.grid.study.reference
         for task in self.grid.study.tasks:
-            runs = self.grid.of_task(task)
+            runs = [run for run in self.grid.of_task(task) if run.name not in self.kept]
             folder = self.directory.reference(task)
-            if all(self._is_kept(run) for run in runs):
+            if not runs:
                 continue
             try:
                 if has_reference(folder, reference_key(runs[0].config, settings)):
@@ -97,8 +96,7 @@ class Execution:
         fits = {task: _fit_size(self.directory.reference(task)) for task in self.grid.study.tasks}
         for planned in self.grid.runs:
             place, run, fit = self.places[planned.name], planned, fits[planned.task]
-            if self._is_kept(run):
-                self._settle(place, "done")
+            if run.name in self.kept:
                 self.progress.already(run)
                 continue
             folder, reference = self.directory.run(run.task, run.method, run.seed), self.directory.reference(run.task)
@@ -127,21 +125,26 @@ class Execution:
             }
             yield Job(run.name, order, run)
 
-    def _is_kept(self, run: PlannedRun) -> bool:
-        """Whether only ``results.csv`` has it, as where the study went on on another machine."""
-        place = self.places[run.name]
-        gone = not self.directory.run(run.task, run.method, run.seed).run_path.exists()
-        return gone and place["kept"] == settings_key(run) and (run.task, run.method, run.seed) in self.kept
+    def _kept(self) -> set[str]:
+        """The runs that only ``results.csv`` holds, as where the study goes on on another machine; they are done.
 
-    def _check_kept(self) -> None:
-        """Raises UsageError for rows that would be lost: of runs outside the grid that no directory holds."""
-        for task, method, seed in self.kept:
-            name, run = f"{task}/{method}/seed-{seed}", self.directory.run(task, method, seed)
-            if name not in self.planned and not run.run_path.exists():
+        Raises UsageError where the study does not name one, or has other settings for it: its rows would be lost.
+        """
+        found = set()
+        for task, method, seed in kept_rows(self.directory):
+            name = f"{task}/{method}/seed-{seed}"
+            if self.directory.run(task, method, seed).run_path.exists():
+                continue
+            if name not in self.planned or self.places[name]["kept"] != settings_key(self.planned[name]):
                 raise UsageError(
-                    f"{self.directory.results_path} alone holds the results of {name}, which this study does not name "
-                    f"and would lose; name its task, method and seed, or choose another --output-dir"
+                    f"{self.directory.results_path} alone holds the results of {name}, which this study does not name, "
+                    f"or with other settings, and would lose; give it the same task, method, seed and settings, or "
+                    f"choose another --output-dir"
                 )
+            # At once: also a sitting that is interrupted writes the rows of what is done.
+            self._settle(self.places[name], "done")
+            found.add(name)
+        return found
 
     def _work(self, jobs: Iterator[Job]) -> None:
         """Keep ``self.jobs`` processes at work until all is done."""
@@ -198,6 +201,8 @@ class Execution:
     def _fail_task(self, task: str, error: str) -> None:
         self.without_reference.add(task)
         for run in self.grid.of_task(task):
+            if run.name in self.kept:
+                continue
             place = self.places[run.name]
             self._settle(place, "failed", error)
             self.progress.ended(run, "failed", None, 0.0)

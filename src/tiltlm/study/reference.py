@@ -104,14 +104,14 @@ def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
 
 def has_reference(folder: Path, key: str) -> bool:
     """Whether the reference is there. Raises UsageError where it was drawn for other settings."""
-    if not (folder / RECORD).exists() or not (folder / SAMPLE).exists():
+    if not (folder / RECORD).exists():
         return False
     if storage.read_object(folder / RECORD)["key"] != key:
         raise UsageError(
             f"{folder}: this reference was drawn for another base, target or reference section than the study now "
             f"states; delete it together with the runs of its task, or choose another output_dir"
         )
-    return True
+    return (folder / SAMPLE).exists()  # where only the results came along it is drawn again
 
 
 def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, display: Display) -> None:
