@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ground.runs import Budget, Drawn, Runs
 from tiltlm.estimation import mixture
-from tiltlm.objectives import Guided, GuideRecord
+from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.prefix_states import PrefixStates
 from tiltlm.targets.twist import Twist
@@ -40,6 +40,7 @@ class Distilled:
         """Until the budget is spent."""
         assert runs.fit_sample is not None, "the guide is estimated from fit samples"
         guides, generator = guides_of(runs), torch.Generator().manual_seed(0)
+        balances = [Balance() for _ in range(runs.count)]
         runs.passes += len(runs.fit_sample)  # the base reads them for the guide
         pool: list[Drawn] = []
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
@@ -52,14 +53,14 @@ class Distilled:
             log_z = runs.log_z(scored)
             if fresh:
                 runs.learn_log_z(scored)
-            update(runs, self.objective, batch, guides, log_z)
+            update(runs, self.objective, batch, guides, log_z, balances)
             if self.steps > 1:
                 kept = Drawn.joined(pool)
                 share = min(from_base, len(pool)) / len(pool)
                 kept = replace(kept, logprob=mixture_of(runs, kept, guides.law, share))
                 for _ in range(self.steps - 1):
                     rows = torch.randperm(len(kept), generator=generator)[: self.batch]
-                    update(runs, self.objective, kept.rows(rows), guides, log_z)
+                    update(runs, self.objective, kept.rows(rows), guides, log_z, balances)
             runs.note()
 
 
@@ -98,8 +99,10 @@ def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Te
     )
 
 
-def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guides: Guides, log_z: Tensor) -> Tensor:
-    """What correction and distillation pull at each node and token [R, M, V], under the policy's law [R, M, V]."""
+def records_of(
+    runs: Runs, drawn: Drawn, policy: Tensor, guides: Guides, log_z: Tensor, balances: list[Balance]
+) -> list[Record]:
+    """What the objective reads in each run, whose policy has the law [M, V] of ``policy`` [R, M, V]."""
     scored, graph = runs.score(drawn), runs.world.graph
     expected = torch.cat(
         [(runs.world.base[layer] + graph.after(guides.promises, layer)).logsumexp(-1) for layer in graph], -1
@@ -108,19 +111,37 @@ def pulls(runs: Runs, objective: Guided, drawn: Drawn, policy: Tensor, guides: G
     promised = guides.promises.gather(1, passed).reshape(*drawn.leaf.shape, -1) - log_z[:, None, None]
     next_promised = expected.gather(1, drawn.nodes.flatten(1)).reshape(drawn.nodes.shape) - log_z[:, None, None]
     law = drawn.under(guides.law).double()
-    records = [
-        replace(record, guide=GuideRecord(law[r], promised[r], next_promised[r]))
+    return [
+        replace(record, guide=GuideRecord(law[r], promised[r], next_promised[r], balances[r].shares(graph.length)))
         for r, record in enumerate(runs.records(scored, drawn.under(policy), log_z))
     ]
+
+
+def gram_of(drawn: Drawn, policy: Tensor, guide: Tensor) -> Tensor:
+    """``NextToken.gram`` [R, N, T, 3], from the laws [R, M, V]."""
+    pi, g = policy.exp(), guide.exp()
+    products = torch.stack([(g * g).sum(-1), (g * pi).sum(-1), (pi * pi).sum(-1)], -1)
+    rows = drawn.nodes.flatten(1)[..., None].expand(-1, -1, 3)
+    theirs, both, ours = products.gather(1, rows).reshape(*drawn.nodes.shape, 3).unbind(-1)
+    of_token, of_guide = drawn.under(pi), drawn.under(g)
+    return torch.stack([theirs - 2 * both + ours, of_guide - of_token - both + ours, 1 - 2 * of_token + ours], -1)
+
+
+def pulls(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, records: list[Record]) -> Tensor:
+    """What corrections and distillation pull at each node and token [R, M, V]."""
     coefficients = torch.stack([objective.coefficients(record) for record in records])
     weights = torch.stack([objective.lessons(record) for record in records]).float() / len(drawn)
     taught = torch.zeros(guides.law.shape[:2]).scatter_add_(1, drawn.nodes.flatten(1), weights.flatten(1))
     return runs.pull(drawn, runs.checked(coefficients)) + taught[..., None] * guides.law.exp()
 
 
-def update(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: Tensor) -> None:
+def update(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: Tensor, balances: list[Balance]) -> None:
     """One step; base and policy read every sequence, the base for the law of the guide."""
     table = runs.policy.log_table()
     runs.passes += 2 * len(drawn)
-    pulled = pulls(runs, objective, drawn, table.detach(), guides, log_z)
-    runs.optimizer.step(runs.gradients(table, pulled))
+    records = records_of(runs, drawn, table.detach(), guides, log_z, balances)
+    runs.optimizer.step(runs.gradients(table, pulls(runs, objective, drawn, guides, records)))
+    if objective.correction:
+        for balance, record, gram in zip(balances, records, gram_of(drawn, table.detach(), guides.law), strict=True):
+            balance.note(forms(record), gram)
+            balance.settle()

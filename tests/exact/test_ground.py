@@ -14,14 +14,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ground.distilled import Guides, guides_of, mixture_of, pulls
+from ground.distilled import Guides, gram_of, guides_of, mixture_of, pulls, records_of
 from ground.policies import Adam
 from ground.pooled import Kept
 from ground.runs import Drawn, Runs
 from ground.worlds import World, enumerable, rare_phrase
 
 from tiltlm.exact import MarkovModel, MarkovTarget, markov_target
-from tiltlm.objectives import GDCPlusPlus, Guided, Pooled
+from tiltlm.objectives import Balance, GDCPlusPlus, Guided, Pooled, forms
 
 RUNS, SAMPLES = 100, 2000
 
@@ -42,14 +42,32 @@ def sampled(runs: Runs, log_z: Tensor, table: Tensor, proposal: Tensor) -> Tenso
 
 def guided(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     guides = guides_of(runs)
-    return pulls(runs, Guided(), runs.draw(guides.law, SAMPLES), table, guides, log_z)
+    return distilled(runs, log_z, table, guides, runs.draw(guides.law, SAMPLES))
+
+
+def mixed(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
+    """With the shares that other samples gave to each form."""
+    guides, balances = guides_of(runs), [Balance() for _ in range(RUNS)]
+    before = runs.draw(guides.law, 100)
+    records = records_of(runs, before, table, guides, log_z, balances)
+    for balance, record, gram in zip(balances, records, gram_of(before, table, guides.law), strict=True):
+        balance.note(forms(record), gram)
+        balance.settle()
+    return distilled(runs, log_z, table, guides, runs.draw(guides.law, SAMPLES), balances)
+
+
+def distilled(
+    runs: Runs, log_z: Tensor, table: Tensor, guides: Guides, drawn: Drawn, balances: list[Balance] | None = None
+) -> Tensor:
+    records = records_of(runs, drawn, table, guides, log_z, balances or [Balance()] * RUNS)
+    return pulls(runs, Guided(), drawn, guides, records)
 
 
 def from_the_pool(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     guides = guides_of(runs)
     kept = Drawn.joined([runs.draw(runs.base, SAMPLES // 4), runs.draw(guides.law, SAMPLES - SAMPLES // 4)])
     kept = replace(kept, logprob=mixture_of(runs, kept, guides.law, 0.25))
-    return pulls(runs, Guided(), kept, table, guides, log_z)
+    return distilled(runs, log_z, table, guides, kept)
 
 
 def from_all_proposals(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
@@ -69,7 +87,7 @@ def toward_the_target(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     promises = 0.9 * runs.world.promise
     law = runs.world.graph.tilted(runs.world.base, promises).float()
     guides = Guides(law.expand(RUNS, -1, -1), promises.expand(RUNS, -1))
-    return pulls(runs, Guided(), runs.draw(guides.law, SAMPLES), table, guides, log_z)
+    return distilled(runs, log_z, table, guides, runs.draw(guides.law, SAMPLES))
 
 
 def near(world: World, steps: int) -> World:
@@ -89,6 +107,7 @@ def near(world: World, steps: int) -> World:
         (on_policy, "hybrid"),
         (from_the_base, "hybrid"),
         (guided, "moment"),
+        (mixed, "moment"),
         (from_the_pool, "hybrid"),
         (from_all_proposals, "hybrid"),
         (on_policy, "rare"),

@@ -18,7 +18,7 @@ from tiltlm.lm import LanguageModel, Samples, next_token, reading
 from tiltlm.lm.reading import NextToken, Reading
 
 GRADIENTS = ("policy", "taught")
-NAMES = (*GRADIENTS, "base", "kl", "guide")
+NAMES = (*GRADIENTS, "base", "kl", "guide", "gram")
 
 
 @pytest.fixture(autouse=True, params=[1, 7, 1000])
@@ -44,6 +44,7 @@ def other(model: LanguageModel) -> LanguageModel:
 def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: Any) -> dict[str, Tensor]:
     """The same by the full softmax, one row after the other, without padding."""
     found = {name: torch.zeros(samples.tokens.shape, dtype=torch.float64) for name in NAMES}
+    found["gram"] = torch.zeros(*samples.tokens.shape, 3, dtype=torch.float64)
     for i, (m, ids) in enumerate(zip(samples.prompt_index.tolist(), samples.completion_ids, strict=True)):
         prompt = samples.prompts.tokens[m][samples.prompts.mask[m]].tolist()
         tokens = torch.tensor([prompt + ids])
@@ -52,12 +53,14 @@ def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: A
         weights = torch.stack([guide.log_weights(states[t][None], t)[0] for t in range(len(ids))])
         g = (a + weights).log_softmax(-1).detach()
         at = torch.arange(len(ids)), torch.tensor(ids)
+        pulls = g.exp() - pi.exp(), torch.eye(pi.shape[-1], dtype=pi.dtype)[ids] - pi.exp()
         rows = {
             "policy": pi[at],
             "taught": (g.exp() * pi).sum(-1),
             "base": a[at],
             "kl": (pi.exp() * (pi - a)).sum(-1),
             "guide": g[at],
+            "gram": torch.stack([(pulls[j] * pulls[k]).sum(-1) for j, k in ((0, 0), (0, 1), (1, 1))], -1).detach(),
         }
         for name, row in rows.items():
             found[name] = found[name].index_put((torch.full((len(ids),), i), torch.arange(len(ids))), row)

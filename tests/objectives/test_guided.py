@@ -14,7 +14,7 @@ from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.exact import weighted_gradient
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
-from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, prefix_weights
+from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, forms, prefix_weights
 from tiltlm.training import scoring
 from tiltlm.training.batch import Batch
 from tiltlm.training.trainer import Trainer
@@ -89,6 +89,46 @@ def test_corrected_it_is_exact_with_lora_and_its_own_guide(world: World, monkeyp
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     assert truth.norm() > 0.1
     assert float((found - truth).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("which", [0, 1, 2, 3, None])
+def test_every_form_and_every_mix_of_them_is_exact(
+    world: World, proposal: str, which: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the shares of a position are, negative ones too, as long as they sum to one."""
+    drawn = torch.randn(LENGTH, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    drawn[:, 0] += 1 - drawn.sum(-1)
+    table = drawn if which is None else torch.eye(4).double()[[which] * LENGTH]
+    trainer = wrongly_guided(world, Guided())
+    monkeypatch.setattr(trainer.scorer.balance, "shares", lambda length: table[:length])
+    found = expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch)
+    truth = flat(true_gradient(world, trainer.roles.policy), trainer)
+    assert float((found - truth).abs().max()) < 1e-10
+
+
+def test_shares_are_those_of_the_batches_before(world: World) -> None:
+    """They change with each update, in whatever pieces it reads, and not by what only measures."""
+    found = []
+    for pieces in (None, 7):
+        settings = {"batch_size": 60, "per_device_train_batch_size": pieces, "gradient_samples": 3}
+        trainer = build_trainer(world, method="guided", rule="on_policy", **settings)
+        assert trainer.scorer.balance.shares(LENGTH) is None
+        shares = []
+        for _ in range(2):
+            trainer.train_step()
+            assert trainer.scorer.balance.noted is None
+            shares.append(trainer.scorer.balance.shares(LENGTH))
+        found.append(torch.stack(shares))
+    torch.testing.assert_close(found[0].sum(-1), torch.ones(2, LENGTH).double())
+    assert float((found[0][0] - found[0][1]).abs().max()) > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+def test_without_correction_nothing_is_balanced(world: World) -> None:
+    trainer = build_trainer(world, method=Guided(correction=0), rule="guided", batch_size=20)
+    trainer.train_step()
+    assert trainer.scorer.balance.moments is None
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -203,14 +243,21 @@ def test_corrections_and_lessons_are_the_formulas_even_where_probabilities_under
     mask = torch.tensor([[True, True], [True, False]])
     base, proposal, guide = (torch.where(mask, x, 0.0) for x in (base, proposal, logs([0.5, 0.2], [0.8, 1.0]) - shift))
     promises, expected = logs([1.0, 2.0, 3.0], [1.0, 0.5, 0.5]), logs([1.1, 1.5], [0.7, 1.0])
-    tokens = TokenRecord(base, base, proposal, mask)
     score = base.sum(-1) + torch.tensor([8.0, 0.0]).double().log()
     own = GuideRecord(guide, promises, expected)
-    record = Record(base.sum(-1), base.sum(-1), proposal.sum(-1), score, math.log(2.0), own, tokens=tokens)
+    policy = base + torch.where(mask, math.log(0.5), 0.0)
+    tokens = TokenRecord(policy, base, proposal, mask)
+    record = Record(policy.sum(-1), base.sum(-1), proposal.sum(-1), score, math.log(2.0), own, tokens=tokens)
     # ρ is 1 and 2, then a/q 1; 0.5 in the other. The first text is worth 4 where 3 is promised, the second nothing.
     later = 2 * (1.5 - 2.0)
     corrections = torch.tensor([[later + 1.0, 1.0], [-0.25, 0.0]]).double()
     lessons = torch.tensor([[1.1, 2 * 1.5], [0.7, 0.0]]).double()
+    # w is 4 and 0, π/q a quarter and a half of a/q, and g/q a half and 2.
+    three = torch.tensor([[4.0, 0.0], [4 - 0.25, -0.25], [4 - 0.5, -2.0]]).double()
+    all_forms, of_text = forms(record), torch.where(mask, three[..., None], 0.0)
+    torch.testing.assert_close(all_forms.corrections, torch.cat([of_text, corrections[None]]))
+    of_prefix = prefix_weights(guide, proposal) * mask
+    torch.testing.assert_close(all_forms.lessons, torch.stack([0 * lessons, 0 * lessons, of_prefix, lessons]))
     torch.testing.assert_close(Guided().coefficients(record), corrections)
     torch.testing.assert_close(Guided().lessons(record), lessons)
     torch.testing.assert_close(Guided(correction=0.25).coefficients(record), 0.25 * corrections)

@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pool, kept proposal": {**POOL, "rule": "interval", "check_steps": 2},
     "pool, lora, on-policy, fit samples": {**POOL, "rule": "on_policy", "lora": True, "reuse_fit_samples": True},
     "pool, guided": {**POOL, "rule": "guided", "method": "gdc++"},
+    "guided, on-policy": {"method": "guided", "rule": "on_policy", "num_iterations": 2, "reuse_fit_samples": True},
 }
 
 
@@ -72,6 +73,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "partition": trainer.partition,
         "pool": trainer.reuse.state(),
         "objective": trainer.scorer.objective,
+        "balance": trainer.scorer.balance.moments,
         "numbers": (
             trainer.step,
             trainer.source,

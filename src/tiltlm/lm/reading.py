@@ -94,8 +94,9 @@ class NextToken:
 
     ``policy``, ``base`` and ``guide`` are log-probabilities of the token, in nats; ``kl`` is KL(π(·|x_<t)‖a(·|x_<t));
     ``taught`` is Σ_v g(v|x_<t) log π(v|x_<t), the guide's law g as a teacher; ``expected`` is log Σ_v a(v|x_<t)
-    ψ(x_<t v), what the guide promises of the next token, less its ``log_scale``. ``policy`` and ``taught`` carry a
-    gradient.
+    ψ(x_<t v), what the guide promises of the next token, less its ``log_scale``. ``gram`` [N, T, 3] has the inner
+    products of g − π and 1_x − π over the vocabulary: of the first with itself, of both, of the second with itself.
+    ``policy`` and ``taught`` carry a gradient.
     """
 
     policy: Tensor
@@ -104,6 +105,7 @@ class NextToken:
     guide: Tensor | None = None
     taught: Tensor | None = None
     expected: Tensor | None = None
+    gram: Tensor | None = None
 
 
 def next_token(samples: Samples, policy: Reading, base: Reading | None = None, guide: Guide | None = None) -> NextToken:
@@ -112,7 +114,7 @@ def next_token(samples: Samples, policy: Reading, base: Reading | None = None, g
     found = _Laws.apply(  # type: ignore[no-untyped-call]
         policy.hidden, policy.weight, policy.bias, job
     )
-    wanted = (True, *[base is not None] * 2, *[guide is not None] * 3)
+    wanted = (True, *[base is not None] * 2, *[guide is not None] * 4)
     tables: Any = [_spread(x, samples) if asked else None for x, asked in zip(found, wanted, strict=True)]
     return NextToken(*tables)
 
@@ -134,8 +136,8 @@ def token_logprobs(samples: Samples, reading: Reading, law: Law, guide: Guide | 
 
 
 def _spread(values: Tensor, samples: Samples) -> Tensor:
-    """Values [P] of the sampled tokens as a table [N, T]."""
-    table = values.new_zeros(samples.tokens.shape)
+    """Values [P, ...] of the sampled tokens as a table [N, T, ...]."""
+    table = values.new_zeros(*samples.tokens.shape, *values.shape[1:])
     return table.index_put((samples.flat_rows, samples.flat_columns), values)
 
 
@@ -248,7 +250,7 @@ class _Laws(torch.autograd.Function):
         policy, base = Reading(hidden, weight, bias, job.compute).cast(), job.base
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
-        found: list[list[Tensor]] = [[] for _ in range(6)]
+        found: list[list[Tensor]] = [[] for _ in range(7)]
         pulls: list[list[Tensor]] = [[], []]
         scratch, ours, theirs = _Scratch(policy), _Logits(policy), _Logits(base) if base is not None else None
         held = [_Rows(policy, policy.piece_rows) for _ in range((1 if job.guide is None else 2) if frozen else 0)]
@@ -270,6 +272,7 @@ class _Laws(torch.autograd.Function):
                 likeliest, place = guide_law.max(-1, keepdim=True)
                 found[5].append((base_logits.gather(-1, place) - likeliest).squeeze(-1) - normalizer)
                 g = guide_law.exp_()
+                found[6].append(_gram(pi, g, found[0][-1], found[3][-1]))
                 # A token that the guide rules out weighs 0, and 0 · −inf is no number.
                 found[4].append(torch.mul(g, law, out=law).masked_fill_(g == 0, 0.0).sum(-1))
             if frozen:
@@ -288,13 +291,14 @@ class _Laws(torch.autograd.Function):
         was_cast = policy.hidden is not hidden or policy.weight is not weight
         ctx.cast = policy if was_cast and not frozen else None
         ctx.save_for_backward(*([torch.cat(p) for p in pulls if p] if frozen else [hidden, weight, bias]))
-        ctx.mark_non_differentiable(*outputs[1:4], outputs[5])
+        ctx.mark_non_differentiable(*outputs[1:4], *outputs[5:])
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, on_policy: Tensor, _b: Any, _k: Any, _g: Any, on_taught: Tensor, _e: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, on_policy: Tensor, *others: Tensor) -> tuple[Any, ...]:
         job: _Job = ctx.job
+        on_taught = others[3]
         if ctx.frozen:
             to_token, *to_guide = ctx.saved_tensors
             total = on_policy[:, None] * to_token
@@ -379,6 +383,13 @@ class _Gradients:
             return
         for words in _split(slice(0, len(weight)), max(FEWEST_ROWS, self.policy.piece_bytes // hidden[0].nbytes)):
             self.of_weight[words].add_(of_logits[:, words].T @ hidden)
+
+
+def _gram(pi: Tensor, g: Tensor, policy: Tensor, guide: Tensor) -> Tensor:
+    """``NextToken.gram`` [s, 3] from the laws [s, V], and their log-probabilities of the tokens [s]."""
+    of_token, of_guide = policy.exp(), guide.exp()
+    ours, both, theirs = torch.linalg.vecdot(pi, pi), torch.linalg.vecdot(g, pi), torch.linalg.vecdot(g, g)
+    return torch.stack([theirs - 2 * both + ours, of_guide - of_token - both + ours, 1 - 2 * of_token + ours], -1)
 
 
 def _split(whole: slice, size: int) -> Iterator[slice]:

@@ -1,9 +1,10 @@
 """Objectives: how hard each sample pulls."""
 
+from tiltlm.objectives.balance import Balance
 from tiltlm.objectives.dpg import DPG, GDC, GDCPlusPlus
 from tiltlm.objectives.fdivergence import FDPG, AlphaDPG
 from tiltlm.objectives.groupwise import BRAIn, VarGrad
-from tiltlm.objectives.guided import Guided, prefix_weights
+from tiltlm.objectives.guided import Forms, Guided, forms, prefix_weights
 from tiltlm.objectives.objective import (
     AdaptiveObjective,
     BatchObjective,
@@ -46,8 +47,10 @@ __all__ = [
     "AdaptiveObjective",
     "AlphaDPG",
     "BRAIn",
+    "Balance",
     "BatchObjective",
     "CriticObjective",
+    "Forms",
     "GDCPlusPlus",
     "GuideRecord",
     "Guided",
@@ -59,5 +62,6 @@ __all__ = [
     "ReinforceP",
     "TokenRecord",
     "VarGrad",
+    "forms",
     "prefix_weights",
 ]

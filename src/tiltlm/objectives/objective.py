@@ -27,12 +27,14 @@ class GuideRecord:
     """A guide g behind a record: its log-probabilities ``tokens`` [N, T] in nats, and what each prefix still promises.
 
     ``promises`` [N, T + 1] is log ψ before each token and at the end of the text, ψ being the guide's estimate of
-    E_a[P/(Z a) | prefix]; ``expected`` [N, T] is log Σ_v a(v|x_<t) ψ(x_<t v).
+    E_a[P/(Z a) | prefix]; ``expected`` [N, T] is log Σ_v a(v|x_<t) ψ(x_<t v). ``shares`` [T, K] says how the K forms of
+    the guided gradient are mixed at each position.
     """
 
     tokens: Tensor
     promises: Tensor
     expected: Tensor
+    shares: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from tiltlm.estimation import mixture
 from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
 from tiltlm.objectives import (
     AdaptiveObjective,
+    Balance,
     BatchObjective,
     CriticObjective,
+    Guided,
     GuideRecord,
     Objective,
     Record,
+    forms,
 )
 from tiltlm.targets import Target, target_reward
 from tiltlm.training.batch import Assessment, Batch
@@ -69,6 +72,7 @@ class Scorer:
         self.keeps_base = keeps_base
         self.needs_base = needs_the_base(objective) or not hasattr(target, "reward")
         self.skips = ignores_the_impossible(objective)
+        self.balance, self.mixes = Balance(), isinstance(objective, Guided) and objective.correction > 0
         self.follows_advantage = follows_its_advantage(objective) and critic is None
 
     def assess(self, batch: Batch, log_z: float | Tensor) -> tuple[Batch, Record | None]:
@@ -146,10 +150,12 @@ class Scorer:
                         log_z[rows.cpu()] if isinstance(log_z, Tensor) else log_z,
                         laws.policy,
                         base_tokens,
-                        guide=_guide_record(chunk, laws, guide, log_z),
+                        guide=self._guide_record(chunk, laws, guide, log_z),
                         advantage=_rows(batch.assessment.advantage if batch.assessment else None, rows, chunk),
                     )
                     loss = -pull_chunk(self.objective, chunk, record, laws).sum()
+                    if self.mixes and laws.gram is not None:
+                        self.balance.note(forms(record), laws.gram)
                     if self.critic is not None:
                         loss = loss + self._critic_loss(batch, rows, chunk, reading)
                     self.accelerator.backward(loss / len(batch.samples))
@@ -221,6 +227,18 @@ class Scorer:
         loss = self.objective.value_loss(self.critic.values(chunk, reading), before, returns.to(before))
         return (loss * chunk.mask).sum()
 
+    def _guide_record(
+        self, chunk: Samples, laws: NextToken, guide: Guide | None, log_z: float | Tensor
+    ) -> GuideRecord | None:
+        """What an objective reads of a guide; with several prompts its promises are over each one's Z already."""
+        if guide is None or laws.guide is None or laws.expected is None:
+            return None
+        promises = guide.promises(chunk.tokens, chunk.mask).double()
+        expected = laws.expected.double() + guide.log_scale
+        if not isinstance(log_z, Tensor):
+            promises, expected = promises - log_z, expected - log_z
+        return GuideRecord(laws.guide.double(), promises, expected, self.balance.shares(chunk.tokens.shape[1]))
+
     def _read_base(self, chunk: Samples) -> Reading:
         self.passes.read(chunk)
         with self.timed("base"), torch.no_grad(), self.roles.use("base") as model, self.accelerator.autocast():
@@ -247,17 +265,6 @@ class Scorer:
         if base is not None:
             return self._with_target(batch, rows, scores)
         return scores.with_target(torch.full((len(chunk),), -math.inf))
-
-
-def _guide_record(chunk: Samples, laws: NextToken, guide: Guide | None, log_z: float | Tensor) -> GuideRecord | None:
-    """What an objective reads of a guide; with several prompts its promises are over each one's Z already."""
-    if guide is None or laws.guide is None or laws.expected is None:
-        return None
-    promises = guide.promises(chunk.tokens, chunk.mask).double()
-    expected = laws.expected.double() + guide.log_scale
-    if not isinstance(log_z, Tensor):
-        promises, expected = promises - log_z, expected - log_z
-    return GuideRecord(laws.guide.double(), promises, expected)
 
 
 def _as_from_mixture(chunk: Samples, laws: NextToken, base_share: float | None) -> Samples:

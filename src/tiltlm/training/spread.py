@@ -57,6 +57,7 @@ def measure_spread(scorer: Scorer, batch: Batch, log_z: float | Tensor, guide: G
                 total += gradient
                 parameter.grad = None
     scorer.objective = objective
+    scorer.balance.forget()
     for parameter in scorer.critic.parameters().values() if scorer.critic is not None else ():
         parameter.grad = None
     vars(scorer.passes).update(vars(passes))

@@ -27,6 +27,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "generator": trainer.drawer.generator_state,
         "pool": pool,
         "leaning": trainer.guidance.leaning if trainer.guidance else None,
+        "balance": trainer.scorer.balance.moments,
     }
     numbers = {
         "partition": trainer.partition.to_json(),
@@ -57,6 +58,7 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     trainer.reuse.restore(tensors["pool"], numbers["reuse"])
     if trainer.guidance:
         trainer.guidance.lean(tensors["leaning"])
+    trainer.scorer.balance.moments = tensors["balance"]
     trainer.partition = type(trainer.partition).from_json(numbers["partition"])
     trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]
     if numbers["moving"] is not None:

@@ -188,7 +188,9 @@ class Trainer:
     def pull(self, batch: Batch, log_z: float | Tensor) -> Scores:
         """Score the batch and accumulate the gradient of −mean(c · log π); ``log_z`` is one number or one a row [N]."""
         self.passes.train(batch.samples)
-        return self.scorer.pull(batch, log_z, self._teacher)
+        scores = self.scorer.pull(batch, log_z, self._teacher)
+        self.scorer.balance.settle()
+        return scores
 
     def update(self, *, schedule: bool = True) -> float:
         """Clip, step the optimizer and the schedule, clear the gradient; returns its norm before clipping."""
