@@ -1,7 +1,7 @@
 """KL(p‖π), exact, against sequences drawn and forward passes: the methods at their best learning rate on small worlds.
 
-    python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" guided] [--target moment]
-        [--rates 0.001 0.01] [--each-seed] [--quick]
+    python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" "guided, correction 1"] [--all]
+        [--target moment] [--rates 0.001 0.01] [--each-seed] [--quick]
 
 On four targets a policy writes six tokens of a vocabulary of five, so that all 15,625 sequences are known. On
 ``pointwise-5`` it writes forty of a vocabulary of fifty, and few things about a prefix matter, so that sums over all
@@ -65,7 +65,12 @@ METHODS: dict[str, Sampled | Distilled | FromPool] = {
     "guided, correction 0": Distilled(Guided(correction=0.0)),
     "guided, pool, 4 steps": Distilled(Guided(), steps=4),
     "guided, pool, 12 steps": Distilled(Guided(), steps=12),
+    "gdc++ on-policy, rate falls": Sampled(GDCPlusPlus(), falls=True),
+    "guided, pool, 12 steps, rate falls": Distilled(Guided(), steps=12, falls=True),
+    "guided, pool, 36 steps, rate falls": Distilled(Guided(), steps=36, falls=True),
 }
+# Many updates take their time, and a default run is to take ten minutes: these only if named, or with --all.
+LONG = ("gdc++, pool, 12 steps", "pooled, 12 steps", "guided, pool, 36 steps, rate falls")
 # Log P must be finite for VarGrad; and the maximum of a·exp(reward) is p where there are moments alone.
 MOMENTS_ALONE = ("vargrad", "kl_control, beta 1")
 # Reinforce seeks the largest reward, which says little of a target that wants half of the texts.
@@ -127,13 +132,15 @@ def row(name: str, runs: Runs, rates: list[float], each_seed: bool) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=5)
-    arguments.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    arguments.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="these methods alone")
+    arguments.add_argument("--all", action="store_true", help="also the methods that take long")
     arguments.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     arguments.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     arguments.add_argument("--each-seed", action="store_true", help="every seed's KL(p‖π) instead of mean and error")
     arguments.add_argument("--quick", action="store_true", help="two seeds, one learning rate")
     args = arguments.parse_args()
     seeds, rates = (2, [1e-2]) if args.quick else (args.seeds, args.rates)
+    methods = args.only or [name for name in METHODS if args.all or name not in LONG]
     began = time.monotonic()
     for target in args.target:
         world = rare_phrase() if target == "pointwise-5" else enumerable(target)
@@ -144,7 +151,7 @@ def main() -> None:
         heads = [f"{n:,} sequences" for n in SEQUENCES] + [f"{n:,} passes" for n in PASSES]
         print(" | ".join(["", "method", "learning rate", *heads, ""]).strip())
         print("| --- " * (2 + len(heads)) + "|")
-        for name in args.only:
+        for name in methods:
             if means_something(name, world):
                 print(row(name, trained(METHODS[name], world, seeds, rates, BUDGET), rates, args.each_seed), flush=True)
     grid = ", ".join(f"{rate:g}" for rate in rates)

@@ -29,12 +29,14 @@ class Distilled:
 
     With several ``steps`` all batches are kept in a pool, and all updates on a batch but the first train on as many
     sequences of the pool, weighed as drawn from the mixture of base and guide. The library's stop on a rising KL(p‖π)
-    looks at forty batches, and so comes after a budget of 10,000 sequences.
+    looks at forty batches, and so comes after a budget of 10,000 sequences. ``falls``: the learning rate, to 0 at the
+    end of the budget.
     """
 
     objective: Guided
     steps: int = 1
     batch: int = 250
+    falls: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
@@ -46,6 +48,8 @@ class Distilled:
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
         from_base = len(waiting)
         while not runs.spent(budget):
+            if self.falls:
+                runs.lower_rates(budget)
             fresh = not waiting
             batch = runs.draw(guides.law, self.batch) if fresh else waiting.pop(0)
             pool.append(batch)

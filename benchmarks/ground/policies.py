@@ -99,10 +99,14 @@ def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
 
 @dataclass
 class Adam:
-    """Adam with a learning rate for each run [R]; a run's gradient is clipped to norm 1, the library's default."""
+    """Adam with a learning rate for each run [R]; a run's gradient is clipped to norm 1, the library's default.
+
+    ``left`` is the share of the rates that still counts, where they fall.
+    """
 
     parameters: list[Tensor]
     rates: Tensor
+    left: float = 1.0
     steps: int = 0
     moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -121,4 +125,4 @@ class Adam:
                 first.lerp_(g, 1 - BETAS[0])
                 second.lerp_(g * g, 1 - BETAS[1])
                 root = (second / corrections[1]).sqrt_().add_(EPSILON)
-                p.sub_(self.rates.reshape(shape) / corrections[0] * first / root)
+                p.sub_(self.left * self.rates.reshape(shape) / corrections[0] * first / root)

@@ -113,6 +113,10 @@ class Runs:
         """Whether no run has anything left of both."""
         return self.sequences >= budget.sequences and bool((self.passes >= budget.passes).all())
 
+    def lower_rates(self, budget: Budget) -> None:
+        """Let learning rates fall with the sequences that are left, to 0 at the end."""
+        self.optimizer.left = max(0.0, 1 - self.sequences / budget.sequences)
+
     def draw(self, table: Tensor, n: int) -> Drawn:
         """``n`` sequences of a law [R or 1, M, V], charged: one pass each."""
         runs, graph = self.count, self.world.graph

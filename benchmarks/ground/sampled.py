@@ -16,18 +16,24 @@ from tiltlm.training.pulling import ignores_the_impossible
 
 @dataclass(frozen=True)
 class Sampled:
-    """``objective`` under the proposal ``rule``, ``steps`` updates a batch; with ``reuse`` fit samples come first."""
+    """``objective`` under the proposal ``rule``, ``steps`` updates a batch; with ``reuse`` fit samples come first.
+
+    ``falls``: the learning rate, to 0 at the end of the budget.
+    """
 
     objective: Objective
     rule: str = "on_policy"
     steps: int = 1
     reuse: bool = False
     batch: int = 250
+    falls: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
         loop = Loop(self, runs)
         while not runs.spent(budget):
+            if self.falls:
+                runs.lower_rates(budget)
             loop.turn()
 
 
