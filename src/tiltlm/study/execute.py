@@ -21,7 +21,7 @@ from tiltlm.runs import storage
 from tiltlm.runs.resuming import check_same_config, is_done
 from tiltlm.runs.study import StudyDirectory
 from tiltlm.runs.study_rows import kept_rows
-from tiltlm.study.grid import Grid, PlannedRun, with_fit
+from tiltlm.study.grid import Grid, PlannedRun, run_name, with_fit
 from tiltlm.study.progress import StudyProgress
 from tiltlm.study.reference import RECORD, has_reference, reference_key
 from tiltlm.study.watch import is_measured
@@ -54,7 +54,7 @@ class Execution:
 
     def __init__(self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int) -> None:
         self.grid, self.directory, self.record, self.jobs = grid, directory, record, jobs
-        self.places = {f"{one['task']}/{one['method']}/seed-{one['seed']}": one for one in record["runs"]}
+        self.places = {run_name(one["task"], one["method"], one["seed"]): one for one in record["runs"]}
         self.planned = {run.name: run for run in grid.runs}
         self.active: list[Active] = []
         self.without_reference: set[str] = set()
@@ -132,7 +132,7 @@ class Execution:
         """
         found = set()
         for task, method, seed in kept_rows(self.directory):
-            name = f"{task}/{method}/seed-{seed}"
+            name = run_name(task, method, seed)
             if self.directory.run(task, method, seed).run_path.exists():
                 continue
             if name not in self.planned or self.places[name]["kept"] != settings_key(self.planned[name]):

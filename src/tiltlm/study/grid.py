@@ -43,7 +43,12 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Its folder under the runs of the study."""
-        return f"{self.task}/{self.method}/seed-{self.seed}"
+        return run_name(self.task, self.method, self.seed)
+
+
+def run_name(task: str, method: str, seed: int) -> str:
+    """How a run is called in messages, logs and folders."""
+    return f"{task}/{method}/seed-{seed}"
 
 
 @dataclass(frozen=True)
