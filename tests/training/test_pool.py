@@ -19,7 +19,7 @@ from tiltlm.training.batch import Batch
 from tiltlm.training.pool import Pool
 from tiltlm.training.reuse import Falling
 from tiltlm.training.trainer import Trainer
-from tiny_world import World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
+from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
 
 SETTINGS: dict[str, Any] = {"method": "guided", "rule": "guided", "num_iterations": 3, "pool": 300, "batch_size": 50}
 
@@ -43,7 +43,9 @@ def test_the_mixture_is_the_weighted_sum_of_the_laws_of_whole_sequences(world: W
 
 @pytest.mark.parametrize("correction", [1.0, 0.4])
 @pytest.mark.parametrize("share", [0.1, 0.7])
-def test_the_gradient_of_a_pool_is_exact_even_with_a_wrong_guide(world: World, share: float, correction: float) -> None:
+def test_the_gradient_of_a_pool_is_exact_even_with_a_wrong_guide(
+    world: World, share: float, correction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """E_m of the pull: every completion weighed by the mixture, against the gradient of KL(p‖π) and of the guide's."""
     trainer = build_trainer(world, policy=near(world.base), method=Guided(correction=correction), rule="guided")
     assert trainer.guidance is not None
@@ -51,6 +53,10 @@ def test_the_gradient_of_a_pool_is_exact_even_with_a_wrong_guide(world: World, s
     base, guide = laws(world)
     mass = mixture([base, guide], [share, 1 - share]).sum(-1).exp()
     found = torch.zeros(sum(p.numel() for p in trainer.parameters.values()), dtype=torch.float64)
+    # The forms are mixed as batches before said, the same for all completions.
+    shares = torch.randn(LENGTH, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    shares[:, 0] += 1 - shares.sum(-1)
+    monkeypatch.setattr(trainer.scorer.balance, "shares", lambda length: shares[:length])
     # Rows of a batch weigh alike, so each completion is a batch of its own.
     for i in range(len(world.samples)):
         one = Batch(world.samples.select(torch.tensor([i])), world.truth.features[i : i + 1], "pool", base_share=share)
