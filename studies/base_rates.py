@@ -10,25 +10,32 @@ import argparse
 import torch
 
 from tiltlm.build import build_base, build_terms, encode_prompts, read_prompts
-from tiltlm.config import parse_config
+from tiltlm.config import RunConfig, parse_config
 from tiltlm.estimation import mean
+from tiltlm.lm import LanguageModel, Samples
 from tiltlm.study.file import load_study
 from tiltlm.targets import measure_samples
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study")
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=12_345)
-    asked = parser.parse_args()
-    study = load_study(asked.study)
+def study_sample(path: str, count: int, seed: int) -> tuple[dict[str, RunConfig], LanguageModel, Samples]:
+    """A run file's config for each task of a study, their base, and samples of it."""
+    study = load_study(path)
     configs = {name: parse_config({**study.shared, "target": task.target}) for name, task in study.tasks.items()}
     first = next(iter(configs.values()))
     base = build_base(first)
     prompts = encode_prompts(base, read_prompts(first).training)
     with torch.no_grad():
-        samples = base.sample(asked.samples, prompts, asked.seed, max_completion_length=first.max_completion_length)
+        samples = base.sample(count, prompts, seed, max_completion_length=first.max_completion_length)
+    return configs, base, samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("study")
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=12_345)
+    asked = parser.parse_args()
+    configs, _, samples = study_sample(asked.study, asked.samples, asked.seed)
     for name, config in configs.items():
         features = [term.feature for term in build_terms(config)]
         values = measure_samples(features, samples)

@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable
 
 import torch
+from base_rates import study_sample
 from torch import Tensor
 
-from tiltlm.build import build_base, build_terms, encode_prompts, read_prompts
-from tiltlm.config import RunConfig, parse_config
+from tiltlm.build import build_terms
 from tiltlm.estimation import Estimate, mean, self_bleu_5
 from tiltlm.lm import LanguageModel, Law, Samples
-from tiltlm.study.file import load_study
 from tiltlm.targets import measure_samples
 from tiltlm.targets.moments import fit_moments
 
@@ -57,7 +56,7 @@ def pronouns(texts: list[str]) -> str:
     return f"more women's pronouns than men's: {share(str)} of texts with case, {share(str.lower)} without"
 
 
-def characters(base: LanguageModel, samples: Samples) -> str:
+def characters(samples: Samples) -> str:
     """Self-BLEU-5 on strings."""
     texts = samples.texts[:500]
     tokens = self_bleu_5(samples.completion_ids[:500])
@@ -85,31 +84,23 @@ def hitless(rate: float, count: int = 512) -> str:
     return f"Z = {rate:.4f}: no hit among {count} with probability {(1 - rate) ** count:.2g}, and then it is −log Z"
 
 
-def values_of(config: RunConfig, samples: Samples) -> Tensor:
-    return measure_samples([term.feature for term in build_terms(config)], samples)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=54_321)
     asked = parser.parse_args()
-    study = load_study(asked.study)
-    configs = {name: parse_config({**study.shared, "target": task.target}) for name, task in study.tasks.items()}
-    first = next(iter(configs.values()))
-    base, length = build_base(first), first.max_completion_length
-    prompts = encode_prompts(base, read_prompts(first).training)
-    with torch.no_grad():
-        samples = base.sample(asked.samples, prompts, asked.seed, max_completion_length=length)
+    configs, base, samples = study_sample(asked.study, asked.samples, asked.seed)
+    length = next(iter(configs.values())).max_completion_length
     print("end scored as padding:", ends_for_nothing(base, samples))
     print("exp(log P) in float32:", underflow(samples))
     print("top-p 0.9 scored whole:", warped(base, 1024, asked.seed, length))
     print("words with case:", pronouns(samples.texts))
-    print("characters:", characters(base, samples))
+    print("characters:", characters(samples))
     for name, config in configs.items():
-        values = values_of(config, samples)
-        goals = [float(term.goal or math.nan) for term in build_terms(config)]
+        terms = build_terms(config)
+        values = measure_samples([term.feature for term in terms], samples)
+        goals = [float(term.goal or math.nan) for term in terms]
         if len(goals) == 1 and goals[0] == 1.0:
             print(f"KL(p‖π) on 512 samples of a, {name}:", hitless(float(values.mean())))
         if bool((values.amax(0) > values.amin(0)).all()):

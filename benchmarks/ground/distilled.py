@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ground.runs import Budget, Drawn, Runs
 from tiltlm.estimation import mixture
+from tiltlm.lm.reading import gram
 from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.prefix_states import PrefixStates
@@ -127,8 +128,14 @@ def gram_of(drawn: Drawn, policy: Tensor, guide: Tensor) -> Tensor:
     products = torch.stack([(g * g).sum(-1), (g * pi).sum(-1), (pi * pi).sum(-1)], -1)
     rows = drawn.nodes.flatten(1)[..., None].expand(-1, -1, 3)
     theirs, both, ours = products.gather(1, rows).reshape(*drawn.nodes.shape, 3).unbind(-1)
-    of_token, of_guide = drawn.under(pi), drawn.under(g)
-    return torch.stack([theirs - 2 * both + ours, of_guide - of_token - both + ours, 1 - 2 * of_token + ours], -1)
+    return gram(theirs, both, ours, drawn.under(g), drawn.under(pi))
+
+
+def learn_shares(balances: list[Balance], records: list[Record], drawn: Drawn, policy: Tensor, guide: Tensor) -> None:
+    """Let each run's balance know what the forms say of a batch, under the laws [R, M, V]."""
+    for balance, record, products in zip(balances, records, gram_of(drawn, policy, guide), strict=True):
+        balance.note(forms(record), products)
+        balance.settle()
 
 
 def pulls(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, records: list[Record]) -> Tensor:
@@ -146,6 +153,4 @@ def update(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: T
     records = records_of(runs, drawn, table.detach(), guides, log_z, balances)
     runs.optimizer.step(runs.gradients(table, pulls(runs, objective, drawn, guides, records)))
     if objective.correction:
-        for balance, record, gram in zip(balances, records, gram_of(drawn, table.detach(), guides.law), strict=True):
-            balance.note(forms(record), gram)
-            balance.settle()
+        learn_shares(balances, records, drawn, table.detach(), guides.law)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ground.distilled import Guides, gram_of, guides_of, mixture_of, pulls, records_of
+from ground.distilled import Guides, guides_of, learn_shares, mixture_of, pulls, records_of
 from ground.policies import Adam
 from ground.pooled import Kept
 from ground.runs import Drawn, Runs
 from ground.worlds import World, enumerable, rare_phrase
 
 from tiltlm.exact import MarkovModel, MarkovTarget, markov_target
-from tiltlm.objectives import Balance, GDCPlusPlus, Guided, Pooled, forms
+from tiltlm.objectives import Balance, GDCPlusPlus, Guided, Pooled
 
 RUNS, SAMPLES = 100, 2000
 
@@ -50,9 +50,7 @@ def mixed(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     guides, balances = guides_of(runs), [Balance() for _ in range(RUNS)]
     before = runs.draw(guides.law, 100)
     records = records_of(runs, before, table, guides, log_z, balances)
-    for balance, record, gram in zip(balances, records, gram_of(before, table, guides.law), strict=True):
-        balance.note(forms(record), gram)
-        balance.settle()
+    learn_shares(balances, records, before, table, guides.law)
     return distilled(runs, log_z, table, guides, runs.draw(guides.law, SAMPLES), balances)
 
 

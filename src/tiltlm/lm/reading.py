@@ -272,7 +272,9 @@ class _Laws(torch.autograd.Function):
                 likeliest, place = guide_law.max(-1, keepdim=True)
                 found[5].append((base_logits.gather(-1, place) - likeliest).squeeze(-1) - normalizer)
                 g = guide_law.exp_()
-                found[6].append(_gram(pi, g, found[0][-1], found[3][-1]))
+                dot = torch.linalg.vecdot
+                of_tokens = found[3][-1].exp(), found[0][-1].exp()
+                found[6].append(gram(dot(g, g), dot(g, pi), dot(pi, pi), *of_tokens))
                 # A token that the guide rules out weighs 0, and 0 · −inf is no number.
                 found[4].append(torch.mul(g, law, out=law).masked_fill_(g == 0, 0.0).sum(-1))
             if frozen:
@@ -385,11 +387,9 @@ class _Gradients:
             self.of_weight[words].add_(of_logits[:, words].T @ hidden)
 
 
-def _gram(pi: Tensor, g: Tensor, policy: Tensor, guide: Tensor) -> Tensor:
-    """``NextToken.gram`` [s, 3] from the laws [s, V], and their log-probabilities of the tokens [s]."""
-    of_token, of_guide = policy.exp(), guide.exp()
-    ours, both, theirs = torch.linalg.vecdot(pi, pi), torch.linalg.vecdot(g, pi), torch.linalg.vecdot(g, g)
-    return torch.stack([theirs - 2 * both + ours, of_guide - of_token - both + ours, 1 - 2 * of_token + ours], -1)
+def gram(theirs: Tensor, both: Tensor, ours: Tensor, guide: Tensor, policy: Tensor) -> Tensor:
+    """``NextToken.gram`` [..., 3] from ⟨g, g⟩, ⟨g, π⟩, ⟨π, π⟩ and the probabilities of the token, each [...]."""
+    return torch.stack([theirs - 2 * both + ours, guide - policy - both + ours, 1 - 2 * policy + ours], -1)
 
 
 def _split(whole: slice, size: int) -> Iterator[slice]:

@@ -28,14 +28,14 @@ class Balance:
     def note(self, forms: Forms, gram: Tensor) -> None:
         """Some rows of a batch; ``gram`` [N, T, 3] as in ``NextToken``."""
         lessons, corrections = forms.lessons.double().cpu(), forms.corrections.double().cpu()
-        pairs = zip(
-            ((lessons, lessons), (lessons, corrections), (corrections, lessons), (corrections, corrections)),
-            (0, 1, 1, 2),
-            strict=True,
+        of_guide, of_both, of_token = gram.double().cpu().unbind(-1)
+        crossed = torch.einsum("jnt,knt,nt->tjk", lessons, corrections, of_both)
+        found = (
+            torch.einsum("jnt,knt,nt->tjk", lessons, lessons, of_guide)
+            + torch.einsum("jnt,knt,nt->tjk", corrections, corrections, of_token)
+            + crossed
+            + crossed.mT
         )
-        products = gram.double().cpu()
-        found = sum(torch.einsum("jnt,knt,nt->tjk", one, two, products[..., i]) for (one, two), i in pairs)
-        assert isinstance(found, Tensor)
         self.noted = found if self.noted is None else _longer(self.noted, found) + _longer(found, self.noted)
         self.rows += lessons.shape[1]
 
