@@ -36,6 +36,7 @@ from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, Term, draw_base_sample, fit_target, report_fit
 from tiltlm.targets.foresight import Foresight, foresee, rare_filters
+from tiltlm.targets.guided_sample import look_again, needs_a_second_look
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
@@ -261,7 +262,22 @@ def state_target(
         fitted = fit_target(terms, sample)
     except UnreachableTargetError as error:
         raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
-    return Stated(fitted, sample, fitted.report)
+    if sample.base_logprob is None and needs_a_second_look(fitted):
+        fitted = _looked_again(config, base, fitted, display)
+    return Stated(fitted, fitted.base_sample, fitted.report)
+
+
+def _looked_again(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
+    """The target fitted anew with texts of guides toward it, and a word on what that changed."""
+    with display.counting("looking again with a guide") as progress:
+        again = look_again(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
+    before, after = fitted.report, again.report
+    display.say(
+        f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carried the target's weight (ESS); with "
+        f"{after.samples - before.samples:,} guided ones it is {after.ess.value:.0f}, and KL(p‖a) is "
+        f"{after.kl_p_a.value:.2f} nats where the base's alone gave {before.kl_p_a.value:.2f}"
+    )
+    return again
 
 
 def _foreseen(

@@ -569,3 +569,18 @@ def test_fit_finds_what_no_sample_passed_and_says_how_rare_it_is(
     needed = re.search(r"about ([\d,]+) samples of it would hold thirty", said)
     assert needed is not None
     assert int(needed.group(1).replace(",", "")) == pytest.approx(30 / rate, rel=0.1)
+
+
+def test_fit_looks_again_where_a_few_texts_carry_the_weight_and_says_so(
+    tiltlm: Command, here: Path, settings: dict[str, Any]
+) -> None:
+    rare = [{"feature": {"contains": words}, "moment": 0.4} for words in ("a good", "team game")]
+    write_config(here / "rare.yaml", {**settings, "target": {"constraints": rare, "samples": 300}})
+    answer = tiltlm("fit", "rare.yaml")
+    assert answer.code == 0
+    said = " ".join((answer.out + answer.err).split())
+    found = re.search(
+        r"note: ([\d.]+) of 300 texts of the base carried .* with 1,024 guided ones it is ([\d.]+),", said
+    )
+    assert found is not None, said
+    assert float(found.group(2)) > float(found.group(1))

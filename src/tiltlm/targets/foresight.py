@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import Estimate, Strata, effective_sample_size, log_partition, mixture
+from tiltlm.estimation import Estimate, Strata, effective_sample_size, log_partition
 from tiltlm.features import Feature
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.guided_sample import as_mixture
 from tiltlm.targets.prefix_states import prefix_states
 from tiltlm.targets.target import Term
 from tiltlm.targets.twist import guide_of
@@ -122,29 +123,9 @@ def foresee(
         measured.append(values)
         if progress is not None:
             progress((i + 1) * n, rounds * n)
-    together = Samples.concatenate(texts)
-    under = _under(base, together, guides)
-    shares = [_share(part, together) for part in texts]
-    everything = replace(together, proposal_logprob=mixture(under, shares).to(together.tokens.device))
     # Those of the chain, one for each round, and those of the mixture.
-    readings = len(plain) + (2 * rounds - 1) * n + (rounds + 1) * len(together)
-    mixed = BaseSample(
-        everything, torch.cat(measured), length, under[0].to(together.tokens.device), len(plain), readings
-    )
+    readings = len(plain) + (2 * rounds - 1) * n
+    mixed = as_mixture(base, texts, torch.cat(measured), guides, length, readings)
     passed = torch.where((mixed.features[:, wanted] > 0).all(1), mixed.log_ratio, -math.inf)
     log_z = log_partition(passed) if bool((passed > -math.inf).any()) else Estimate(-math.inf, math.nan)
     return Foresight(guides[-1], drawn, log_weights, mixed, log_z)
-
-
-def _share(part: Samples, together: Samples) -> Tensor:
-    """Of the samples of each row's prompt, the share that are in ``part`` [N]."""
-    count = len(together.prompts)
-    of_part, of_all = (torch.bincount(x.prompt_index, minlength=count).double() for x in (part, together))
-    return (of_part / of_all.clamp_min(1))[together.prompt_index]
-
-
-@torch.no_grad()
-def _under(base: LanguageModel, samples: Samples, guides: Sequence[Guide]) -> list[Tensor]:
-    """Log-probabilities of the tokens [N, T] under the base, and under the base with each guide."""
-    laws = [replace(samples, guide=guide, law=Law()) for guide in (None, *guides)]
-    return [base.logprob(law).double() for law in laws]
