@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from tiltlm.runs.study import Row, Study, Task
@@ -16,6 +16,8 @@ from tiltlm.runs.study_tables import TITLES
 from tiltlm.runs.summary import Measured, plain_number
 
 SIZED = {"kl_p_pi": TITLES["kl_p_pi"], "moment_error": "distance of moments from goals", "kl_pi_a": TITLES["kl_pi_a"]}
+# Of these one method may go far beyond what others do; an axis is logarithmic from so many times the median on.
+FAR_APART, TOWERS = ("kl_p_pi", "kl_pi_a"), 3.0
 SPREAD_TITLES = {
     "gradient_variance": "variance of the gradient",
     "advantage_variance": "variance of the advantage",
@@ -29,9 +31,11 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
     drawn = (
         "The first sequences of a run are those of its fit; it trains on them once all are drawn, so lines fall there."
     )
+    by_decades = "The axis is logarithmic where one line would flatten the others."
     for metric in ("kl_p_pi", "kl_pi_a", "distinct_1", "self_bleu_5"):
         panels = [_curve(study, task.name, task.label, metric) for task in study.tasks]
-        yield from draw_figure(study, metric, TITLES[metric], f"{band} {drawn}", panels, "sequences drawn")
+        text = f"{band} {drawn} {by_decades}" if metric in FAR_APART else f"{band} {drawn}"
+        yield from draw_figure(study, metric, TITLES[metric], text, panels, "sequences drawn")
     panels = [
         _curve(
             study, task.name, task.label if len(task.goals) == 1 else f"{task.label}: {name}", f"moment:{name}", goal
@@ -42,7 +46,12 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
     yield from draw_figure(study, "moments", "E_π[φ]", f"{band} Dashed: the goal. {drawn}", panels, "sequences drawn")
     panels = [_curve(study, task.name, task.label, "kl_p_pi", passes=True) for task in study.tasks]
     yield from draw_figure(
-        study, "kl_p_pi_passes", "KL(p‖π), nats, against forward passes", band, panels, "forward passes"
+        study,
+        "kl_p_pi_passes",
+        "KL(p‖π), nats, against forward passes",
+        f"{band} {by_decades}",
+        panels,
+        "forward passes",
     )
     for metric, name in (("self_bleu_5", "alignment_diversity"), ("kl_pi_a", "kl_frontier")):
         panels = [
@@ -117,10 +126,26 @@ def _curve(
             axes.fill_between(x, low, high, color=look[name].color, alpha=0.14, linewidth=0)
             axes.plot(x, y, color=look[name].color, linestyle=look[name].dash, linewidth=1.5)
             axes.plot(x[-1:], y[-1:], look[name].marker, color=look[name].color, markersize=5, markerfacecolor="white")
-        if metric == "kl_p_pi":
-            axes.set_ylim(bottom=0)
+        if metric in FAR_APART:
+            _from_zero_or_by_decades(axes, [point[2].value for points in lines.values() for point in points])
 
     return Panel(title, draw, y)
+
+
+def _from_zero_or_by_decades(axes: Any, values: list[float]) -> None:
+    """An axis from 0 or, where one line would flatten all others, a logarithmic one."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if min(values) <= 0 or max(values) < TOWERS * median(values):
+        axes.set_ylim(bottom=0)
+        return
+    written = axes.yaxis.get_major_formatter()
+    axes.set_yscale("log")
+    # Bands may reach below 0.
+    axes.set_ylim(bottom=0.8 * min(values))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(written)
 
 
 def _way(study: Study, task: str, title: str, feature: str, goal: float | None, metric: str) -> Panel | None:

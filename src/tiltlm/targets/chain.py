@@ -9,6 +9,7 @@ is what each state promises, with the noise of few samples averaged out, and whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from tiltlm.lm import Guide, LanguageModel, Samples
 
-# Steps are averaged over all positions of a stretch; there are at most so many.
-MOST_STRETCHES = 40
+# Steps are averaged over all positions of a stretch; there are at most so many, and with many states fewer.
+MOST_STRETCHES, MOST_STEPS = 40, 2**25
+ROWS_AT_ONCE = 256
 # Visits to a state in one stretch that count as much as what is known of the state in all.
 ELSEWHERE = 20.0
 # Visits to a state that count as much as the guess that all states after it are equally likely.
@@ -28,12 +30,16 @@ GUESS = 0.5
 class Chain:
     """``transitions`` [S, V] as in a ``Guide``, for texts of at most ``length`` tokens.
 
-    ``moved`` [G, S, 2S] sums the probabilities of each next state over prefixes in G stretches of positions, each with
-    its weight; ``weight`` and ``visits`` [G, S] are the sums of the weights and the number of prefixes.
+    From a state tokens lead to at most D others: ``successors`` [S, D], the last repeated where there are fewer, and
+    ``places`` [S, V] says to which of them each token leads. ``moved`` [G, S, D] sums the probabilities of these over
+    prefixes in G stretches of positions, each with its weight; ``weight`` and ``visits`` [G, S] are the sums of the
+    weights and the number of prefixes.
     """
 
     transitions: Tensor
     length: int
+    successors: Tensor
+    places: Tensor
     moved: Tensor
     weight: Tensor
     visits: Tensor
@@ -41,11 +47,12 @@ class Chain:
     @staticmethod
     def empty(transitions: Tensor, length: int) -> Chain:
         """A chain that has seen nothing."""
-        count, stretches = len(transitions), min(length, MOST_STRETCHES)
-        device = transitions.device
-        moved = torch.zeros(stretches, count, 2 * count, device=device)
+        count, device = len(transitions), transitions.device
+        successors, places = _successors(transitions)
+        stretches = min(length, MOST_STRETCHES, max(1, MOST_STEPS // successors.numel()))
+        moved = torch.zeros(stretches, *successors.shape, device=device)
         weight = torch.zeros(stretches, count, dtype=torch.float64, device=device)
-        return Chain(transitions, length, moved, weight, torch.zeros_like(weight))
+        return Chain(transitions, length, successors, places, moved, weight, torch.zeros_like(weight))
 
     @torch.no_grad()
     def learn(self, model: LanguageModel, samples: Samples, log_weights: Tensor | None = None) -> None:
@@ -69,35 +76,57 @@ class Chain:
 
         A law may stand for several ``visits`` [P], whose weights [P] are then their sum.
         """
-        count, stretches = len(self.transitions), len(self.moved)
+        count, stretches, most = len(self.transitions), len(self.moved), self.moved.shape[-1]
         cells = columns * stretches // self.length * count + states
-        moved = torch.zeros(len(cells), 2 * count, device=self.moved.device)
-        moved.scatter_add_(1, self.transitions[states], laws.float() * weights[:, None].float())
-        self.moved.view(-1, 2 * count).index_add_(0, cells, moved)
+        moved = torch.zeros(len(cells), most, device=self.moved.device)
+        moved.scatter_add_(1, self.places[states].long(), laws.float() * weights[:, None].float())
+        self.moved.view(-1, most).index_add_(0, cells, moved)
         self.weight.view(-1).index_add_(0, cells, weights)
         self.visits.view(-1).index_add_(0, cells, torch.ones_like(weights) if visits is None else visits)
 
     def promise(self, final: Tensor) -> Tensor:
         """ψ [T + 1, S] of the states after each number of tokens, given that of texts that have ended [S]."""
-        steps, stretches = self._steps(), len(self.moved)
-        promises = [final]
-        for t in reversed(range(self.length)):
-            promises.append(steps[t * stretches // self.length] @ torch.cat([promises[-1], final]))
+        promises, stretches, steps, successors = [final], len(self.moved), self._steps(), self.successors.cpu()
+        here = [t * stretches // self.length for t in range(self.length)]
+        for stretch in reversed(range(stretches)):
+            step = steps(stretch)
+            for _ in range(here.count(stretch)):
+                promises.append(torch.linalg.vecdot(step, torch.cat([promises[-1], final])[successors]))
         return torch.stack(promises[::-1])
 
-    def _steps(self) -> list[Tensor]:
-        """Probabilities [S, 2S] of the next state in each stretch."""
-        count = len(self.transitions)
-        possible = torch.zeros(count, 2 * count, dtype=torch.float64).scatter_(1, self.transitions.cpu(), 1.0)
-        possible[:, count:] = 0.0
+    def _steps(self) -> Callable[[int], Tensor]:
+        """What gives the probabilities [S, D] of the successors in a stretch."""
+        successors = self.successors.cpu()
+        # Repeated ones have no token; that a text ends is not guessed.
+        possible = torch.ones_like(successors, dtype=torch.float64)
+        possible[:, 1:] = (successors[:, 1:] != successors[:, :-1]).double()
+        possible[successors >= len(successors)] = 0.0
         guess = possible / possible.sum(1, keepdim=True).clamp_min(1.0)
-        moved, weight, visits = self.moved.cpu().double(), self.weight.cpu(), self.visits.cpu()
-        anywhere = _mean(moved.sum(0), weight.sum(0), visits.sum(0), guess, GUESS)
-        return [_mean(m, w, n, anywhere, ELSEWHERE) for m, w, n in zip(moved, weight, visits, strict=True)]
+        weight, visits = self.weight.cpu(), self.visits.cpu()
+        total = self.moved.sum(0, dtype=torch.float64).cpu()
+        anywhere = _mean(total, weight.sum(0), visits.sum(0), guess, GUESS)
+
+        def step(stretch: int) -> Tensor:
+            return _mean(self.moved[stretch].cpu().double(), weight[stretch], visits[stretch], anywhere, ELSEWHERE)
+
+        return step
+
+
+def _successors(transitions: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct states of each row [S, D], the last repeated; and the place of each token's among them [S, V]."""
+    rows, places = [], []
+    for some in torch.split(transitions, ROWS_AT_ONCE):
+        ordered, tokens = some.sort(1)
+        place = torch.nn.functional.pad((ordered.diff(dim=1) != 0).cumsum(1), (1, 0))
+        found = ordered[:, -1:].repeat(1, int(place.max()) + 1)
+        rows.append(found.scatter_(1, place, ordered))
+        places.append(torch.empty_like(place).scatter_(1, tokens, place).int())
+    most = max(row.shape[1] for row in rows)
+    return torch.cat([torch.cat([r, r[:, -1:].expand(-1, most - r.shape[1])], 1) for r in rows]), torch.cat(places)
 
 
 def _mean(sums: Tensor, weight: Tensor, visits: Tensor, prior: Tensor, prior_visits: float) -> Tensor:
-    """Weighted means [S, 2S] of n visits each, as if ``prior_visits`` more had shown ``prior``."""
+    """Weighted means [S, D] of n visits each, as if ``prior_visits`` more had shown ``prior``."""
     means = sums / weight.clamp_min(1e-300)[:, None]
     found = (means * visits[:, None] + prior_visits * prior) / (visits + prior_visits)[:, None]
     return found / found.sum(1, keepdim=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -15,11 +16,10 @@ from tiltlm.features import Feature, measure
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import Guide, LanguageModel, Samples
 
-# States beyond these are merged with coarser ones: each costs a row of the vocabulary. Those are kept whose coarse
-# stand-in would most often have gone another way.
-MOST_STATES = 512
-# States that no sample passed fill up to these.
-ENOUGH_STATES = 128
+# States beyond these are merged with coarser ones: each costs a row of the vocabulary.
+MOST_STATES = 5000
+# Of such rows, all together.
+MOST_TRANSITIONS = 2**25
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
-    """The states of ``samples`` that matter most, with coarser ones, and some next to them that no sample passed.
+    """The states that matter most: all, if there are not too many, and coarser ones in place of the others.
 
-    Raises UsageError where there are none.
+    First come those of ``samples`` whose coarse stand-in would most often have gone another way; then those that would
+    most often be reached from them by tokens drawn one by one: most words of a list are in no sample. Raises UsageError
+    where there are none.
     """
     automaton = prefix_automaton(features)
     vocabulary = TokenTree(token_texts(model))
@@ -70,7 +72,7 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
             stepped[key] = read(automaton, state, vocabulary.texts[token])
         return stepped[key]
 
-    matters = Counter[State]()
+    visits, matters = Counter[State](), Counter[State]()
     coarse = dict[State, None]()
     texts: dict[State, tuple[int, ...]] = {automaton.start: ()}
     for ids in samples.completion_ids:
@@ -81,21 +83,61 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
             for one in (state, stand_in):
                 if one not in texts:
                     texts[one] = tuple(ids[:t])
+            visits[state] += 1
             matters[state] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
-    kept = list(dict.fromkeys([automaton.start, *(s for s, _ in matters.most_common(MOST_STATES)), *coarse]))
-    memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
-    reached: list[Sequence[State]] = []
-    for state in kept:
-        reached.append(vocabulary.read_all(automaton, state, memo))
-        for token, after in enumerate(reached[-1]):
-            if after not in texts:
-                texts[after] = (*texts[state], token)
-                if len(kept) < min(ENOUGH_STATES, MOST_STATES):
-                    kept.append(after)
+    most = min(MOST_STATES, max(1, MOST_TRANSITIONS // model.vocab_size))
+    first = [automaton.start, *(state for state, times in matters.most_common(most) if times), *coarse]
+    often = _token_rates(model.vocab_size, samples.completion_ids)
+    reached = _most_reached(automaton, vocabulary, list(dict.fromkeys(first)), visits, often, texts, most)
+    kept = list(reached)
     values = None
     if all(feature.automaton() is not None for feature in features):
         values = measure(features, [model.tokenizer.decode(list(texts[state])) for state in kept])
-    return PrefixStates(token_transitions(model, automaton, kept, reached), 0, values)
+    return PrefixStates(token_transitions(model, automaton, kept, reached.values()), 0, values)
+
+
+def _most_reached(
+    automaton: Automaton,
+    vocabulary: TokenTree,
+    first: Sequence[State],
+    visits: Mapping[State, int],
+    often: Sequence[float],
+    texts: dict[State, tuple[int, ...]],
+    most: int,
+) -> dict[State, list[State]]:
+    """These states, and up to ``most`` with those most often reached; the state after each token from each.
+
+    ``visits`` says how often samples came to a state, ``often`` how likely each token is [V]; ``texts`` gets the tokens
+    that lead to each state.
+    """
+    memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
+    reached: dict[State, list[State]] = {}
+    rate = {state: float(visits.get(state, 0)) for state in first}
+    # The likeliest come first; of equal ones that which was found first.
+    waiting, found = list[tuple[float, int, State]](), count()
+    todo = list(reversed(first))
+    while todo or (waiting and len(reached) < most):
+        state = todo.pop() if todo else heapq.heappop(waiting)[2]
+        if state in reached:
+            continue
+        reached[state] = vocabulary.read_all(automaton, state, memo)
+        added: dict[State, float] = {}
+        for token, after in enumerate(reached[state]):
+            if after not in reached:
+                added[after] = added.get(after, 0.0) + often[token]
+                if after not in texts:
+                    texts[after] = (*texts[state], token)
+        for after, share in added.items():
+            rate[after] = rate.get(after, 0.0) + rate[state] * share
+            heapq.heappush(waiting, (-rate[after], next(found), after))
+    return reached
+
+
+def _token_rates(vocab_size: int, texts: Sequence[Sequence[int]]) -> list[float]:
+    """How often each token is written [V], as if each had been once more."""
+    counts = Counter(token for ids in texts for token in ids)
+    total = counts.total() + vocab_size
+    return [(counts[token] + 1) / total for token in range(vocab_size)]
 
 
 def one_state(model: LanguageModel) -> PrefixStates:
