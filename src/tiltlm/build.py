@@ -37,13 +37,19 @@ ON_POLICY_ONLY = ("ppo", "grpo")
 
 def build_base(config: RunConfig) -> LanguageModel:
     """The model that the config names, on its device, without an adapter."""
-    return LanguageModel.from_pretrained(
+    base = LanguageModel.from_pretrained(
         config.model,
         device=config.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
     )
+    if base.guide is not None:
+        raise UsageError(
+            f"model: '{config.model}' keeps a guide (training.keep_guide) and cannot be a base; tune the model that it "
+            f"was tuned from, or a run without keep_guide"
+        )
+    return base
 
 
 def build_roles(config: RunConfig, base: LanguageModel) -> Roles:

@@ -34,6 +34,7 @@ from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
+from tiltlm.sampling import guide_toward
 from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, Term, draw_base_sample, fit_target, report_fit
 from tiltlm.targets.foresight import Foresight, foresee, rare_filters
 from tiltlm.targets.guided_sample import look_again, needs_a_second_look
@@ -330,6 +331,10 @@ def _run(
     check_expressible(objective, stated.target)
     for note in method_notes(objective, stated.target):
         display.say(f"note: {note}")
+    if config.training.keep_guide:
+        with roles.use("base") as base:
+            guide = guide_toward(base, stated.target, stated.base_sample)
+        roles.policy.keep(guide)
     recorder = Recorder(directory)
     trainer = Trainer(
         roles,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,3 +59,11 @@ def assert_one_error(err: str, said: list[str]) -> None:
     assert "not foreseen" not in err
     for part in said:
         assert part in errors[0], f"{part!r} is not in: {errors[0]}"
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("seconds", "created", "updated", "git_commit")}
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [without_times(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Command, files_under, write_config
+from command_line import Command, files_under, metrics_of, without_times, write_config
 
 from tiltlm.runs.directory import RUN_FIELDS
 from tiltlm.training.trainer import Trainer
@@ -37,14 +37,6 @@ def assert_plain(text: str) -> None:
     """Lines as they go into a file: no colours, no cursor movements, no line that overwrites another."""
     assert "\x1b" not in text
     assert "\r" not in text
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("seconds", "created", "updated", "git_commit")}
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [without_times(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_init_writes_a_config_that_fits_as_it_is(tiltlm: Command, here: Path, tiny: Path) -> None:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from tiltlm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Lift:
+    """What a guide adds to the logits at P positions, in these ``states`` [P] after ``columns`` [P] tokens."""
+
+    guide: Guide
+    states: Tensor
+    columns: Tensor
+
+    def at(self, piece: slice) -> Tensor:
+        """log ψ of every next token [p, V] at these positions."""
+        return self.guide.log_weights_at(self.states[piece], self.columns[piece])
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,31 @@ class Guide:
         found = self.log_twist[read.clamp_max(len(self.log_twist) - 1), states]
         # Behind its end a text promises what it did there.
         return found.gather(1, read.minimum(mask.sum(1, keepdim=True))) + self.log_scale
+
+    def lift(self, tokens: Tensor, rows: Tensor, columns: Tensor) -> Lift:
+        """What it adds to the logits at these places [P] of completions [N, T]."""
+        return Lift(self, self.states(tokens)[rows, columns], columns)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as safetensors."""
+        narrow = torch.int16 if 2 * len(self.transitions) <= torch.iinfo(torch.int16).max else torch.int32
+        tensors = {
+            "transitions": self.transitions.to("cpu", narrow).contiguous(),
+            "log_twist": self.log_twist.cpu().contiguous(),
+        }
+        # One entry: several would come in another order each time.
+        save_file(tensors, path, {"guide": json.dumps({"start": self.start, "log_scale": self.log_scale})})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Guide:
+        """What ``save`` wrote. Raises ModelError where the file is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads(file.metadata()["guide"])
+                transitions, log_twist = (file.get_tensor(name) for name in ("transitions", "log_twist"))
+                return Guide(transitions.long(), log_twist, told["start"], told["log_scale"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path} is damaged ({error}): the model's guide is not whole; copy it anew") from error
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
         """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""

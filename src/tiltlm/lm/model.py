@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,8 @@ COPIES_OF_LOGITS = 4
 # Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
 HIDDEN_VECTORS, INTERMEDIATE_VECTORS = 10, 6
 
+# What a model's own guide is called beside its weights.
+GUIDE_FILE = "guide.safetensors"
 
 # Settings of LoRA whose other values change the weights, or the layers, that the base would share.
 HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
@@ -71,6 +74,7 @@ class LanguageModel:
         self.name = name
         self.compute_dtype = compute_dtype
         self.fingerprint: str | None = None  # where the weights no longer tell it
+        self.guide: Guide | None = None  # a guide that is part of the model's own law; see keep
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -102,7 +106,7 @@ class LanguageModel:
         tokenizer = load_tokenizer(str(name), **kwargs)
         model = load_weights(str(name), dtype, **kwargs)
         compute = torch.bfloat16 if dtype == "auto" and native_bfloat16(target) else None
-        loaded = cls(model.to(target), tokenizer, name=str(name), compute_dtype=compute)
+        loaded = cls(model.to(target), tokenizer, name=str(name), compute_dtype=compute)._with_guide_of(name)
         return loaded.with_lora(**peft) if peft is not None else loaded
 
     def copy(self) -> LanguageModel:
@@ -144,7 +148,25 @@ class LanguageModel:
 
     def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
         """The same weights with a trained adapter from a folder. Raises ModelError when it cannot be loaded."""
-        return self._with(load_adapter(self.model, str(folder)))
+        return self._with(load_adapter(self.model, str(folder)))._with_guide_of(folder)
+
+    def keep(self, guide: Guide) -> LanguageModel:
+        """Make a guide part of this model's law, in sampling and in scoring; it is saved with it. Returns the model."""
+        self.guide = self.placed(guide)
+        return self
+
+    @contextlib.contextmanager
+    def unguided(self) -> Iterator[LanguageModel]:
+        """The model without a guide of its own, for the length of the block."""
+        kept, self.guide = self.guide, None
+        try:
+            yield self
+        finally:
+            self.guide = kept
+
+    def _with_guide_of(self, folder: str | os.PathLike[str]) -> LanguageModel:
+        path = Path(folder) / GUIDE_FILE
+        return self.keep(Guide.load(path)) if path.exists() else self
 
     def _with(self, model: PreTrainedModel) -> LanguageModel:
         self._check_whole_weights()
@@ -237,7 +259,7 @@ class LanguageModel:
                     start_id=self.start_id,
                     law=law,
                     generator=generator,
-                    guide=guide,
+                    guide=guide if guide is not None else self.guide,
                     cache_dtype=cache_dtype(self.device, self.compute_dtype),
                 )
                 parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer, guide))
@@ -266,7 +288,10 @@ class LanguageModel:
         with computing(self._inner, self.compute_dtype):
             read, layer = self._read_crossing(samples) if self.is_encoder_decoder else self._read_on(samples)
             last = read[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
-            return Reading.of(last, layer.weight, layer.bias) if layer is not None else Reading.of(last, None, None)
+            own = self.guide
+            lift = own.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if own is not None else None
+            weight, bias = (layer.weight, layer.bias) if layer is not None else (None, None)
+            return Reading.of(last, weight, bias, lift)
 
     def _read_on(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
         """Hidden states of prompt and completion and the layer after them, or logits and None."""
@@ -358,6 +383,8 @@ class LanguageModel:
         adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
+        if self.guide is not None:
+            self.guide.save(Path(folder) / GUIDE_FILE)
 
     def placed(self, guide: Guide) -> Guide:
         """The guide where the logits are, as precise as they are but no less than float32."""

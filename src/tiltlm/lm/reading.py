@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from tiltlm.lm.guide import Guide
+from tiltlm.lm.guide import Guide, Lift
 from tiltlm.lm.precision import original_of
 from tiltlm.lm.samples import Law, Samples
 
@@ -31,21 +31,23 @@ HELD_BYTES = 31 * 2**20
 class Reading:
     """What a model makes of P positions: ``hidden`` [P, H], and ``weight`` [V, H], ``bias`` [V] of its output layer.
 
-    Without a weight ``hidden`` holds the logits [P, V] themselves. ``compute`` is the dtype of the product.
+    Without a weight ``hidden`` holds the logits [P, V] themselves. ``compute`` is the dtype of the product; ``lift`` is
+    what a guide of the model's own adds to the logits.
     """
 
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None
     compute: torch.dtype
+    lift: Lift | None = None
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Reading:
+    def of(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, lift: Lift | None = None) -> Reading:
         """With the dtype in which the output layer would compute here, under autocast or not."""
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            return cls(hidden, weight, bias, torch.get_autocast_dtype(device))
-        return cls(hidden, weight, bias, (hidden if weight is None else weight).dtype)
+            return cls(hidden, weight, bias, torch.get_autocast_dtype(device), lift)
+        return cls(hidden, weight, bias, (hidden if weight is None else weight).dtype, lift)
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -79,13 +81,14 @@ class Reading:
         found = self.hidden[piece]
         if self.weight is not None:
             found = linear(found, self.weight, self.bias)
-        return found if found.dtype == torch.float64 else found.float()
+        found = found if found.dtype == torch.float64 else found.float()
+        return found if self.lift is None else found + self.lift.at(piece).to(found)
 
     def cast(self) -> Reading:
         """The same with everything in the dtype in which the product is taken."""
         weight = self.weight.to(self.compute) if self.weight is not None else None
         bias = self.bias.to(self.compute) if self.bias is not None else None
-        return Reading(self.hidden.to(self.compute), weight, bias, self.compute)
+        return Reading(self.hidden.to(self.compute), weight, bias, self.compute, self.lift)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class NextToken:
 
 def next_token(samples: Samples, policy: Reading, base: Reading | None = None, guide: Guide | None = None) -> NextToken:
     """Read the laws of policy and base at every sampled token; a ``guide`` reweights the base and needs one."""
-    job = _Job(samples, base, guide, policy.compute, torch.is_grad_enabled())
+    job = _Job(samples, base, guide, policy, torch.is_grad_enabled())
     found = _Laws.apply(  # type: ignore[no-untyped-call]
         policy.hidden, policy.weight, policy.bias, job
     )
@@ -151,11 +154,15 @@ class _Job:
     """What a pass over the positions reads beside the policy; it carries no gradient."""
 
     def __init__(
-        self, samples: Samples, base: Reading | None, guide: Guide | None, compute: torch.dtype, gradient: bool
+        self, samples: Samples, base: Reading | None, guide: Guide | None, policy: Reading, gradient: bool
     ) -> None:
         self.tokens, self.columns = samples.flat_tokens, samples.flat_columns
-        self.base, self.guide, self.compute, self.gradient = base.cast() if base else None, guide, compute, gradient
-        self.states = _states(samples, guide)
+        self.base, self.guide, self.gradient = base.cast() if base else None, guide, gradient
+        self.compute, self.lift, self.states = policy.compute, policy.lift, _states(samples, guide)
+
+    def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Reading:
+        """The policy's reading, of the tensors that autograd knows."""
+        return Reading(hidden, weight, bias, self.compute, self.lift)
 
     def guide_law(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
         """log g [p, V]; ``base_logits`` are lost."""
@@ -199,6 +206,10 @@ class _Logits:
 
     def at(self, piece: slice, strip: slice, scratch: _Scratch) -> Tensor:
         """Logits [s, V] of a strip, in float32 or better, in memory that may be written to."""
+        found = self._plain(piece, strip, scratch)
+        return found if self.reading.lift is None else found.add_(self.reading.lift.at(strip).to(found))
+
+    def _plain(self, piece: slice, strip: slice, scratch: _Scratch) -> Tensor:
         if self.reading.weight is None:
             return scratch["logits"].copy_(self.reading.hidden[strip])
         if strip.start == piece.start:
@@ -247,7 +258,7 @@ class _Laws(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
-        policy, base = Reading(hidden, weight, bias, job.compute).cast(), job.base
+        policy, base = job.policy(hidden, weight, bias).cast(), job.base
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
         found: list[list[Tensor]] = [[] for _ in range(7)]
@@ -308,7 +319,7 @@ class _Laws(torch.autograd.Function):
                 total = total + on_taught[:, None] * pull
             return total.to(ctx.dtype), None, None, None
         hidden, weight, bias = ctx.saved_tensors
-        policy, base = ctx.cast or Reading(hidden, weight, bias, job.compute), job.base
+        policy, base = ctx.cast or job.policy(hidden, weight, bias), job.base
         of_bias = None
         # Many gradients at once, by vmap, are of another shape than the memory that is kept for one.
         functorch = torch._C._functorch

@@ -44,7 +44,7 @@ class Roles:
             assert chosen is not None, "keep_proposal() comes before the proposal is used"
             yield chosen
         elif role == "base":
-            with self.policy.model.disable_adapter():
+            with self.policy.model.disable_adapter(), self.policy.unguided():
                 yield self.policy
         else:
             assert self._proposal is not None, "keep_proposal() comes before the proposal is used"
@@ -134,4 +134,5 @@ class Roles:
             self._proposal = self.policy
         else:
             self._proposal = self.policy.copy()
+            self._proposal.guide = self.policy.guide
             self._proposal.model.requires_grad_(False)

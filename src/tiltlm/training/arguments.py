@@ -49,6 +49,9 @@ class TrainingArguments:
     reuse_fit_samples: Annotated[
         bool, Field(description="first train on the base samples that the target was fitted on, each once")
     ] = True
+    keep_guide: Annotated[
+        bool, Field(description="the policy keeps the guide toward its target: a tuned model times ψ, saved with it")
+    ] = False
     bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
     gradient_samples: Annotated[

@@ -1,0 +1,85 @@
+"""Runs whose policy keeps its guide: from the run file to the saved model, stopped and resumed on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Command, metrics_of, write_config
+
+LORA = {"r": 2, "target_modules": "all-linear"}
+STOPS = """
+import os, signal
+import tiltlm
+
+class Stops(tiltlm.Callback):
+    def on_step_end(self, progress, metrics):
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def with_kept_guide(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return slowly(settings) | {"training": slowly(settings)["training"] | {"keep_guide": True}} | changes
+
+
+def slowly(settings: dict[str, Any]) -> dict[str, Any]:
+    """With a rate at which a few steps change little: where a run begins is still seen at its end."""
+    return settings | {"training": settings["training"] | {"learning_rate": 1e-4}}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"peft": LORA}, {"method": "guided"}, {"method": {"name": "gdc++", "proposal": "kl"}}]
+)
+def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
+    tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    plain, kept = slowly(settings) | changes, with_kept_guide(settings, **changes)
+    for name, config in {"plain": plain, "kept": kept}.items():
+        write_config(here / f"{name}.yaml", config)
+        answer = tiltlm("tune", f"{name}.yaml", "--output-dir", f"runs/{name}")
+        assert answer.code == 0, answer.err
+    first = {name: metrics_of(here / "runs" / name)[0]["kl_p_pi"]["value"] for name in ("plain", "kept")}
+    assert first["kept"] < 0.5 * first["plain"]
+    assert (here / "runs/kept/policy/guide.safetensors").exists()
+    assert not (here / "runs/plain/policy/guide.safetensors").exists()
+
+    def evaluated(name: str) -> dict[str, float]:
+        told = json.loads(tiltlm("eval", f"runs/{name}", "--samples", 256, "--seed", 5, "--json").out)
+        assert told["mismatch"]["worst"] < 1e-3, told["mismatch"]
+        return {"kl": told["kl_p_pi"]["value"], "mean": next(iter(told["moments"].values()))["value"]}
+
+    plain_found, found = evaluated("plain"), evaluated("kept")
+    assert found["kl"] < plain_found["kl"]
+    assert abs(found["mean"] - 0.5) < abs(plain_found["mean"] - 0.5)
+    answer = tiltlm("sample", "runs/kept", "-n", 200, "--seed", 1)
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("changes", [{}, {"peft": LORA, "method": {"name": "gdc", "proposal": "kl"}}])
+def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
+    tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    (here / "stops.py").write_text(STOPS)
+    write_config(here / "kept.yaml", with_kept_guide(settings, **changes))
+    assert tiltlm("tune", "kept.yaml", "--output-dir", "runs/whole").code == 0
+    assert tiltlm("tune", "kept.yaml", "callbacks=stops:Stops", "--output-dir", "runs/stopped").code == 130
+    assert tiltlm("tune", "kept.yaml", "--output-dir", "runs/stopped", "--resume").code == 0
+    assert metrics_of(here / "runs/stopped") == metrics_of(here / "runs/whole")
+    for file in ("guide.safetensors", "adapter_model.safetensors" if "peft" in changes else "model.safetensors"):
+        one, other = (here / "runs" / name / "policy" / file for name in ("whole", "stopped"))
+        assert one.read_bytes() == other.read_bytes()
+    assert math.isfinite(metrics_of(here / "runs/whole")[-1]["kl_p_pi"]["value"])
+
+
+def test_a_model_with_a_guide_is_no_base(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
+    write_config(here / "kept.yaml", with_kept_guide(settings))
+    assert tiltlm("tune", "kept.yaml", "--output-dir", "runs/kept").code == 0
+    write_config(here / "next.yaml", settings | {"model": str(here / "runs/kept/policy")})
+    answer = tiltlm("fit", "next.yaml")
+    assert answer.code == 2
+    assert "keeps a guide (training.keep_guide) and cannot be a base" in answer.err

@@ -1,0 +1,103 @@
+"""A guide that is part of a model's law: in sampling, scoring and gradients alike; off in the base, saved beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from enumerable import tiny_model
+from tiltlm.errors import ModelError
+from tiltlm.exact import enumerate_completions
+from tiltlm.features import contains
+from tiltlm.lm import Guide, LanguageModel, Law, Roles, next_token
+from tiltlm.targets.prefix_states import prefix_states
+
+LENGTH = 4
+LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    return tiny_model("gpt2", "pad_is_eos").copy()
+
+
+def guide_of(model: LanguageModel) -> Guide:
+    states = prefix_states(model, [contains("a b")], enumerate_completions(model, max_completion_length=LENGTH))
+    generator = torch.Generator().manual_seed(0)
+    return states.guide(torch.randn(LENGTH + 1, 2 * len(states.transitions), generator=generator).double())
+
+
+def test_its_law_is_that_of_guided_sampling_and_sums_to_one(model: LanguageModel) -> None:
+    guide = guide_of(model)
+    listed = enumerate_completions(model, max_completion_length=LENGTH)
+    with torch.no_grad():
+        wanted = model.logprob(replace(listed, guide=guide)).sum(-1)
+        model.keep(guide)
+        found = model.logprob(listed).sum(-1)
+        drawn = model.sample(50, seed=3, max_completion_length=LENGTH)
+        again = model.logprob(drawn)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert float(found.exp().sum()) == pytest.approx(1, abs=1e-9)
+    assert drawn.guide is None
+    torch.testing.assert_close(again, drawn.proposal_logprob, rtol=0, atol=1e-9)
+    with model.unguided(), torch.no_grad():
+        torch.testing.assert_close(model.logprob(listed), listed.proposal_logprob, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_and_distances_are_those_of_the_law_itself(model: LanguageModel, lora: bool) -> None:
+    """Fused laws against autograd through whole logits; with a frozen output layer and without."""
+    guide, base = guide_of(model), model.copy()
+    policy = (model.copy().with_lora(**LORA) if lora else model).keep(guide)
+    listed = enumerate_completions(base, max_completion_length=LENGTH)
+    weights = torch.randn(len(listed), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+
+    laws = next_token(listed, policy.read(listed), base.read(listed))
+    found = torch.autograd.grad((weights * laws.policy.sum(-1)).sum(), parameters)
+
+    with policy.unguided():
+        plain = policy.read(listed)
+    states = guide.states(listed.tokens)[listed.flat_rows, listed.flat_columns]
+    logits = plain.logits(slice(0, len(plain))) + guide.log_weights_at(states, listed.flat_columns)
+    law = logits.log_softmax(-1)
+    chosen = law.gather(-1, listed.flat_tokens[:, None]).squeeze(-1)
+    wanted = torch.autograd.grad((weights[listed.flat_rows] * chosen).sum(), parameters)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+    with torch.no_grad():
+        base_law = base.read(listed).logits(slice(0, len(plain))).log_softmax(-1)
+        kl = (law.exp() * (law - base_law)).sum(-1)
+    assert laws.kl is not None
+    torch.testing.assert_close(laws.kl[listed.flat_rows, listed.flat_columns], kl, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_base_has_none_and_a_proposal_has_it(model: LanguageModel, lora: bool) -> None:
+    listed = enumerate_completions(model, max_completion_length=LENGTH)
+    guide, own = guide_of(model), listed.proposal_logprob
+    roles = Roles(model.with_lora(**LORA)) if lora else Roles(model)
+    roles.policy.keep(guide)
+    roles.keep_proposal()
+    with torch.no_grad():
+        with roles.use("base") as base:
+            torch.testing.assert_close(base.logprob(listed, law=Law()), own, rtol=0, atol=1e-12)
+        with roles.use("policy") as policy:
+            law = policy.logprob(listed, law=Law())
+        with roles.use("proposal") as proposal:
+            torch.testing.assert_close(proposal.logprob(listed, law=Law()), law, rtol=0, atol=1e-12)
+    assert float((law - own).abs().max()) > 0.1
+
+
+def test_it_is_saved_beside_the_weights(model: LanguageModel, tmp_path: Path) -> None:
+    listed = enumerate_completions(model, max_completion_length=LENGTH)
+    model.keep(guide_of(model)).save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path, device="cpu", dtype="float64")
+    with torch.no_grad():
+        torch.testing.assert_close(again.logprob(listed, law=Law()), model.logprob(listed, law=Law()))
+    (tmp_path / "guide.safetensors").write_bytes(b"no guide")
+    with pytest.raises(ModelError, match=r"guide\.safetensors is damaged"):
+        LanguageModel.from_pretrained(tmp_path, device="cpu")
