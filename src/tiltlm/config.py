@@ -172,6 +172,24 @@ class RunConfig(Section):
         """Every key, defaults included: the ``config`` of ``run.json``."""
         return {**self.model_dump(mode="json"), "training": asdict(self.training)}
 
+    def stated(self) -> dict[str, Any]:
+        """Every key that is not at its default, and every key of ``model`` and ``target``."""
+        usual = RunConfig(model=self.model, target=self.target).to_json()
+        return _beyond(self.to_json(), {**usual, "model": None, "target": None})
+
+
+def _beyond(stated: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a nested mapping is not as usual."""
+    found = {}
+    for key, value in stated.items():
+        if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping):
+            value = _beyond(value, usual[key])
+            if value:
+                found[key] = value
+        elif key not in usual or value != usual[key]:
+            found[key] = value
+    return found
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's plain data; 1e-4 is a number, as in YAML 1.2, and a key that stands twice is an error."""

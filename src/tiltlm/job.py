@@ -34,8 +34,17 @@ from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
-from tiltlm.sampling import guide_toward
-from tiltlm.targets import BaseSample, FitReport, FittedTarget, Target, Term, draw_base_sample, fit_target, report_fit
+from tiltlm.targets import (
+    BaseSample,
+    FitReport,
+    FittedTarget,
+    Target,
+    Term,
+    Twist,
+    draw_base_sample,
+    fit_target,
+    report_fit,
+)
 from tiltlm.targets.foresight import Foresight, foresee, rare_filters
 from tiltlm.targets.guided_sample import look_again, needs_a_second_look
 from tiltlm.training.acceleration import Trackers, build_accelerator
@@ -180,7 +189,7 @@ def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
     directory = RunDirectory(output_dir)
     if not directory.run_path.exists() or not is_done(directory):
         return None
-    check_same_config(directory, config.to_json())
+    check_same_config(directory, config.to_json(), config.stated())
     if not directory.report_path.exists():
         write_report(directory)
     return directory
@@ -208,7 +217,7 @@ def tune_config(
     directory = RunDirectory(output_dir)
     resume = resume and directory.run_path.exists()
     if resume:
-        check_same_config(RunDirectory.open(output_dir), config.to_json())
+        check_same_config(RunDirectory.open(output_dir), config.to_json(), config.stated())
     else:
         directory.check_free()
     callbacks = [*build_callbacks(config), *callbacks]
@@ -333,7 +342,7 @@ def _run(
         display.say(f"note: {note}")
     if config.training.keep_guide:
         with roles.use("base") as base:
-            guide = guide_toward(base, stated.target, stated.base_sample)
+            guide = Twist.of(base, stated.target, stated.base_sample).toward(stated.target, stated.base_sample)
         roles.policy.keep(guide)
     recorder = Recorder(directory)
     trainer = Trainer(

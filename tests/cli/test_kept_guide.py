@@ -46,6 +46,8 @@ def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
     assert first["kept"] < 0.5 * first["plain"]
     assert (here / "runs/kept/policy/guide.safetensors").exists()
     assert not (here / "runs/plain/policy/guide.safetensors").exists()
+    cards = {name: (here / "runs" / name / "policy/README.md").read_text() for name in ("plain", "kept")}
+    assert ["guide.safetensors" in cards[name] for name in ("plain", "kept")] == [False, True]
 
     def evaluated(name: str) -> dict[str, float]:
         told = json.loads(tiltlm("eval", f"runs/{name}", "--samples", 256, "--seed", 5, "--json").out)

@@ -12,7 +12,7 @@ from enumerable import tiny_model
 from tiltlm.errors import ModelError
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains
-from tiltlm.lm import Guide, LanguageModel, Law, Roles, next_token
+from tiltlm.lm import Guide, GuideProcessor, LanguageModel, Law, Roles, next_token
 from tiltlm.targets.prefix_states import prefix_states
 
 LENGTH = 4
@@ -101,3 +101,32 @@ def test_it_is_saved_beside_the_weights(model: LanguageModel, tmp_path: Path) ->
     (tmp_path / "guide.safetensors").write_bytes(b"no guide")
     with pytest.raises(ModelError, match=r"guide\.safetensors is damaged"):
         LanguageModel.from_pretrained(tmp_path, device="cpu")
+
+
+def test_transformers_generates_from_the_same_law(model: LanguageModel) -> None:
+    """What ``generate`` scored its tokens with, and our own log-probabilities of these tokens."""
+    guide = guide_of(model)
+    start = torch.full((6, 1), model.start_id)
+    torch.manual_seed(0)
+    found = model.model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=LENGTH,
+        eos_token_id=model.eos_ids,
+        pad_token_id=model.pad_id,
+        logits_processor=[GuideProcessor(guide, 1)],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    tokens = found.sequences[:, 1:]
+    ended = torch.isin(tokens, torch.tensor(model.eos_ids))
+    mask = (ended.cumsum(1) - ended.long()) == 0
+    scored = torch.stack(found.scores, 1).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) * mask
+    drawn = model.sample(6, seed=0, max_completion_length=LENGTH)
+    nothing = torch.zeros(tokens.shape, dtype=torch.float64)
+    same = replace(drawn, tokens=tokens, mask=mask, proposal_logprob=nothing)
+    with torch.no_grad():
+        ours = model.keep(guide).logprob(same, law=Law())
+    torch.testing.assert_close(scored.double(), ours.double(), rtol=0, atol=1e-5)

@@ -246,6 +246,22 @@ def test_what_does_not_change_the_result_may_change_on_resuming(
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-000011", "step-000012"]
 
 
+def test_a_run_of_an_older_tiltlm_goes_on_where_what_it_lacks_is_at_its_default(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    tune(settings, folder, callbacks=[stopper(monkeypatch, tmp_path, "signal", 4)])
+    known = record(folder)
+    del known["config"]["training"]["keep_guide"], known["config"]["revision"]
+    (folder / "run.json").write_text(json.dumps(known))
+    changed = copy.deepcopy(settings)
+    changed["training"]["keep_guide"] = True
+    with pytest.raises(UsageError, match=r"training\.keep_guide was None and is True"):
+        tune(changed, folder, resume=True)
+    tune(settings, folder, resume=True)
+    assert record(folder)["status"] == "done"
+
+
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 def test_a_base_that_has_changed_under_its_name_is_refused(
     settings: dict[str, Any], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peft: Any

@@ -2,9 +2,21 @@
 
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.model import LanguageModel
+from tiltlm.lm.processor import GuideProcessor
 from tiltlm.lm.prompts import Prompts
 from tiltlm.lm.reading import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
 from tiltlm.lm.samples import Law, Samples
 
-__all__ = ["Guide", "LanguageModel", "Law", "NextToken", "Prompts", "Reading", "Roles", "Samples", "next_token"]
+__all__ = [
+    "Guide",
+    "GuideProcessor",
+    "LanguageModel",
+    "Law",
+    "NextToken",
+    "Prompts",
+    "Reading",
+    "Roles",
+    "Samples",
+    "next_token",
+]

@@ -17,10 +17,11 @@ def is_done(directory: RunDirectory) -> bool:
     return bool(directory.read_run()["status"] == "done" and directory.policy_dir.is_dir())
 
 
-def check_same_config(directory: RunDirectory, config: Mapping[str, Any]) -> None:
+def check_same_config(directory: RunDirectory, config: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
     """Raise UsageError, with every difference, where ``config`` asks for another run than the one in ``directory``.
 
-    A finished run is not evaluated again, so of that one the evaluation must be the same too.
+    ``stated`` is what of it is not at its default: a key that the run's record lacks came with a later tiltlm, and must
+    be at its default. A finished run is not evaluated again, so of that one the evaluation must be the same too.
     """
     done = is_done(directory)
     changeable = tuple(key for key in CHANGEABLE if not (done and key == "evaluation"))
@@ -28,8 +29,11 @@ def check_same_config(directory: RunDirectory, config: Mapping[str, Any]) -> Non
         {key: value for key, value in _flat(stated).items() if not key.startswith(changeable)}
         for stated in (directory.read_run()["config"], config)
     )
+    known = then.keys() | _flat(stated).keys()
     changed = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in then | now if then.get(key) != now.get(key)
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in then | now
+        if key in known and then.get(key) != now.get(key)
     ]
     if changed:
         advice = "; the run is done, `tiltlm eval` takes other measures of it" if done else ""

@@ -105,7 +105,7 @@ class Execution:
             try:
                 run = with_fit(planned, self.grid.study.budget(run.task), fit)
                 if folder.run_path.exists():
-                    check_same_config(folder, run.config.to_json())
+                    check_same_config(folder, run.config.to_json(), run.config.stated())
                     if is_done(folder) and is_measured(folder, reference):
                         self._settle(place, "done")
                         place["kept"] = settings_key(planned)
@@ -257,8 +257,11 @@ def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: S
 
 
 def settings_key(run: PlannedRun) -> str:
-    """What a finished run was run with, as a hash; its rows in ``results.csv`` are of these settings."""
-    return hashlib.sha256(json.dumps(run.config.to_json(), sort_keys=True).encode()).hexdigest()
+    """What a finished run was run with, as a hash; its rows in ``results.csv`` are of these settings.
+
+    Of what differs from the defaults: a setting that tiltlm comes to have later is no other setting.
+    """
+    return hashlib.sha256(json.dumps(run.config.stated(), sort_keys=True).encode()).hexdigest()
 
 
 def _fit_size(reference: Path) -> int | None:
