@@ -178,7 +178,7 @@ def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
 
 MEASURE = """
 import sys, torch
-from tiltlm.lm.reading import _Job, _Laws
+from tiltlm.lm.reading import Reading, _Job, _Laws
 from tiltlm.lm import Samples, Law, Prompts
 vocabulary, positions, naive = int(sys.argv[1]), 2048, sys.argv[2] == "naive"
 def held(name):
@@ -195,7 +195,7 @@ before = held("VmHWM")
 if naive:
     found = (hidden @ weight.T).log_softmax(-1).gather(-1, samples.flat_tokens[:, None])
 else:
-    found = _Laws.apply(hidden, weight, None, _Job(samples, None, None, torch.float32, True))[0]
+    found = _Laws.apply(hidden, weight, None, _Job(samples, None, None, Reading(hidden, weight, None, torch.float32), True))[0]
 found.sum().backward()
 print(held("VmHWM") - before)
 """
