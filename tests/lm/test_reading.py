@@ -195,7 +195,8 @@ before = held("VmHWM")
 if naive:
     found = (hidden @ weight.T).log_softmax(-1).gather(-1, samples.flat_tokens[:, None])
 else:
-    found = _Laws.apply(hidden, weight, None, _Job(samples, None, None, Reading(hidden, weight, None, torch.float32), True))[0]
+    reading = Reading(hidden, weight, None, torch.float32)
+    found = _Laws.apply(hidden, weight, None, _Job(samples, None, None, reading, True))[0]
 found.sum().backward()
 print(held("VmHWM") - before)
 """
