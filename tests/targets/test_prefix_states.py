@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -58,6 +60,12 @@ def samples(embedded: LanguageModel) -> Samples:
     return drawn.select(torch.tensor([text.isascii() for text in texts]))
 
 
+@pytest.fixture(scope="module")
+def states_of(embedded: LanguageModel, samples: Samples) -> Callable[[str], PrefixStates]:
+    """The states of FEATURES by name; thousands of them take a while, so each is found once."""
+    return cache(lambda name: prefix_states(embedded, FEATURES[name], samples))
+
+
 def automaton_of(features: list[Feature]) -> Automaton:
     automaton = together(feature.automaton() for feature in features)
     assert automaton is not None
@@ -87,10 +95,10 @@ def follow(states: PrefixStates, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_transitions_are_steps_over_the_decoded_text(
-    embedded: LanguageModel, samples: Samples, name: str, monkeypatch: pytest.MonkeyPatch
+    embedded: LanguageModel, samples: Samples, name: str, states_of: Callable[[str], PrefixStates]
 ) -> None:
     """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
-    automaton, states = automaton_of(FEATURES[name]), prefix_states(embedded, FEATURES[name], samples)
+    automaton, states = automaton_of(FEATURES[name]), states_of(name)
     assert len(states.transitions) < MOST_STATES  # so none is missing
     before = follow(states, samples.tokens)
     chance = random.Random(0)
@@ -123,10 +131,12 @@ def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageMod
     assert float(states.values[states.start, 0]) == 0.0
 
 
-def test_values_of_states_are_those_of_texts_that_end_there(embedded: LanguageModel, samples: Samples) -> None:
+def test_values_of_states_are_those_of_texts_that_end_there(
+    samples: Samples, states_of: Callable[[str], PrefixStates]
+) -> None:
     """On every sample that ends in a state that is one text's alone: the features agree."""
-    for features in FEATURES.values():
-        states = prefix_states(embedded, features, samples)
+    for name, features in FEATURES.items():
+        states = states_of(name)
         if any(feature.automaton() is None for feature in features):
             assert states.values is None
             continue
@@ -137,8 +147,8 @@ def test_values_of_states_are_those_of_texts_that_end_there(embedded: LanguageMo
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_an_end_keeps_the_state(embedded: LanguageModel, samples: Samples, name: str) -> None:
-    states = prefix_states(embedded, FEATURES[name], samples)
+def test_an_end_keeps_the_state(embedded: LanguageModel, name: str, states_of: Callable[[str], PrefixStates]) -> None:
+    states = states_of(name)
     s = len(states.transitions)
     assert states.transitions.shape == (s, embedded.vocab_size)
     for eos in embedded.eos_ids:
