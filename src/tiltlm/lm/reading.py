@@ -126,12 +126,12 @@ def token_logprobs(samples: Samples, reading: Reading, law: Law, guide: Guide | 
     """Log-probabilities of the sampled tokens [N, T] under ``law`` and ``guide``, 0 where masked, with gradient."""
     if law == Law() and guide is None:
         return next_token(samples, reading).policy
-    tokens, states, reading = samples.flat_tokens, _states(samples, guide), reading.cast()
+    tokens, lift, reading = samples.flat_tokens, _lift(samples, guide), reading.cast()
 
     def piece_logprobs(piece: slice) -> Tensor:
         logits = reading.logits(piece)
-        if guide is not None and states is not None:
-            logits = logits + guide.log_weights_at(states[piece], samples.flat_columns[piece]).to(logits)
+        if lift is not None:
+            logits = logits + lift.at(piece).to(logits)
         return law.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
 
     found = [checkpoint(piece_logprobs, piece, use_reentrant=False) for piece in reading.pieces()]
@@ -144,10 +144,8 @@ def _spread(values: Tensor, samples: Samples) -> Tensor:
     return table.index_put((samples.flat_rows, samples.flat_columns), values)
 
 
-def _states(samples: Samples, guide: Guide | None) -> Tensor | None:
-    if guide is None:
-        return None
-    return guide.states(samples.tokens)[samples.flat_rows, samples.flat_columns]
+def _lift(samples: Samples, guide: Guide | None) -> Lift | None:
+    return guide.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if guide is not None else None
 
 
 class _Job:
@@ -156,9 +154,9 @@ class _Job:
     def __init__(
         self, samples: Samples, base: Reading | None, guide: Guide | None, policy: Reading, gradient: bool
     ) -> None:
-        self.tokens, self.columns = samples.flat_tokens, samples.flat_columns
-        self.base, self.guide, self.gradient = base.cast() if base else None, guide, gradient
-        self.compute, self.lift, self.states = policy.compute, policy.lift, _states(samples, guide)
+        self.tokens, self.guide = samples.flat_tokens, _lift(samples, guide)
+        self.base, self.gradient = base.cast() if base else None, gradient
+        self.compute, self.lift = policy.compute, policy.lift
 
     def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Reading:
         """The policy's reading, of the tensors that autograd knows."""
@@ -167,9 +165,7 @@ class _Job:
     def guide_law(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
         """log g [p, V]; ``base_logits`` are lost."""
         assert self.guide is not None
-        assert self.states is not None
-        weights = self.guide.log_weights_at(self.states[piece], self.columns[piece])
-        return torch.log_softmax(base_logits.add_(weights), -1, out=out)
+        return torch.log_softmax(base_logits.add_(self.guide.at(piece)), -1, out=out)
 
     def at_tokens(self, law: Tensor, piece: slice) -> Tensor:
         return law.gather(-1, self.tokens[piece, None]).squeeze(-1)
