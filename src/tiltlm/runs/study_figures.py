@@ -37,9 +37,7 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
         text = f"{band} {drawn} {by_decades}" if metric in FAR_APART else f"{band} {drawn}"
         yield from draw_figure(study, metric, TITLES[metric], text, panels, "sequences drawn")
     panels = [
-        _curve(
-            study, task.name, task.label if len(task.goals) == 1 else f"{task.label}: {name}", f"moment:{name}", goal
-        )
+        _curve(study, task.name, _of_feature(task, name), f"moment:{name}", goal)
         for task in study.tasks
         for name, goal in task.goals.items()
     ]
@@ -58,7 +56,7 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
             _way(
                 study,
                 task.name,
-                task.label if len(task.goals) == 1 else f"{task.label}: {feature}",
+                _of_feature(task, feature),
                 feature,
                 goal,
                 metric,
