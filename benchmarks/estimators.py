@@ -67,9 +67,19 @@ METHODS: dict[str, Sampled | Distilled | FromPool] = {
     "guided, correction 0": Distilled(Guided(correction=0.0)),
     "guided, pool, 4 steps": Distilled(Guided(), steps=4),
     "guided, pool, 12 steps": Distilled(Guided(), steps=12),
-    "gdc++ on-policy, rate falls": Sampled(GDCPlusPlus(), falls=True),
-    "guided, pool, 12 steps, rate falls": Distilled(Guided(), steps=12, falls=True),
-    "guided, pool, 36 steps, rate falls": Distilled(Guided(), steps=36, falls=True),
+    "gdc++ on-policy, batches of 50": Sampled(GDCPlusPlus(), batch=50),
+    "gdc++ on-policy, batches of 50, rate falls": Sampled(GDCPlusPlus(), batch=50, falls="passes"),
+    "guide kept, gdc++": Sampled(GDCPlusPlus(), reuse=True, keeps_guide=True),
+    "guide kept, gdc++, batches of 50": Sampled(GDCPlusPlus(), reuse=True, batch=50, keeps_guide=True),
+    "guide kept, gdc++, batches of 50, rate falls": Sampled(
+        GDCPlusPlus(), reuse=True, batch=50, falls="passes", keeps_guide=True
+    ),
+    "guide kept, guided, batches of 50, rate falls": Distilled(Guided(), batch=50, falls="passes", keeps_guide=True),
+    "guide kept, pooled, 4 steps, rate falls": FromPool(Pooled(), falls="sequences", keeps_guide=True),
+    "guide kept, pooled, 12 steps, rate falls": FromPool(Pooled(), steps=12, falls="sequences", keeps_guide=True),
+    "gdc++ on-policy, rate falls": Sampled(GDCPlusPlus(), falls="sequences"),
+    "guided, pool, 12 steps, rate falls": Distilled(Guided(), steps=12, falls="sequences"),
+    "guided, pool, 36 steps, rate falls": Distilled(Guided(), steps=36, falls="sequences"),
 }
 # Many updates take their time, and a default run is to take ten minutes: these only if named, or with --all.
 LONG = (
@@ -77,6 +87,8 @@ LONG = (
     "gdc++, pool, 12 steps",
     "pooled, 4 steps",
     "pooled, 12 steps",
+    "guide kept, pooled, 4 steps, rate falls",
+    "guide kept, pooled, 12 steps, rate falls",
     "guided, pool, 12 steps, rate falls",
     "guided, pool, 36 steps, rate falls",
 )
@@ -97,7 +109,7 @@ def trained(
     method: Sampled | Distilled | FromPool, world: World, seeds: int, rates: list[float], budget: Budget
 ) -> Runs:
     """All seeds at all learning rates; fit samples are drawn only where target or method uses them."""
-    needs_fit = bool(world.moments) or isinstance(method, Distilled | FromPool) or method.reuse
+    needs_fit = bool(world.moments) or isinstance(method, Distilled | FromPool) or method.reuse or method.keeps_guide
     runs = Runs(world, seeds, rates, FIT if needs_fit else 0)
     method.train(runs, budget)
     return runs

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ground.runs import Budget, Drawn, Runs
+from ground.policies import GuideKept
+from ground.runs import Budget, Drawn, Falls, Runs
 from tiltlm.estimation import mixture
 from tiltlm.lm.reading import gram
 from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
@@ -30,29 +31,28 @@ class Distilled:
 
     With several ``steps`` all batches are kept in a pool, and all updates on a batch but the first train on as many
     sequences of the pool, weighed as drawn from the mixture of base and guide. The library's stop on a rising KL(p‖π)
-    looks at forty batches, and so comes after a budget of 10,000 sequences. ``falls``: the learning rate, to 0 at the
-    end of the budget.
+    looks at forty batches, and so comes after a budget of 10,000 sequences. ``falls`` is what the learning
+    rate falls with. With ``keeps_guide`` the policy keeps it and draws for itself, with one step a batch.
     """
 
     objective: Guided
     steps: int = 1
     batch: int = 250
-    falls: bool = False
+    falls: Falls = ""
+    keeps_guide: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
-        assert runs.fit_sample is not None, "the guide is estimated from fit samples"
-        guides, generator = guides_of(runs), torch.Generator().manual_seed(0)
-        balances = [Balance() for _ in range(runs.count)]
-        runs.passes += len(runs.fit_sample)  # the base reads them for the guide
+        assert not (self.keeps_guide and self.steps > 1), "the pool's mixture knows no law of the policy's past"
+        guides = keep_guide(runs) if self.keeps_guide else read_guides(runs)
+        generator, balances = torch.Generator().manual_seed(0), [Balance() for _ in range(runs.count)]
         pool: list[Drawn] = []
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
         from_base = len(waiting)
         while not runs.spent(budget):
-            if self.falls:
-                runs.lower_rates(budget)
+            runs.lower_rates(budget, self.falls)
             fresh = not waiting
-            batch = runs.draw(guides.law, self.batch) if fresh else waiting.pop(0)
+            batch = runs.draw(self._proposal(runs, guides), self.batch) if fresh else waiting.pop(0)
             pool.append(batch)
             scored = runs.score(batch)
             log_z = runs.log_z(scored)
@@ -68,6 +68,16 @@ class Distilled:
                     update(runs, self.objective, kept.rows(rows), guides, log_z, balances)
             runs.note()
 
+    def _proposal(self, runs: Runs, guides: Guides) -> Tensor:
+        return runs.policy.log_table().detach() if self.keeps_guide else guides.law
+
+
+def read_guides(runs: Runs) -> Guides:
+    """The guides; the base reads the fit samples for them."""
+    assert runs.fit_sample is not None, "the guide is estimated from fit samples"
+    runs.passes += len(runs.fit_sample)
+    return guides_of(runs)
+
 
 def guides_of(runs: Runs) -> Guides:
     """From the chain of the automaton, as the fit samples of each run show it."""
@@ -80,7 +90,7 @@ def guides_of(runs: Runs) -> Guides:
     passed = torch.cat([fit.nodes, fit.leaf[..., None] + inner], -1)
     laws, promises = [], []
     for r in range(runs.count):
-        chain = Chain.empty(states.transitions, graph.length)
+        chain = Chain.empty(states, graph.length)
         visits = torch.bincount(fit.nodes[r].flatten(), minlength=inner).double()
         seen = visits.nonzero().squeeze(-1)
         chain.add(world.state[seen], depth[seen], world.base[seen].exp(), visits[seen], visits[seen])
@@ -91,6 +101,15 @@ def guides_of(runs: Runs) -> Guides:
         promises.append(guide.log_twist[depth, world.state] + guide.log_scale)
         laws.append(graph.tilted(world.base, promises[-1]).float())
     return Guides(torch.stack(laws), torch.stack(promises))
+
+
+def keep_guide(runs: Runs) -> Guides:
+    """Let each run's policy keep its guide."""
+    assert not isinstance(runs.policy, GuideKept)
+    guides = read_guides(runs)
+    runs.policy = GuideKept(runs.policy, runs.world.graph, guides.promises.float())
+    runs.note()
+    return guides
 
 
 def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ground.graph import Graph
+
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MAX_GRAD_NORM = 1.0
@@ -93,6 +95,30 @@ class NodeNetwork:
         return torch.baddbmm(self.bias[:, None], torch.tanh(read), self.output).log_softmax(-1)
 
 
+@dataclass(frozen=True)
+class GuideKept:
+    """A policy ∝ network · ψ, normalized at each node, as the library's ``training.keep_guide``.
+
+    ``promises`` [R, M + L] are log ψ of the nodes of ``graph``.
+    """
+
+    network: PrefixNetwork | NodeNetwork
+    graph: Graph
+    promises: Tensor
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those of the network; ψ stays."""
+        return self.network.parameters
+
+    def log_table(self) -> Tensor:
+        """log π(v|node) [R, M, V]."""
+        return self.graph.tilted(self.network.log_table(), self.promises)
+
+
+Policy = PrefixNetwork | NodeNetwork | GuideKept
+
+
 def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
     return [p[:1].repeat(runs, *[1] * (p.ndim - 1)).requires_grad_() for p in parameters]
 
@@ -101,12 +127,12 @@ def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
 class Adam:
     """Adam with a learning rate for each run [R]; a run's gradient is clipped to norm 1, the library's default.
 
-    ``left`` is the share of the rates that still counts, where they fall.
+    ``left`` [R] is the share of the rates that still counts, where they fall.
     """
 
     parameters: list[Tensor]
     rates: Tensor
-    left: float = 1.0
+    left: Tensor | None = None
     steps: int = 0
     moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -118,6 +144,7 @@ class Adam:
         norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         scale = (MAX_GRAD_NORM / norm.clamp_min(MAX_GRAD_NORM)).nan_to_num()
         corrections = [1 - beta**self.steps for beta in BETAS]
+        rates = self.rates if self.left is None else self.left * self.rates
         with torch.no_grad():
             for p, g, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
                 shape = (-1, *[1] * (p.ndim - 1))
@@ -125,4 +152,4 @@ class Adam:
                 first.lerp_(g, 1 - BETAS[0])
                 second.lerp_(g * g, 1 - BETAS[1])
                 root = (second / corrections[1]).sqrt_().add_(EPSILON)
-                p.sub_(self.left * self.rates.reshape(shape) / corrections[0] * first / root)
+                p.sub_(rates.reshape(shape) / corrections[0] * first / root)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ground.runs import Budget, Drawn, Runs, Scored
+from ground.distilled import keep_guide
+from ground.runs import Budget, Drawn, Falls, Runs, Scored
 from tiltlm.estimation import log_partition
 from tiltlm.objectives import AdaptiveObjective, Objective
 from tiltlm.training.mixing import BASE, mixture_logprob
@@ -20,7 +21,7 @@ class FromPool:
 
     The pool keeps every sequence, and each of its updates is on as many as a batch has. ``rule`` and ``check_steps``
     say when the policy becomes the proposal. The library's stop on a rising KL(p‖π) looks at forty batches, and so
-    comes after a budget of 10,000 sequences.
+    comes after a budget of 10,000 sequences. ``falls`` and ``keeps_guide`` are as in ``Sampled``.
     """
 
     objective: Objective
@@ -28,11 +29,16 @@ class FromPool:
     rule: str = "interval"
     check_steps: int = 4
     batch: int = 250
+    falls: Falls = ""
+    keeps_guide: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
+        if self.keeps_guide:
+            keep_guide(runs)
         loop = Loop(self, runs)
         while not runs.spent(budget):
+            runs.lower_rates(budget, self.falls)
             loop.turn()
 
 

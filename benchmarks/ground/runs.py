@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ground.policies import Adam
+from ground.policies import Adam, Policy
 from ground.worlds import World
 from tiltlm.estimation import Partition
 from tiltlm.objectives import Record, TokenRecord
 from tiltlm.targets import TiltedTarget
+
+# What learning rates fall with, to 0 at the end of its budget: "" for rates that stay.
+Falls = Literal["", "sequences", "passes"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Runs:
 
     def __init__(self, world: World, seeds: int, rates: list[float], fit: int) -> None:
         self.world, self.seeds, self.count = world, seeds, seeds * len(rates)
-        self.policy = world.network.copies(self.count)
+        self.policy: Policy = world.network.copies(self.count)
         self.optimizer = Adam(self.policy.parameters, torch.tensor(rates).repeat(seeds))
         self.generator = torch.Generator().manual_seed(1000)
         self.sequences, self.passes = 0, torch.zeros(self.count)
@@ -113,9 +117,11 @@ class Runs:
         """Whether no run has anything left of both."""
         return self.sequences >= budget.sequences and bool((self.passes >= budget.passes).all())
 
-    def lower_rates(self, budget: Budget) -> None:
-        """Let learning rates fall with the sequences that are left, to 0 at the end."""
-        self.optimizer.left = max(0.0, 1 - self.sequences / budget.sequences)
+    def lower_rates(self, budget: Budget, by: Falls) -> None:
+        """Let learning rates fall with the sequences or passes that are left, to 0 at the end."""
+        spent = self.passes / budget.passes if by == "passes" else torch.tensor(self.sequences / budget.sequences)
+        if by:
+            self.optimizer.left = (1 - spent).clamp_min(0).expand(self.count)
 
     def draw(self, table: Tensor, n: int) -> Drawn:
         """``n`` sequences of a law [R or 1, M, V], charged: one pass each."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ground.runs import Budget, Runs, Scored
+from ground.distilled import keep_guide
+from ground.runs import Budget, Falls, Runs, Scored
 from tiltlm.estimation import kl_difference, tv_difference
 from tiltlm.objectives import BatchObjective, Objective
 from tiltlm.training.proposal import Distances, proposal_rule
@@ -18,7 +19,7 @@ from tiltlm.training.pulling import ignores_the_impossible
 class Sampled:
     """``objective`` under the proposal ``rule``, ``steps`` updates a batch; with ``reuse`` fit samples come first.
 
-    ``falls``: the learning rate, to 0 at the end of the budget.
+    ``falls`` is what the learning rate falls with; ``keeps_guide``: the policy, that of the fit samples.
     """
 
     objective: Objective
@@ -26,14 +27,16 @@ class Sampled:
     steps: int = 1
     reuse: bool = False
     batch: int = 250
-    falls: bool = False
+    falls: Falls = ""
+    keeps_guide: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
+        if self.keeps_guide:
+            keep_guide(runs)
         loop = Loop(self, runs)
         while not runs.spent(budget):
-            if self.falls:
-                runs.lower_rates(budget)
+            runs.lower_rates(budget, self.falls)
             loop.turn()
 
 

@@ -120,7 +120,7 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     rate = float(listed.sequence_logprob.exp()[measure(filters, listed.texts)[:, 0] > 0].sum())
     many = base.sample(3000, seed=2, max_completion_length=LENGTH)
     states = prefix_states(base, filters, many)
-    chain = Chain.empty(states.transitions, LENGTH)
+    chain = Chain.empty(states, LENGTH)
     chain.learn(base, many)
     promise = chain.promise(states.passing())
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
@@ -134,7 +134,7 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
     filters = [build_feature({"contains": "d b"})]
     samples = base.sample(4000, seed=4, max_completion_length=LENGTH)
     states = prefix_states(base, filters, samples)
-    plain, guided = Chain.empty(states.transitions, LENGTH), Chain.empty(states.transitions, LENGTH)
+    plain, guided = Chain.empty(states, LENGTH), Chain.empty(states, LENGTH)
     plain.learn(base, samples)
     guide = base.placed(guide_of(states, plain.promise(states.passing()), states.passing()))
     drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=guide)

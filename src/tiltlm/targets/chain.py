@@ -14,15 +14,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tiltlm.lm import Guide, LanguageModel, Samples
+from tiltlm.targets.contexts import LastTokens
+from tiltlm.targets.prefix_states import PrefixStates
 
 # Steps are averaged over all positions of a stretch; there are at most so many, and with many states fewer.
 MOST_STRETCHES, MOST_STEPS = 40, 2**25
 ROWS_AT_ONCE = 256
 # Visits to a state in one stretch that count as much as what is known of the state in all.
 ELSEWHERE = 20.0
-# Visits to a state that count as much as the guess that all states after it are equally likely.
+# Visits to a state that count as much as what is known of its kin.
+KIN = 1.0
+# Visits to all of a kin that count as much as the guess that all states after it are equally likely.
 GUESS = 0.5
 
 
@@ -33,7 +38,7 @@ class Chain:
     From a state tokens lead to at most D others: ``successors`` [S, D], the last repeated where there are fewer, and
     ``places`` [S, V] says to which of them each token leads. ``moved`` [G, S, D] sums the probabilities of these over
     prefixes in G stretches of positions, each with its weight; ``weight`` and ``visits`` [G, S] are the sums of the
-    weights and the number of prefixes.
+    weights and the number of prefixes. States of one ``kin`` [S] go on alike where little is known of each.
     """
 
     transitions: Tensor
@@ -43,33 +48,49 @@ class Chain:
     moved: Tensor
     weight: Tensor
     visits: Tensor
+    kin: Tensor
 
     @staticmethod
-    def empty(transitions: Tensor, length: int) -> Chain:
+    def empty(states: PrefixStates, length: int, device: torch.device | None = None) -> Chain:
         """A chain that has seen nothing."""
+        transitions = states.transitions.to(device or "cpu")
         count, device = len(transitions), transitions.device
         successors, places = _successors(transitions)
         stretches = min(length, MOST_STRETCHES, max(1, MOST_STEPS // successors.numel()))
         moved = torch.zeros(stretches, *successors.shape, device=device)
         weight = torch.zeros(stretches, count, dtype=torch.float64, device=device)
-        return Chain(transitions, length, successors, places, moved, weight, torch.zeros_like(weight))
+        kin = torch.arange(count) if states.kin is None else states.kin
+        return Chain(transitions, length, successors, places, moved, weight, torch.zeros_like(weight), kin)
 
     @torch.no_grad()
-    def learn(self, model: LanguageModel, samples: Samples, log_weights: Tensor | None = None) -> None:
-        """Add the model's next-token laws at every prefix; ``log_weights`` [N, T] are those of the prefixes."""
+    def learn(
+        self,
+        model: LanguageModel,
+        samples: Samples,
+        log_weights: Tensor | None = None,
+        last_tokens: LastTokens | None = None,
+    ) -> None:
+        """Add the model's next-token laws at every prefix, to ``last_tokens`` too.
+
+        ``log_weights`` [N, T] are those of the prefixes.
+        """
         count, device = len(self.transitions), self.transitions.device
         still = Guide(self.transitions, torch.zeros(1, 2 * count))
         for rows in model.chunks(samples):
             chunk = samples.select(rows).trimmed()
             reading = model.read(chunk).cast()
             places = chunk.flat_rows.to(device), chunk.flat_columns.to(device)
-            states = still.states(chunk.tokens.to(device))[places] % count
+            tokens = chunk.tokens.to(device)
+            states = still.states(tokens)[places] % count
+            last = pad(tokens[:, :-1], (1, 0), value=self.transitions.shape[1])[places]
             weights = torch.ones(len(states), dtype=torch.float64, device=device)
             if log_weights is not None:
                 weights = log_weights[rows.cpu()].to(device)[places].exp()
             for piece in reading.pieces():
                 law = reading.logits(piece).float().softmax(-1).to(device)
                 self.add(states[piece], places[1][piece], law, weights[piece])
+                if last_tokens is not None:
+                    last_tokens.add(last[piece], law, weights[piece])
 
     def add(self, states: Tensor, columns: Tensor, laws: Tensor, weights: Tensor, visits: Tensor | None = None) -> None:
         """Add next-token laws [P, V] at prefixes in these states [P], after as many tokens as ``columns`` [P] say.
@@ -103,8 +124,9 @@ class Chain:
         possible[successors >= len(successors)] = 0.0
         guess = possible / possible.sum(1, keepdim=True).clamp_min(1.0)
         weight, visits = self.weight.cpu(), self.visits.cpu()
-        total = self.moved.sum(0, dtype=torch.float64).cpu()
-        anywhere = _mean(total, weight.sum(0), visits.sum(0), guess, GUESS)
+        moved, weights, visited = self.moved.sum(0, dtype=torch.float64).cpu(), weight.sum(0), visits.sum(0)
+        of_kin = [torch.zeros_like(x).index_add_(0, self.kin, x)[self.kin] for x in (moved, weights, visited)]
+        anywhere = _mean(moved, weights, visited, _mean(of_kin[0], of_kin[1], of_kin[2], guess, GUESS), KIN)
 
         def step(stretch: int) -> Tensor:
             return _mean(self.moved[stretch].cpu().double(), weight[stretch], visits[stretch], anywhere, ELSEWHERE)
@@ -117,7 +139,7 @@ def _successors(transitions: Tensor) -> tuple[Tensor, Tensor]:
     rows, places = [], []
     for some in torch.split(transitions, ROWS_AT_ONCE):
         ordered, tokens = some.sort(1)
-        place = torch.nn.functional.pad((ordered.diff(dim=1) != 0).cumsum(1), (1, 0))
+        place = pad((ordered.diff(dim=1) != 0).cumsum(1), (1, 0))
         found = ordered[:, -1:].repeat(1, int(place.max()) + 1)
         rows.append(found.scatter_(1, place, ordered))
         places.append(torch.empty_like(place).scatter_(1, tokens, place).int())

@@ -105,7 +105,7 @@ def foresee(
     """
     length, plain = sample.max_completion_length, sample.samples
     states = prefix_states(base, filters, plain)
-    chain = Chain.empty(states.transitions.to(base.device), length)
+    chain = Chain.empty(states, length, base.device)
     chain.learn(base, plain)
     wanted = [k for k, feature in enumerate(features) if feature in filters]
     texts, measured, guides = [plain], [sample.features], list[Guide]()

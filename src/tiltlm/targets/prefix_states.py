@@ -26,12 +26,14 @@ MOST_TRANSITIONS = 2**25
 class PrefixStates:
     """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s.
 
-    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them.
+    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them. States of the
+    same ``kin`` [S] are one state of the automata, split by what else is known; None where there are no such.
     """
 
     transitions: Tensor
     start: int = 0
     values: Tensor | None = None
+    kin: Tensor | None = None
 
     def passing(self) -> Tensor:
         """1 where a text that ends in the state passes all features, else 0 [S], float64."""

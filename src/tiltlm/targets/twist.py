@@ -12,6 +12,7 @@ from tiltlm.estimation import Strata
 from tiltlm.lm import Guide, LanguageModel
 from tiltlm.targets.chain import Chain
 from tiltlm.targets.constrain import BaseSample
+from tiltlm.targets.contexts import LastTokens, with_contexts
 from tiltlm.targets.learned_states import LearnedStates, learned_states
 from tiltlm.targets.prefix_states import PrefixStates, one_state, prefix_states
 from tiltlm.targets.target import Target
@@ -53,15 +54,29 @@ class Twist:
         states, chain = one_state(model), None
         if any(feature.automaton() is not None for feature in target.features):
             states = prefix_states(model, target.features, samples)
-            chain = Chain.empty(states.transitions.to(model.device), length)
-            chain.learn(model, samples, base_sample.prefix_log_ratio)
+            chain = Chain.empty(states, length, model.device)
+            last_tokens = LastTokens.empty(tokens[mask], model.vocab_size, model.device)
+            chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
         twist = Twist(states, cells_visited(states, tokens, mask, length), length, chain)
+        if chain is not None:
+            promise = twist.toward(target, base_sample).log_twist[:, : len(states.transitions)].exp()
+            with_context = with_contexts(states, last_tokens, promise, tokens, twist.states_before(mask))
+            if with_context is not states:
+                chain = Chain.empty(with_context, length, model.device)
+                chain.learn(model, samples, base_sample.prefix_log_ratio)
+                visited = cells_visited(with_context, tokens, mask, length)
+                twist = Twist(with_context, visited, length, chain)
         if all(feature.automaton() is not None for feature in target.features):
             return twist
         log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio
         if (strata := Strata.of(samples.prompt_ids, len(samples))).count > 1:
             log_weights = strata.softmax(log_weights).log()
         return replace(twist, learned=learned_states(twist, tokens, mask, log_weights, log_ratio))
+
+    def states_before(self, mask: Tensor) -> Tensor:
+        """The states of the samples before each of their tokens [N, T], −1 where ``mask`` [N, T] is 0."""
+        before = self.visited[:, : mask.shape[1]] % (2 * len(self.states.transitions))
+        return torch.where(mask, before, -1)
 
     def toward(self, target: Target, base_sample: BaseSample) -> Guide:
         """The guide toward a target, by the samples that this twist was made of."""
@@ -107,7 +122,12 @@ class Twist:
         s = len(self.states.transitions)
         # A text cut at the full length is as final as one that has ended.
         counts, sums = (x[:, s:].sum(0) + x[-1, :s] for x in (counts, sums))
-        return _shrunk(sums, counts, mean.expand(s), 0.0) if told is None else _shrunk(sums, counts, told, TOLD_SAMPLES)
+        if told is None:
+            return _shrunk(sums, counts, mean.expand(s), 0.0)
+        # An automaton may leave out subtleties: what it tells is worth what texts were worth of which it told as much.
+        alike, of = torch.unique(told, return_inverse=True)
+        counted, summed = (torch.zeros_like(alike).index_add_(0, of, x) for x in (counts, sums))
+        return _shrunk(sums, counts, _shrunk(summed, counted, alike, TOLD_SAMPLES)[of], TOLD_SAMPLES)
 
     def _table(self, counts: Tensor, sums: Tensor, mean: Tensor, final: Tensor) -> Tensor:
         """ψ [T + 1, S] where the samples passed; few borrow from other positions, fewer still from all samples."""

@@ -1,0 +1,142 @@
+"""States split by the last two tokens, on a Markov base where all of it is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiltlm.exact import MarkovModel, markov_target, phrase
+from tiltlm.features import contains
+from tiltlm.targets import Term
+from tiltlm.targets.chain import Chain
+from tiltlm.targets.contexts import ENOUGH_PREFIXES, LastTokens, with_contexts
+from tiltlm.targets.prefix_states import PrefixStates
+
+VOCABULARY, LENGTH, TEXTS = 60, 12, 2000
+WANTED = [7, 8]
+# Tokens after which the first wanted one often comes.
+BRING = range(20, 30)
+
+
+@pytest.fixture(scope="module")
+def model() -> MarkovModel:
+    logits = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, WANTED[0]] -= 4.0
+    logits[list(BRING), WANTED[0]] += 8.0
+    return MarkovModel(logits.log_softmax(-1), LENGTH)
+
+
+@pytest.fixture(scope="module")
+def tokens(model: MarkovModel) -> Tensor:
+    generator, columns = torch.Generator().manual_seed(1), [torch.zeros(TEXTS, dtype=torch.long)]
+    for _ in range(LENGTH):
+        columns.append(model.logprob[columns[-1]].exp().multinomial(1, generator=generator).squeeze(-1))
+    return torch.stack(columns[1:], 1)
+
+
+@pytest.fixture(scope="module")
+def states() -> PrefixStates:
+    automaton = phrase(WANTED, VOCABULARY)
+    return PrefixStates(automaton.transitions, automaton.start, automaton.values)
+
+
+def learned(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> tuple[Chain, LastTokens, Tensor]:
+    """A chain and the laws by last token that know the model's laws at these prefixes; the states before each token."""
+    guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
+    before = guide.states(tokens) % len(states.transitions)
+    last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=0)
+    laws = model.logprob[last].exp().flatten(0, 1).float()
+    ones = torch.ones(len(laws), dtype=torch.float64)
+    columns = torch.arange(LENGTH).expand_as(tokens).flatten()
+    chain = Chain.empty(states, LENGTH)
+    chain.add(before.flatten(), columns, laws, ones)
+    last_tokens = LastTokens.empty(tokens, VOCABULARY, torch.device("cpu"))
+    last_tokens.add(torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=VOCABULARY).flatten(), laws, ones)
+    return chain, last_tokens, before
+
+
+def split(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> PrefixStates:
+    chain, last_tokens, before = learned(states, model, tokens)
+    return with_contexts(states, last_tokens, chain.promise(states.passing()), tokens, before)
+
+
+def test_a_cell_is_the_state_of_its_kin(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+    cells = split(states, model, tokens)
+    assert cells.kin is not None
+    assert len(cells.transitions) > len(states.transitions)
+    count, s = len(cells.transitions), len(states.transitions)
+    guide = states.guide(torch.zeros(1, 2 * s))
+    finer = cells.guide(torch.zeros(1, 2 * count))
+    assert torch.equal(cells.kin[finer.states(tokens)], guide.states(tokens))
+    assert cells.values is not None
+    assert states.values is not None
+    assert torch.equal(cells.values, states.values[cells.kin])
+
+
+def test_a_text_ends_in_the_state_of_its_kin(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+    ending = states.transitions.clone()
+    ending[:, 0] += len(ending)
+    cells = split(replace(states, transitions=ending), model, tokens)
+    assert cells.kin is not None
+    count = len(cells.transitions)
+    after = cells.transitions[:, 0]
+    assert bool((after >= count).all())
+    assert torch.equal(cells.kin[after - count], ending[cells.kin, 0] - len(ending))
+    assert bool((cells.transitions[:, 1:] < count).all())
+
+
+def test_tokens_that_bring_what_is_wanted_have_classes_of_their_own(
+    states: PrefixStates, model: MarkovModel, tokens: Tensor
+) -> None:
+    cells = split(states, model, tokens)
+    after = cells.transitions[cells.start]
+    bring = torch.zeros(VOCABULARY, dtype=torch.bool)
+    bring[list(BRING)] = True
+    bring[WANTED[0]] = False
+    others = ~bring
+    others[WANTED[0]] = False
+    assert not set(after[bring].tolist()) & set(after[others].tolist())
+
+
+def test_a_promise_is_near_the_exact_one_of_the_last_token(
+    states: PrefixStates, model: MarkovModel, tokens: Tensor
+) -> None:
+    target = markov_target(model, phrase(WANTED, VOCABULARY), [Term(contains("x"), "filter", 1.0)])
+    exact, cells = target.log_twist, split(states, model, tokens)
+    last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=0)
+    at = torch.arange(LENGTH)
+
+    def miss(of: PrefixStates) -> float:
+        chain, _, before = learned(of, model, tokens)
+        guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
+        truth = exact[at, last, guide.states(tokens)]
+        found = chain.promise(of.passing())[at, before].log()
+        open_rows = (truth < -1e-9) & (truth > -math.inf)
+        return float((found - truth)[open_rows].square().mean().sqrt())
+
+    assert miss(cells) < 0.35 * miss(states)
+
+
+def test_a_cell_that_was_never_seen_goes_on_as_its_kin(
+    states: PrefixStates, model: MarkovModel, tokens: Tensor
+) -> None:
+    cells = split(states, model, tokens)
+    assert cells.kin is not None
+    chain, _, _ = learned(cells, model, tokens)
+    unseen = (chain.visits.sum(0) == 0) & (torch.arange(len(cells.transitions)) >= len(states.transitions))
+    assert bool(unseen.any())
+    step = chain._steps()(0)
+    cell = int(unseen.nonzero()[0])
+    kin = cells.kin == cells.kin[cell]
+    moved = chain.moved[:, kin].sum((0, 1), dtype=torch.float64)
+    torch.testing.assert_close(step[cell], moved / moved.sum(), atol=1e-3, rtol=0)
+
+
+def test_few_prefixes_split_nothing(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+    few = tokens[: ENOUGH_PREFIXES // LENGTH]
+    chain, last_tokens, before = learned(states, model, few)
+    assert with_contexts(states, last_tokens, chain.promise(states.passing()), few, before) is states
