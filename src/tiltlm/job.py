@@ -340,10 +340,11 @@ def _run(
     check_expressible(objective, stated.target)
     for note in method_notes(objective, stated.target):
         display.say(f"note: {note}")
+    twist: Twist | None = None
     if config.training.keep_guide:
         with roles.use("base") as base:
-            guide = Twist.of(base, stated.target, stated.base_sample).toward(stated.target, stated.base_sample)
-        roles.policy.keep(guide)
+            twist = Twist.of(base, stated.target, stated.base_sample)
+        roles.policy.keep(twist.toward(stated.target, stated.base_sample))
     recorder = Recorder(directory)
     trainer = Trainer(
         roles,
@@ -352,6 +353,7 @@ def _run(
         rule,
         config.training,
         base_sample=stated.base_sample,
+        twist=twist,
         seed=stream(config.seed, "train"),
         checkpoint_dir=directory.checkpoint_dir,
         callbacks=[recorder, display, *callbacks],

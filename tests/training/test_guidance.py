@@ -17,7 +17,7 @@ from enumerable import random_guide
 from tiltlm.features import build_feature
 from tiltlm.lm import Law
 from tiltlm.objectives import Guided
-from tiltlm.targets import Term, TiltedTarget, draw_base_sample, fit_target
+from tiltlm.targets import Term, TiltedTarget, Twist, draw_base_sample, fit_target
 from tiltlm.training.guidance import MOST_LEANING, Guidance
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, near
@@ -168,7 +168,8 @@ def test_a_step_leans_by_its_batch_before_the_update(world: World) -> None:
 
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
     target = TiltedTarget(world.target.terms[:1])
-    own = Guidance(world.base, target, replace(world.base_sample, features=world.base_sample.features[:, :1]), 0.5)
+    sample = replace(world.base_sample, features=world.base_sample.features[:, :1])
+    own = Guidance(world.base, target, sample, Twist.of(world.base, target, sample), 0.5)
     assert own.leaning.tolist() == []
     assert own.moments == []
     batch_guide = own.guide

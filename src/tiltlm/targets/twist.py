@@ -34,7 +34,7 @@ class Twist:
     ``visited`` [N, T + 1] is the cell of each sample after t tokens, t · 2S + state, in the states of a ``Guide``; a
     row that had ended before points to the cell behind the last. ``length`` is T. With a ``chain`` ψ follows from its
     steps and from what ended texts are worth; without, it is an average over the samples that pass each cell.
-    ``learned`` are states for features that no automaton reads.
+    ``learned`` are states for features that no automaton reads. The model has read all samples ``readings`` times for it.
     """
 
     states: PrefixStates
@@ -42,6 +42,7 @@ class Twist:
     length: int
     chain: Chain | None = None
     learned: LearnedStates | None = None
+    readings: int = 0
 
     @staticmethod
     def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> Twist:
@@ -59,13 +60,14 @@ class Twist:
             chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
         twist = Twist(states, cells_visited(states, tokens, mask, length), length, chain)
         if chain is not None:
+            twist = replace(twist, readings=1)
             promise = twist.toward(target, base_sample).log_twist[:, : len(states.transitions)].exp()
             with_context = with_contexts(states, last_tokens, promise, tokens, twist.states_before(mask))
             if with_context is not states:
                 chain = Chain.empty(with_context, length, model.device)
                 chain.learn(model, samples, base_sample.prefix_log_ratio)
                 visited = cells_visited(with_context, tokens, mask, length)
-                twist = Twist(with_context, visited, length, chain)
+                twist = Twist(with_context, visited, length, chain, readings=2)
         if all(feature.automaton() is not None for feature in target.features):
             return twist
         log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio

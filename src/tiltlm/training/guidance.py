@@ -15,7 +15,7 @@ MOST_LEANING = 2.0
 
 
 class Guidance:
-    """The guide toward ``target``, from the samples that it was fitted on.
+    """The guide toward ``target``, from the samples that it was fitted on and their ``twist``.
 
     With ``feedback`` above 0 the moments' coefficients, in the guide alone, move at each step by feedback · (goal −
     E_π[φ]) / Var_p(φ): distillation closes the last part of a gap slowly, and a guide that leans closes it sooner. The
@@ -28,11 +28,12 @@ class Guidance:
         base: LanguageModel,
         target: Target,
         base_sample: BaseSample,
+        twist: Twist,
         feedback: float,
         log_z: float | Tensor = 0.0,
     ) -> None:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
-        self.twist = Twist.of(base, target, base_sample)
+        self.twist = twist
         self.log_weights, self.log_ratio = base_sample.log_weights(target), base_sample.log_ratio
         self.of_states = self.twist.worth(target)
         if isinstance(log_z, Tensor):

@@ -17,7 +17,7 @@ from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition, PromptPartition, partition_for
 from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import CriticObjective, Guided, Objective
-from tiltlm.targets import Target
+from tiltlm.targets import Target, Twist
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
 from tiltlm.training.arguments import TrainingArguments
@@ -54,7 +54,8 @@ class Trainer:
     """Tunes the policy of ``roles`` toward ``target``.
 
     ``base_sample`` holds the samples that the target was fitted on: they set prompts and length, start the estimate of
-    log Z and, with ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included.
+    log Z and, with ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included. A
+    ``twist`` that was made of them for the policy's own guide is not made again.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Trainer:
         args: TrainingArguments,
         *,
         base_sample: BaseSample,
+        twist: Twist | None = None,
         seed: int = 0,
         checkpoint_dir: Path | None = None,
         callbacks: Sequence[Callback] = (),
@@ -105,10 +107,11 @@ class Trainer:
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided":
             with roles.use("base") as base:
+                twist = twist or Twist.of(base, target, base_sample)
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
-                self.guidance = Guidance(base, target, base_sample, getattr(objective, "feedback", 0.0), log_z)
-            if self.guidance.twist.chain is not None:  # the base has read them for it
-                self.passes.read(base_sample.samples)
+                self.guidance = Guidance(base, target, base_sample, twist, getattr(objective, "feedback", 0.0), log_z)
+        for _ in range(twist.readings if twist else 0):
+            self.passes.read(base_sample.samples)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
