@@ -1,14 +1,15 @@
-"""What a method's figures are read against: KL(p‖π) of the guide alone, and of likelihood on texts of p itself.
+"""What a method's figures are read against: KL(p‖π) of the guide alone, of likelihood, and of learning the guide.
 
 python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics science
 python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics --likelihood 2000
+python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics --taught 8192
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,56 +17,105 @@ import torch
 from tiltlm.build import build_base, build_terms
 from tiltlm.config import RunConfig, parse_config
 from tiltlm.estimation import Estimate
-from tiltlm.lm import LanguageModel, Law
+from tiltlm.lm import Guide, LanguageModel, Law, next_token
 from tiltlm.study.file import load_study
 from tiltlm.study.reference import Reference, load_reference
-from tiltlm.targets import fit_target
-from tiltlm.targets.twist import Twist
+from tiltlm.targets import fit_target, guide_toward
 from tiltlm.training.checkpoint import load_base_sample
 
-# Likelihood trains on texts behind those that it is measured on.
-HELD_OUT, BATCH = 1536, 256
+# What is trained on texts of the reference takes those behind the ones that it is measured on.
+HELD_OUT = 1536
 
 
-def of_guide(base: LanguageModel, config: RunConfig, folder: Path, reference: Reference) -> tuple[Estimate, int]:
+@dataclass(frozen=True)
+class Task:
+    """A task of a study: its base, and its frozen sample of p."""
+
+    config: RunConfig
+    folder: Path
+    reference: Reference
+
+    @staticmethod
+    def of(study_file: str, results: Path, name: str) -> Task:
+        """The task of this name; its reference is in the folder of results."""
+        study = load_study(study_file)
+        config = parse_config({**study.shared, "target": study.tasks[name].target})
+        folder = results / "references" / name
+        return Task(config, folder, load_reference(folder, build_base(config).freeze(), config))
+
+    def policy(self) -> LanguageModel:
+        """The base with the study's adapter."""
+        return build_base(self.config).with_lora(seed=self.config.seed, **(self.config.peft or {}))
+
+    def guide(self, base: LanguageModel) -> Guide:
+        """The guide that the fit's samples make."""
+        sample = load_base_sample(self.folder, base)
+        assert sample is not None
+        return base.placed(guide_toward(base, fit_target(build_terms(self.config), sample), sample))
+
+    @torch.no_grad()
+    def kl(self, model: LanguageModel, texts: int, guide: Guide | None = None) -> Estimate:
+        """KL(p‖model) on the reference's first texts."""
+        samples = replace(self.reference.samples.select(torch.arange(texts)), guide=guide, law=Law())
+        return self.reference.kl(model.logprob(samples).double().sum(-1).cpu())
+
+    def steps(self, policy: LanguageModel, updates: int) -> Iterator[torch.optim.Optimizer]:
+        """An Adam for each update, its rate rising for five and then falling; it steps when the next is asked for."""
+        rate = self.config.training.learning_rate
+        optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], rate)
+        for done in range(updates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (done + 1) / 5) * (1 - done / updates)
+            optimizer.zero_grad()
+            yield optimizer
+            optimizer.step()
+
+
+def of_guide(task: Task) -> str:
     """KL(p‖g) of the guide that the fit's samples make, and how many states it has."""
-    sample = load_base_sample(folder, base)
-    assert sample is not None
-    target = fit_target(build_terms(config), sample)
-    guide = base.placed(Twist.of(base, target, sample).toward(target, sample))
-    count = min(4096, len(reference))
-    samples = replace(reference.samples.select(torch.arange(count)), guide=guide, law=Law())
-    with torch.no_grad():
-        return reference.kl(base.logprob(samples).double().sum(-1)), len(guide.transitions)
+    base = build_base(task.config).freeze()
+    guide = task.guide(base)
+    kl = task.kl(base, min(4096, len(task.reference)), guide)
+    return f"KL(p‖a) {task.reference.kl_p_a}, KL(p‖g) {kl}, a guide of {len(guide.transitions):,} states"
 
 
-def of_likelihood(
-    base: LanguageModel, config: RunConfig, reference: Reference, count: int, epochs: int
-) -> Iterator[str]:
+def of_likelihood(task: Task, count: int, epochs: int) -> Iterator[str]:
     """KL(p‖π) after each epoch over ``count`` texts drawn from the reference by their weights."""
-    generator = torch.Generator().manual_seed(config.seed)
-    held, weights = torch.arange(HELD_OUT), reference.weights[HELD_OUT:]
+    generator = torch.Generator().manual_seed(task.config.seed)
+    weights, size = task.reference.weights[HELD_OUT:], task.config.training.batch_size
     places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
     found = torch.searchsorted((weights / weights.sum()).cumsum(0), places.double())
     texts = found.clamp_max(len(weights) - 1) + HELD_OUT
-    yield f"{len(texts.unique()):,} different texts of {count:,}"
-    policy = base.with_lora(seed=config.seed, **(config.peft or {}))
-    learned = [p for p in policy.model.parameters() if p.requires_grad]
-    rate, steps, done = config.training.learning_rate, epochs * (count // BATCH), 0
-    optimizer = torch.optim.Adam(learned, rate)
-    for epoch in range(epochs):
-        order = texts[torch.randperm(count, generator=generator)]
-        for start in range(0, count - BATCH + 1, BATCH):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (done + 1) / 5) * (1 - done / steps)
-            optimizer.zero_grad()
-            batch = reference.samples.select(order[start : start + BATCH])
-            (-policy.logprob(batch, law=Law()).sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            done += 1
-        with torch.no_grad():
-            logprob = policy.logprob(reference.samples.select(held), law=Law()).double().sum(-1)
-        yield f"epoch {epoch + 1}: {reference.kl(logprob)}"
+    yield f"{len(texts.unique()):,} different texts of {count:,}"  # type: ignore[no-untyped-call]
+    policy, each = task.policy(), count // size
+    order = torch.empty(0, dtype=torch.long)
+    for update, _ in enumerate(task.steps(policy, epochs * each)):
+        if update % each == 0:
+            order = texts[torch.randperm(count, generator=generator)]
+        batch = task.reference.samples.select(order[update % each * size :][:size])
+        (-policy.logprob(batch, law=Law()).sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
+        if update % each == each - 1:
+            yield f"epoch {update // each + 1}: {task.kl(policy, HELD_OUT)}"
+
+
+def of_teaching(task: Task, texts: int, updates: int) -> Iterator[str]:
+    """KL(p‖π) of a policy with the guide's law as a teacher at every token of its own ``texts``."""
+    base, policy = build_base(task.config).freeze(), task.policy()
+    guide, size = task.guide(base), task.config.training.batch_size
+    generator = torch.Generator().manual_seed(task.config.seed)
+    drawn = base.sample(texts, task.reference.samples.prompts, 77, max_completion_length=40, guide=guide)
+    drawn = replace(drawn, guide=None)
+    for update, _ in enumerate(task.steps(policy, updates)):
+        batch = drawn.select(torch.randperm(len(drawn), generator=generator)[:size])
+        for rows in policy.chunks(batch):
+            chunk = batch.select(rows).trimmed()
+            with torch.no_grad():
+                reading = base.read(chunk)
+            found = next_token(chunk, policy.read(chunk), reading, guide).taught
+            assert found is not None
+            (-found.sum() / size).backward()  # type: ignore[no-untyped-call]
+        if update % 20 == 19:
+            yield f"{update + 1} updates: {task.kl(policy, HELD_OUT)}"
 
 
 def main() -> None:
@@ -73,20 +123,22 @@ def main() -> None:
     parser.add_argument("study")
     parser.add_argument("results", type=Path, help="the study's folder, with its references")
     parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--likelihood", type=int, metavar="TEXTS")
+    parser.add_argument("--likelihood", type=int, metavar="TEXTS", help="train on so many texts of p")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--taught", type=int, metavar="TEXTS", help="teach the law of the guide on so many texts of it")
+    parser.add_argument("--updates", type=int, default=100)
     asked = parser.parse_args()
-    study = load_study(asked.study)
-    for name in asked.tasks or study.tasks:
-        config = parse_config({**study.shared, "target": study.tasks[name].target})
-        base, folder = build_base(config), asked.results / "references" / name
-        reference = load_reference(folder, base, config)
+    for name in asked.tasks or load_study(asked.study).tasks:
+        task = Task.of(asked.study, asked.results, name)
+        lines: Iterator[str]
         if asked.likelihood:
-            for line in of_likelihood(base, config, reference, asked.likelihood, asked.epochs):
-                print(f"{name}: {line}", flush=True)
-            continue
-        kl, states = of_guide(base.freeze(), config, folder, reference)
-        print(f"{name}: KL(p‖a) {reference.kl_p_a}, KL(p‖g) {kl}, a guide of {states:,} states", flush=True)
+            lines = of_likelihood(task, asked.likelihood, asked.epochs)
+        elif asked.taught:
+            lines = of_teaching(task, asked.taught, asked.updates)
+        else:
+            lines = iter([of_guide(task)])
+        for line in lines:
+            print(f"{name}: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sampling from the target itself, exactly or nearly, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
-from tiltlm.sampling.proposal import Draws, Proposal, build_proposal, guide_toward
+from tiltlm.sampling.proposal import Draws, Proposal, build_proposal
 from tiltlm.sampling.samplers import (
     SAMPLERS,
     Guided,
@@ -31,7 +31,6 @@ __all__ = [
     "TargetSamples",
     "build_proposal",
     "build_sampler",
-    "guide_toward",
     "known_bound",
     "qrs_curve",
     "sample_target",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import effective_sample_size, log_importance_weights
-from tiltlm.lm import Guide, LanguageModel, Law, Prompts, Roles, Samples
-from tiltlm.targets import BaseSample, Target, Twist, measure_samples
+from tiltlm.lm import Guide, Law, Prompts, Roles, Samples
+from tiltlm.targets import BaseSample, Target, guide_toward, measure_samples
 
 Source = Literal["base", "guided", "policy"]
 SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
@@ -118,6 +118,11 @@ def build_proposal(
     guide = None
     if source == "guided":
         with roles.use("base") as base:
+            if base_sample is None:
+                raise UsageError(
+                    "guided: a guide is made of the base's samples that the target was fitted on, and they are not "
+                    "there; take another proposal, with rejection, qrs, resample or mcmc"
+                )
             guide = guide_toward(base, target, base_sample)
     return Proposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
 
@@ -137,16 +142,3 @@ def _nearest(proposals: Sequence[Proposal]) -> Proposal:
         f"draws come from {CALLED[proposals[chosen].source]}: of {TRIAL} each, the target's weight is on {shown} (ESS)"
     )
     return replace(proposals[chosen], reason=reason)
-
-
-def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample | None) -> Guide:
-    """The guide of a guided base, made of the samples that the target was fitted on.
-
-    Raises UsageError where these are not there.
-    """
-    if base_sample is None:
-        raise UsageError(
-            "guided: a guide is made of the base's samples that the target was fitted on, and they are not there; take "
-            "another proposal, with rejection, qrs, resample or mcmc"
-        )
-    return Twist.of(base, target, base_sample).toward(target, base_sample)

@@ -31,9 +31,8 @@ from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
 from tiltlm.runs.display import Display
-from tiltlm.sampling import guide_toward
 from tiltlm.study.file import ReferenceSection
-from tiltlm.targets import BaseSample, measure_samples
+from tiltlm.targets import BaseSample, guide_toward, measure_samples
 from tiltlm.training.checkpoint import save_base_sample
 
 # With fewer effective samples than this share of those drawn from the base, the guided base is tried as well.

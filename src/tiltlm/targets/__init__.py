@@ -13,7 +13,7 @@ from tiltlm.targets.constrain import (
 )
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
-from tiltlm.targets.twist import Twist
+from tiltlm.targets.twist import Twist, guide_toward
 
 __all__ = [
     "BaseSample",
@@ -28,6 +28,7 @@ __all__ = [
     "draw_base_sample",
     "fit_moments",
     "fit_target",
+    "guide_toward",
     "measure_samples",
     "report_fit",
     "state_terms",

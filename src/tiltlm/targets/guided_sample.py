@@ -18,7 +18,7 @@ from tiltlm.estimation import mixture
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.reading import token_logprobs
 from tiltlm.targets.constrain import BaseSample, FittedTarget, fit_target, measure_samples
-from tiltlm.targets.twist import Twist
+from tiltlm.targets.twist import guide_toward
 
 # Where the error of the ESS is more than this share of it, a few texts carry most of the weight.
 UNSURE = 0.15
@@ -51,7 +51,7 @@ def look_again(
     first, length = fitted.base_sample, fitted.base_sample.max_completion_length
     halves, parts = [first.select(torch.arange(start, len(first.samples), 2)) for start in (0, 1)], list[BaseSample]()
     for i, (own, other) in enumerate((halves, halves[::-1])):
-        guide = base.placed(Twist.of(base, fitted, own).toward(fitted, own))
+        guide = base.placed(guide_toward(base, fitted, own))
         drawn = base.sample(n, own.samples.prompts, seed + i, max_completion_length=length, guide=guide)
         values = torch.cat([other.features, measure_samples(fitted.features, drawn)])
         texts = [other.samples, replace(drawn, guide=None)]

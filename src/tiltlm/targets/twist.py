@@ -34,7 +34,7 @@ class Twist:
     ``visited`` [N, T + 1] is the cell of each sample after t tokens, t · 2S + state, in the states of a ``Guide``; a
     row that had ended before points to the cell behind the last. ``length`` is T. With a ``chain`` ψ follows from its
     steps and from what ended texts are worth; without, it is an average over the samples that pass each cell.
-    ``learned`` are states for features that no automaton reads. The model has read all samples ``readings`` times for it.
+    ``learned`` are states for features that no automaton reads. The model has read all samples ``readings`` times.
     """
 
     states: PrefixStates
@@ -145,6 +145,11 @@ class Twist:
         spread = weights[:, None].expand_as(self.visited).reshape(-1)
         total = torch.zeros(cells + 1, dtype=torch.float64).index_add_(0, self.visited.reshape(-1), spread)
         return total[:-1].reshape(self.length + 1, -1)
+
+
+def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample) -> Guide:
+    """The guide toward a target, made of the samples of the base that it was fitted on."""
+    return Twist.of(base, target, base_sample).toward(target, base_sample)
 
 
 def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:
