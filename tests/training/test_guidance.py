@@ -166,6 +166,51 @@ def test_a_step_leans_by_its_batch_before_the_update(world: World) -> None:
         torch.testing.assert_close(world.base.logprob(listed), batch.samples.proposal_logprob, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def policy_mean(world: World, trainer: Trainer) -> float:
+    """E_π[φ] of the moment, exactly, with a policy that keeps its guide."""
+    logprob = trainer.roles.policy.logprob(replace(world.samples, guide=None, law=Law())).sum(-1)
+    return float(logprob.exp() @ world.truth.features[:, 1])
+
+
+def test_a_kept_guide_leans_until_the_policy_has_its_moment(world: World) -> None:
+    """The weights hardly move: what brings the moment is the guide, and it is the policy's own."""
+    settings: dict[str, Any] = {"rule": "on_policy", "keep_guide": True, "batch_size": 800, "learning_rate": 1e-12}
+    trainer = build_trainer(world, method=Guided(feedback=0.5), **settings)
+    own = guidance(trainer)
+    own.lean(torch.tensor([-1.0], dtype=torch.float64))
+    trainer.keep_guide()
+    goal = float(world.truth.moments[1])
+    before = policy_mean(world, trainer)
+    for _ in range(12):
+        trainer.train_step()
+        assert trainer.roles.policy.guide is not None
+        assert torch.equal(trainer.roles.policy.guide.log_twist, own.guide.log_twist)
+    assert abs(policy_mean(world, trainer) - goal) < 0.2 * abs(before - goal)
+
+
+def test_a_kept_guide_that_leans_goes_on_where_it_was(world: World, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "rule": "on_policy",
+        "keep_guide": True,
+        "batch_size": 60,
+        "method": Guided(feedback=0.3),
+    }
+    whole = build_trainer(world, **settings)
+    for _ in range(4):
+        whole.train_step()
+    first = build_trainer(world, folder=tmp_path, **settings)
+    for _ in range(2):
+        first.train_step()
+    first.save()
+    again = build_trainer(world, folder=tmp_path, **settings)
+    again.resume()
+    for _ in range(2):
+        again.train_step()
+    assert torch.equal(guidance(again).leaning, guidance(whole).leaning)
+    assert policy_mean(world, again) == policy_mean(world, whole)
+
+
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
     target = TiltedTarget(world.target.terms[:1])
     sample = replace(world.base_sample, features=world.base_sample.features[:, :1])

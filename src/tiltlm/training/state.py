@@ -58,6 +58,7 @@ def unpack(trainer: Trainer, tensors: dict[str, Any], numbers: dict[str, Any]) -
     trainer.reuse.restore(tensors["pool"], numbers["reuse"])
     if trainer.guidance:
         trainer.guidance.lean(tensors["leaning"])
+        trainer.keep_guide()
     trainer.scorer.balance.moments = tensors["balance"]
     trainer.partition = type(trainer.partition).from_json(numbers["partition"])
     trainer.step, trainer.source, trainer.spent = numbers["step"], numbers["source"], numbers["seconds"]

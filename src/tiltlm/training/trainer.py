@@ -110,6 +110,7 @@ class Trainer:
                 twist = twist or Twist.of(base, target, base_sample)
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
                 self.guidance = Guidance(base, target, base_sample, twist, getattr(objective, "feedback", 0.0), log_z)
+            self.keep_guide()
         for _ in range(twist.readings if twist else 0):
             self.passes.read(base_sample.samples)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
@@ -155,6 +156,7 @@ class Trainer:
         moved = self._follow(batch, scores)
         if self.guidance:
             self.guidance.follow(scores, batch.features)
+            self.keep_guide()
         rate = float(self.scheduler.get_last_lr()[0])
         norm = self.update()
         for again, log_z in self.reuse.after(batch, metrics.kl_p_pi.value, before, self.scorer.objective):
@@ -162,6 +164,11 @@ class Trainer:
             self.update(schedule=False)
         self.scorer.adapt(record)
         return metrics.completed(self.progress, norm, rate, batch.source, moved, self.seconds, self.reuse.metrics)
+
+    def keep_guide(self) -> None:
+        """Let a policy that keeps a guide have the method's own, as it leans now."""
+        if self.args.keep_guide and self.guidance:
+            self.roles.policy.keep(self.guidance.guide)
 
     def draw(self) -> Batch:
         """The next batch: fit samples while they last, then fresh samples of the proposal, with their features."""
