@@ -140,3 +140,16 @@ def test_few_prefixes_split_nothing(states: PrefixStates, model: MarkovModel, to
     few = tokens[: ENOUGH_PREFIXES // LENGTH]
     chain, last_tokens, before = learned(states, model, few)
     assert with_contexts(states, last_tokens, chain.promise(states.passing()), few, before) is states
+
+
+def test_tokens_that_are_seldom_written_share_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltlm.targets.contexts.MOST_TRANSITIONS", 3 * VOCABULARY)
+    often, seldom = [1] * 30 + [2] * 20, [5, 6]
+    last_tokens = LastTokens.empty(torch.tensor(often + seldom), VOCABULARY, torch.device("cpu"))
+    assert last_tokens.laws.shape == (4, VOCABULARY)
+    assert len(set(last_tokens.kept[[1, 2]].tolist())) == 2
+    assert last_tokens.kept[5] == last_tokens.kept[6] == last_tokens.kept[40]
+    law = torch.eye(VOCABULARY)[[3, 4]]
+    last_tokens.add(torch.tensor([5, 6]), law, torch.ones(2, dtype=torch.float64))
+    # Two laws and one of all prefixes, which is their mean.
+    torch.testing.assert_close(last_tokens.means()[last_tokens.kept[5]], law.mean(0))

@@ -221,3 +221,16 @@ def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
     with torch.no_grad():
         law = base().logprob(replace(known.samples, guide=own)).sum(-1)
     assert exact_kl(known.logprob, law) < 0.4 * exact_kl(known.logprob, known.base_logprob)
+
+
+def test_an_automaton_that_leaves_out_a_rule_is_believed_as_far_as_samples_bear_it_out() -> None:
+    """Of the texts that it says no of, a tenth are wanted: so is a state of which no sample ended."""
+    states = PrefixStates(torch.tensor([[0, 1, 2, 3]] * 4), values=torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+    ended = torch.tensor([0] * 100 + [2] * 100)
+    visited = torch.stack([torch.zeros_like(ended), 8 + ended], 1)
+    weights = torch.tensor([1.0] * 10 + [0.0] * 90 + [1.0] * 100, dtype=torch.float64)
+    told = torch.tensor([-math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
+    guide = Twist(states, visited, 1).guide(weights.log(), None, told)
+    worth = (guide.log_twist[-1, 4:] + guide.log_scale).exp()
+    torch.testing.assert_close(worth[:2], torch.tensor([0.1, 0.1], dtype=torch.float64), atol=0.01, rtol=0)
+    torch.testing.assert_close(worth[2:], torch.tensor([1.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)

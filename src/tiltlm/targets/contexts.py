@@ -44,7 +44,7 @@ class LastTokens:
     def empty(tokens: Tensor, vocabulary: int, device: torch.device) -> LastTokens:
         """Nothing yet; ``tokens`` [P] are those of the samples, of which the most frequent get rows of their own."""
         often = torch.bincount(tokens.reshape(-1), minlength=vocabulary + 1)
-        often[vocabulary] = 1
+        often[vocabulary] = tokens.numel()  # every text begins
         count = min(int((often > 0).sum()), max(1, MOST_TRANSITIONS // vocabulary))
         kept = torch.full((vocabulary + 1,), count)
         kept[often.argsort(descending=True, stable=True)[:count]] = torch.arange(count)
