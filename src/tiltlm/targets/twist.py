@@ -50,24 +50,18 @@ class Twist:
 
         Features without an automaton have learned states, if there is enough to learn.
         """
-        samples, length = base_sample.samples, base_sample.max_completion_length
+        samples = base_sample.samples
         tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
-        states, chain = one_state(model), None
         if any(feature.automaton() is not None for feature in target.features):
-            states = prefix_states(model, target.features, samples)
-            chain = Chain.empty(states, length, model.device)
             last_tokens = LastTokens.empty(tokens[mask], model.vocab_size, model.device)
-            chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
-        twist = Twist(states, cells_visited(states, tokens, mask, length), length, chain)
-        if chain is not None:
-            twist = replace(twist, readings=1)
-            promise = twist.toward(target, base_sample).log_twist[:, : len(states.transitions)].exp()
-            with_context = with_contexts(states, last_tokens, promise, tokens, twist.states_before(mask))
-            if with_context is not states:
-                chain = Chain.empty(with_context, length, model.device)
-                chain.learn(model, samples, base_sample.prefix_log_ratio)
-                visited = cells_visited(with_context, tokens, mask, length)
-                twist = Twist(with_context, visited, length, chain, readings=2)
+            twist = _with_chain(model, prefix_states(model, target.features, samples), base_sample, last_tokens)
+            promise = twist.toward(target, base_sample).log_twist[:, : len(twist.states.transitions)].exp()
+            finer = with_contexts(twist.states, last_tokens, promise, tokens, twist.states_before(mask))
+            if finer is not twist.states:
+                twist = replace(_with_chain(model, finer, base_sample), readings=2)
+        else:
+            states, length = one_state(model), base_sample.max_completion_length
+            twist = Twist(states, cells_visited(states, tokens, mask, length), length)
         if all(feature.automaton() is not None for feature in target.features):
             return twist
         log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio
@@ -145,6 +139,17 @@ class Twist:
         spread = weights[:, None].expand_as(self.visited).reshape(-1)
         total = torch.zeros(cells + 1, dtype=torch.float64).index_add_(0, self.visited.reshape(-1), spread)
         return total[:-1].reshape(self.length + 1, -1)
+
+
+def _with_chain(
+    model: LanguageModel, states: PrefixStates, base_sample: BaseSample, last_tokens: LastTokens | None = None
+) -> Twist:
+    """The twist of these states, with the chain that the model's laws at the samples' prefixes make of them."""
+    samples, length = base_sample.samples, base_sample.max_completion_length
+    chain = Chain.empty(states, length, model.device)
+    chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
+    visited = cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length)
+    return Twist(states, visited, length, chain, readings=1)
 
 
 def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample) -> Guide:
