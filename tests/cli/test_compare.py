@@ -175,6 +175,8 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert list(rows[0]) == ["task", "method", "seed", "sequences", "forward_passes", "metric", "value", "se"]
     kl = [row for row in rows if row["metric"] == "kl_p_pi"]
     assert [row["sequences"] for row in kl] == ["0", "64", "64", "128"]
+    # Self-BLEU of 16 texts on the way says nothing beside that of 32 at both ends.
+    assert [row["sequences"] for row in rows if row["metric"] == "self_bleu_5"] == ["0", "64", "128"]
     run = json.loads((folder / "runs/female/gdc++/seed-0/run.json").read_text())
     reference = json.loads((folder / "references/female/reference.json").read_text())
     assert run["target"] == reference["target"]
@@ -207,6 +209,11 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     again = tiltlm("compare", "study.yaml")
     assert again.code == 0, again.err
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+
+    curve = folder / "runs/female/gdc++/seed-0/curve.jsonl"
+    curve.write_text(curve.read_text().replace('"samples": 16', '"samples": 32'))
+    assert tiltlm("compare", folder).code == 0
+    assert sum(row["metric"] == "self_bleu_5" for row in rows_of(folder)) == 4
 
     # A study that asks for other settings of a run that is there does not mix them with it.
     changed = tiltlm("compare", "study.yaml", "methods.gdc++.training.learning_rate=0.1")

@@ -18,6 +18,8 @@ from tiltlm.runs.summary import Measured
 
 # What an evaluation holds of a model's writing, by full sampling and, under the key ``top_p``, by top-p.
 FIGURES = ("kl_pi_a", "distinct_1", "distinct_1_corpus", "self_bleu_5", "entropy", "perplexity_base")
+# What grows with the number of texts, and tells nothing beside the same of more or fewer.
+BY_CORPUS = ("distinct_1_corpus", "self_bleu_5")
 SPREADS = ("gradient_variance", "advantage_variance", "advantage_mean_abs")
 # Points of a run's own batches, where there is no curve: more could not be told apart in a figure.
 MOST_POINTS = 24
@@ -99,8 +101,12 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
     ]
     lines = [line for line in run.read_metrics() if line["step"] <= progress["step"]]
     curve = read_curve(run)
+    evaluated = record["evaluation"]["policy"].get("samples")
     for line in curve:
-        rows += [row(line, metric, found) for metric, found in _curve_point(line, goals)]
+        alike = line.get("samples") == evaluated
+        rows += [
+            row(line, metric, found) for metric, found in _curve_point(line, goals) if alike or metric not in BY_CORPUS
+        ]
     for group in _groups(lines):
         # What the last batches say of the policy, the evaluation says better.
         spreads_only = bool(curve) or group[-1] is lines[-1]

@@ -78,7 +78,7 @@ class Watch(Callback):
             "perplexity_base": estimation.perplexity(scores.base_logprob, samples.lengths.cpu()),
         }
         counts = {"step": progress.step, "sequences": progress.sequences, "forward_passes": progress.forward_passes}
-        return {**counts, "moments": moments, "figures": figures}
+        return {**counts, "samples": len(samples), "moments": moments, "figures": figures}
 
 
 def is_measured(run: RunDirectory, reference_folder: Path) -> bool:
