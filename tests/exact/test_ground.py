@@ -14,8 +14,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ground.distilled import Guides, guides_of, learn_shares, mixture_of, pulls, records_of
-from ground.policies import Adam
+from ground.distilled import Guides, guides_of, keep_guide, learn_shares, mixture_of, pulls, records_of
+from ground.policies import Adam, GuideKept
 from ground.pooled import Kept
 from ground.runs import Drawn, Runs
 from ground.worlds import World, enumerable, rare_phrase
@@ -173,3 +173,22 @@ def test_its_kl_to_policies_is_the_markov_model_s(rare: World) -> None:
 
 def test_its_policies_come_near_it_but_do_not_hold_it(rare: World) -> None:
     assert 1e-4 < float(rare.kl(near(rare, 200).network.log_table().detach())) < 0.1
+
+
+@pytest.mark.parametrize("target", ["pointwise-2", "hybrid"])
+def test_a_policy_that_keeps_the_exact_promise_is_the_target(target: str) -> None:
+    world = enumerable(target)
+    kept = GuideKept(world.network.copies(2), world.graph, world.promise.float().expand(2, -1))
+    with torch.no_grad():
+        assert world.kl(kept.log_table()).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+def test_what_a_kept_guide_costs_and_where_it_begins() -> None:
+    """The base reads the fit's samples once; the policy is then the guided base."""
+    runs = Runs(enumerable("moment"), 2, [0.01], SAMPLES)
+    before = runs.passes.clone()
+    guides = keep_guide(runs)
+    assert (runs.passes - before).tolist() == [SAMPLES, SAMPLES]
+    with torch.no_grad():
+        torch.testing.assert_close(runs.policy.log_table(), guides.law, atol=1e-5, rtol=0)
+    assert bool((runs.curve[-1].kl < 0.7 * runs.curve[0].kl).all())
