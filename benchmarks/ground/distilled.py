@@ -43,6 +43,7 @@ class Distilled:
 
     def train(self, runs: Runs, budget: Budget) -> None:
         """Until the budget is spent."""
+        assert runs.fit_sample is not None, "the guide is estimated from fit samples"
         assert not (self.keeps_guide and self.steps > 1), "the pool's mixture knows no law of the policy's past"
         guides = keep_guide(runs) if self.keeps_guide else read_guides(runs)
         generator, balances = torch.Generator().manual_seed(0), [Balance() for _ in range(runs.count)]
@@ -74,7 +75,7 @@ class Distilled:
 
 def read_guides(runs: Runs) -> Guides:
     """The guides; the base reads the fit samples for them."""
-    assert runs.fit_sample is not None, "the guide is estimated from fit samples"
+    assert runs.fit_sample is not None
     runs.passes += len(runs.fit_sample)
     return guides_of(runs)
 

@@ -119,9 +119,10 @@ class Runs:
 
     def lower_rates(self, budget: Budget, by: Falls) -> None:
         """Let learning rates fall with the sequences or passes that are left, to 0 at the end."""
-        spent = self.passes / budget.passes if by == "passes" else torch.tensor(self.sequences / budget.sequences)
-        if by:
-            self.optimizer.left = (1 - spent).clamp_min(0).expand(self.count)
+        if by == "passes":
+            self.optimizer.left = (1 - self.passes / budget.passes).clamp_min(0)
+        elif by == "sequences":
+            self.optimizer.left = torch.full_like(self.passes, max(0.0, 1 - self.sequences / budget.sequences))
 
     def draw(self, table: Tensor, n: int) -> Drawn:
         """``n`` sequences of a law [R or 1, M, V], charged: one pass each."""

@@ -40,7 +40,6 @@ from tiltlm.targets import (
     FittedTarget,
     Target,
     Term,
-    Twist,
     draw_base_sample,
     fit_target,
     report_fit,
@@ -340,11 +339,6 @@ def _run(
     check_expressible(objective, stated.target)
     for note in method_notes(objective, stated.target):
         display.say(f"note: {note}")
-    twist: Twist | None = None
-    if config.training.keep_guide:
-        with roles.use("base") as base:
-            twist = Twist.of(base, stated.target, stated.base_sample)
-        roles.policy.keep(twist.toward(stated.target, stated.base_sample))
     recorder = Recorder(directory)
     trainer = Trainer(
         roles,
@@ -353,7 +347,6 @@ def _run(
         rule,
         config.training,
         base_sample=stated.base_sample,
-        twist=twist,
         seed=stream(config.seed, "train"),
         checkpoint_dir=directory.checkpoint_dir,
         callbacks=[recorder, display, *callbacks],

@@ -189,26 +189,14 @@ def test_a_kept_guide_leans_until_the_policy_has_its_moment(world: World) -> Non
     assert abs(policy_mean(world, trainer) - goal) < 0.2 * abs(before - goal)
 
 
-def test_a_kept_guide_that_leans_goes_on_where_it_was(world: World, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "rule": "on_policy",
-        "keep_guide": True,
-        "batch_size": 60,
-        "method": Guided(feedback=0.3),
-    }
-    whole = build_trainer(world, **settings)
-    for _ in range(4):
-        whole.train_step()
-    first = build_trainer(world, folder=tmp_path, **settings)
-    for _ in range(2):
-        first.train_step()
-    first.save()
-    again = build_trainer(world, folder=tmp_path, **settings)
-    again.resume()
-    for _ in range(2):
-        again.train_step()
-    assert torch.equal(guidance(again).leaning, guidance(whole).leaning)
-    assert policy_mean(world, again) == policy_mean(world, whole)
+def test_the_trainer_lets_any_policy_keep_its_guide(world: World) -> None:
+    """Also under a method that has none of its own; the base reads the fit's samples for it."""
+    trainer = build_trainer(world, method="gdc++", keep_guide=True)
+    plain = build_trainer(world, method="gdc++")
+    assert trainer.guidance is None
+    assert trainer.roles.policy.guide is not None
+    assert world.kl(trainer.roles.policy) < 0.5 * world.kl(plain.roles.policy)
+    assert trainer.passes.forward_passes - plain.passes.forward_passes == 600
 
 
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
@@ -227,6 +215,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "feedback": {"method": Guided(feedback=0.3), "rule": "guided"},
     "feedback, lora": {"method": Guided(feedback=0.3, correction=0.5), "rule": "guided", "lora": True},
     "fit samples first": {"method": "guided", "rule": "guided", "reuse_fit_samples": True, "batch_size": 130},
+    "feedback, guide kept": {"method": Guided(feedback=0.3), "rule": "on_policy", "keep_guide": True},
     "from the policy": {"method": Guided(feedback=0.3), "rule": "interval", "check_steps": 2},
     "another objective": {"method": "gdc++", "rule": "guided"},
 }
@@ -248,6 +237,10 @@ def test_a_resumed_guided_run_is_the_uninterrupted_one(world: World, tmp_path: P
     assert_same(state(trainer), state(whole))
     assert torch.equal(guidance(trainer).leaning, guidance(whole).leaning)
     assert torch.equal(guidance(trainer).guide.log_twist, guidance(whole).guide.log_twist)
+    for one in (trainer, whole):
+        kept = one.roles.policy.guide
+        assert (kept is not None) == ("kept" in name)
+        assert kept is None or torch.equal(kept.log_twist, guidance(one).guide.log_twist)
     assert (float(guidance(whole).leaning) != 0) == ("feedback" in name or "policy" in name)
 
 

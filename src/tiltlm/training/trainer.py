@@ -54,8 +54,7 @@ class Trainer:
     """Tunes the policy of ``roles`` toward ``target``.
 
     ``base_sample`` holds the samples that the target was fitted on: they set prompts and length, start the estimate of
-    log Z and, with ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included. A
-    ``twist`` that was made of them for the policy's own guide is not made again.
+    log Z and, with ``reuse_fit_samples``, are the first batches. Every drawn sequence counts, these included.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Trainer:
         args: TrainingArguments,
         *,
         base_sample: BaseSample,
-        twist: Twist | None = None,
         seed: int = 0,
         checkpoint_dir: Path | None = None,
         callbacks: Sequence[Callback] = (),
@@ -105,14 +103,18 @@ class Trainer:
             base_sample.log_weights(target), base_sample.samples.prompt_ids
         )
         self.guidance: Guidance | None = None
-        if self.distills or self.source == "guided":
+        if self.distills or self.source == "guided" or args.keep_guide:
             with roles.use("base") as base:
-                twist = twist or Twist.of(base, target, base_sample)
-                log_z = self.partition.at(base_sample.samples.prompt_ids)
-                self.guidance = Guidance(base, target, base_sample, twist, getattr(objective, "feedback", 0.0), log_z)
+                twist = Twist.of(base, target, base_sample)
+                if self.distills or self.source == "guided":
+                    log_z = self.partition.at(base_sample.samples.prompt_ids)
+                    feedback = getattr(objective, "feedback", 0.0)
+                    self.guidance = Guidance(base, target, base_sample, twist, feedback, log_z)
+            if args.keep_guide and self.guidance is None:
+                roles.policy.keep(twist.toward(target, base_sample))
             self.keep_guide()
-        for _ in range(twist.readings if twist else 0):
-            self.passes.read(base_sample.samples)
+            for _ in range(twist.readings):
+                self.passes.read(base_sample.samples)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0
         self.seconds: dict[str, float] = defaultdict(float)
