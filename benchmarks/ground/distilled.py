@@ -85,7 +85,7 @@ def guides_of(runs: Runs) -> Guides:
     assert runs.fit_sample is not None
     world, fit, graph = runs.world, runs.fit_sample, runs.world.graph
     inner = len(graph.child)
-    states = PrefixStates(world.automaton.transitions, int(world.state[0]), world.automaton.values)
+    states = PrefixStates.of(world.automaton.transitions, int(world.state[0]), world.automaton.values)
     depth = torch.arange(graph.length).repeat_interleave(torch.tensor(graph.layers))
     depth = torch.cat([depth, torch.full((graph.leaves,), graph.length)])
     passed = torch.cat([fit.nodes, fit.leaf[..., None] + inner], -1)

@@ -101,7 +101,7 @@ def test_values_negations_and_bounds() -> None:
 def test_beginnings_that_go_on_alike_are_one_place() -> None:
     automaton = WordSum({"fail": -2, "mail": -2, "nail": 1, "fails": -2, "mails": -2}, frozenset(), most=4)
     assert read(automaton, "fai") == read(automaton, "mai") != read(automaton, "nai")
-    assert read(automaton, "fails") == (*read(automaton, "a mails")[:2], read(automaton, "mails")[2])
+    assert read(automaton, "fails") == read(automaton, "a mails")
 
 
 @pytest.mark.parametrize("text", TRICKY)

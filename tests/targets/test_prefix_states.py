@@ -28,7 +28,15 @@ from tiltlm.features import (
 )
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import LanguageModel, Samples
-from tiltlm.targets.prefix_states import MOST_STATES, PrefixStates, TokenTree, prefix_states, token_texts
+from tiltlm.targets.prefix_states import (
+    MOST_PLACES,
+    Moving,
+    PrefixStates,
+    TokenTree,
+    _changed,
+    prefix_states,
+    token_texts,
+)
 
 # What a byte that is only part of a character decodes to; its state is a guess.
 PART = "\ufffd"
@@ -99,7 +107,7 @@ def test_transitions_are_steps_over_the_decoded_text(
 ) -> None:
     """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
     automaton, states = automaton_of(FEATURES[name]), states_of(name)
-    assert len(states.transitions) < MOST_STATES  # so none is missing
+    assert len(states.transitions.places) < MOST_PLACES  # so none is missing
     before = follow(states, samples.tokens)
     chance = random.Random(0)
     prefixes = [(i, t) for i, ids in enumerate(samples.completion_ids) for t in range(len(ids))]
@@ -153,7 +161,7 @@ def test_an_end_keeps_the_state(embedded: LanguageModel, name: str, states_of: C
     assert states.transitions.shape == (s, embedded.vocab_size)
     for eos in embedded.eos_ids:
         assert states.transitions[:, eos].tolist() == list(range(s, 2 * s))
-    others = states.transitions[:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
+    others = states.transitions[:][:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
     assert 0 <= int(others.min()) <= int(others.max()) < s
     # A special token writes nothing.
     assert states.transitions[:, 0].tolist() == list(range(s))
@@ -208,8 +216,11 @@ def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
     ]
     tree, memo = TokenTree(texts), {}
     for before in ("", "he", "s", "he was", "New", "the ", "Ne"):
-        state = read(automaton, before)
-        assert tree.read_all(automaton, state, memo) == [read(automaton, before + text) for text in texts]
+        count, place = read(automaton, before)
+        found = tree.read_all(Moving(automaton), (place, ()), memo)
+        assert [(_changed(automaton, count, changes), after) for after, changes in found] == [
+            read(automaton, before + text) for text in texts
+        ]
 
 
 @pytest.mark.parametrize(("name", "most"), [("phrases", 1), ("phrases", 4), ("phrases", 12), ("pronouns", 4)])
@@ -217,12 +228,12 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
     embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prefix_states(embedded, FEATURES[name], samples)
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", most)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", most)
     states = prefix_states(embedded, FEATURES[name], samples)
     s = len(states.transitions)
     assert s < len(whole.transitions)
     assert states.transitions[:, embedded.eos_ids[0]].tolist() == list(range(s, 2 * s))
-    others = states.transitions[:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
+    others = states.transitions[:][:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
     assert 0 <= int(others.min()) <= int(others.max()) < s
     generator = torch.Generator().manual_seed(0)
     guide = states.guide(torch.randn(13, 2 * s, generator=generator))
@@ -234,17 +245,18 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
 def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
     embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 1)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 1)
     for features in FEATURES.values():
         automaton = automaton_of(features)
         states = prefix_states(embedded, features, samples)
-        assert len(states.transitions) == len({automaton.start, *map(automaton.coarse, visited(automaton, samples))})
+        coarse = {automaton.coarse(state)[1] for state in visited(automaton, samples)}
+        assert len(states.transitions.places) == len({automaton.start[1], *coarse})
 
 
 def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=4)
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 2)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 2)
     states = prefix_states(model, TINY["both"], listed)
     twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
@@ -269,7 +281,7 @@ def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
     automaton = automaton_of([feature])
     totals = [read(automaton, text)[0] for text in samples.texts]
     assert sum(total != 0 for total in totals) > 20
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_STATES", 70)
+    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 70)
     last = follow(prefix_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
     found: dict[int, list[int]] = {}
     for state, total in zip(last, totals, strict=True):

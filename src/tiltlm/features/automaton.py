@@ -6,41 +6,77 @@ of the feature that it stands for; the more it tells of the value to come, the c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from itertools import product
+from typing import Any
 
-# Any hashable value; automata agree on nothing else.
-State = Any
+# Any hashable values; automata agree on nothing else.
+Place = Any
+Count = Any
+Change = Any
+State = tuple[Count, Place]
 
 
-class Automaton(Protocol):
-    """A deterministic automaton over characters, with states that are equal where they mean the same."""
+class Automaton(ABC):
+    """A deterministic automaton over characters. Its state is what has been counted and the place within a word.
+
+    The place says where reading goes on, whatever has been counted; so a table of places serves all counts. The text's
+    last word counts as if a space came after it.
+    """
 
     @property
+    @abstractmethod
     def start(self) -> State:
         """The state before the first character."""
 
+    @property
+    @abstractmethod
+    def counts(self) -> tuple[Count, ...]:
+        """All counts that there are."""
+
+    @abstractmethod
+    def move(self, place: Place, character: str) -> tuple[Place, Change]:
+        """The place after one more character, and what changes in the count, or None."""
+
+    @abstractmethod
+    def forget(self, place: Place) -> tuple[Place, Change]:
+        """A place that stands in for one seen too seldom, without what is half read; and a change, or None."""
+
+    @abstractmethod
+    def add(self, count: Count, change: Change) -> Count:
+        """The count after a change."""
+
     def step(self, state: State, character: str) -> State:
         """The state after one more character."""
+        return self._after(state[0], self.move(state[1], character))
 
     def coarse(self, state: State) -> State:
-        """A state that stands in for one seen too seldom: what has been counted, without what is half read."""
+        """A state that stands in for one seen too seldom."""
+        return self._after(state[0], self.forget(state[1]))
+
+    def ended(self, state: State) -> Count:
+        """What has been counted of a text that ends in the state."""
+        return self.step(state, " ")[0]
+
+    def _after(self, count: Count, moved: tuple[Place, Change]) -> State:
+        place, change = moved
+        return (count if change is None else self.add(count, change)), place
 
 
 @dataclass(frozen=True)
-class Phrases:
+class Phrases(Automaton):
     """Counts whole words and phrases: ``weights`` pairs each with what it adds; the sum is kept within ±``most``.
 
-    A state is (sum so far, place in the tree of beginnings); the place is the beginning itself, "" between words and
-    None within a word that no phrase begins like. With ``absorbing`` nothing is read once the sum has reached ``most``.
+    The place in the tree of beginnings is the beginning itself, "" between words and None within a word that no phrase
+    begins like.
     """
 
     weights: tuple[tuple[str, int], ...]
     ignore_case: bool
     most: int = 1
-    absorbing: bool = False
     _beginnings: frozenset[str] = field(init=False, repr=False, compare=False)
     _values: dict[str, int] = field(init=False, repr=False, compare=False)
 
@@ -56,21 +92,21 @@ class Phrases:
     def start(self) -> State:
         return 0, ""
 
-    def step(self, state: State, character: str) -> State:
-        total, place = state
-        if self.absorbing and total == self.most:
-            return state
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(range(-self.most if min(self._values.values()) < 0 else 0, self.most + 1))
+
+    def move(self, place: str | None, character: str) -> tuple[str | None, int | None]:
         character = self._plain(" " if character.isspace() else character)
         inside = _inside(character)
-        if not inside and place in self._values:
-            total = max(-self.most, min(self.most, total + self._values[place]))
-            if self.absorbing and total == self.most:
-                return total, ""
-        return total, self._place(place, character, inside)
+        value = None if inside or place is None else self._values.get(place)
+        return self._place(place, character, inside), value
 
-    def coarse(self, state: State) -> State:
-        total, place = state
-        return total, None if place is None or _inside(place[-1:]) else ""
+    def forget(self, place: str | None) -> tuple[str | None, None]:
+        return (None if place is None or _inside(place[-1:]) else ""), None
+
+    def add(self, count: int, change: int) -> int:
+        return max(self.counts[0], min(self.most, count + change))
 
     def _place(self, place: str | None, character: str, inside: bool) -> str | None:
         """The longest end of what was read, from a word's first letter on, that begins a phrase."""
@@ -97,13 +133,17 @@ def _ends(read: str) -> Iterator[str]:
     return (read[i:] for i in range(len(read)) if i == 0 or not _inside(read[i - 1]))
 
 
+# How many words a negation still reaches, and where among the beginnings of words.
+WordPlace = tuple[int, int | None]
+
+
 @dataclass(frozen=True, eq=False)
-class WordSum:
+class WordSum(Automaton):
     """Adds up what single words are worth, in whatever case; the sum is kept within ±``most``.
 
     Each of the ``reach`` words after one of ``negations`` counts the other way. A hyphen or an apostrophe ends no word.
-    A state is (sum so far, words that a negation still reaches, place among the beginnings of words: ``start``'s
-    between words, None within a word that none begins like). Beginnings that go on alike are one place.
+    A place is (words that a negation still reaches, place among the beginnings of words: ``start``'s between words,
+    None within a word that none begins like). Beginnings that go on alike are one.
     """
 
     values: Mapping[str, int]
@@ -131,33 +171,42 @@ class WordSum:
 
     @property
     def start(self) -> State:
-        return 0, 0, len(self._places) - 1
+        return 0, (0, len(self._places) - 1)
 
-    def step(self, state: State, character: str) -> State:
-        total, reached, place = state
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(range(-self.most, self.most + 1))
+
+    def move(self, place: WordPlace, character: str) -> tuple[WordPlace, int | None]:
+        reached, within = place
         between = len(self._places) - 1
-        if _inside(character) or (character in "-'\u2019" and place != between):
-            return total, reached, None if place is None else self._places[place].get(character.lower())
-        if place == between:
-            return state
-        value, negates = (0, False) if place is None else self._ends[place]
-        return self._sum(total, value, reached), self.reach if negates else max(0, reached - 1), between
+        if _inside(character) or (character in "-'\u2019" and within != between):
+            return (reached, None if within is None else self._places[within].get(character.lower())), None
+        if within == between:
+            return place, None
+        negates = within is not None and self._ends[within][1]
+        return (self.reach if negates else max(0, reached - 1), between), self._value(place)
 
-    def coarse(self, state: State) -> State:
+    def forget(self, place: WordPlace) -> tuple[WordPlace, int | None]:
         """A word that may end here counts; what is half read and the negation are forgotten."""
-        total, reached, place = state
-        between = len(self._places) - 1
-        if place is None or place == between:
-            return total, 0, place
-        return self._sum(total, self._ends[place][0], reached), 0, None
+        within = place[1]
+        if within is None or within == len(self._places) - 1:
+            return (0, within), None
+        return (0, None), self._value(place)
 
-    def _sum(self, total: int, value: int, reached: int) -> int:
-        return max(-self.most, min(self.most, total + (-value if reached else value)))
+    def add(self, count: int, change: int) -> int:
+        return max(-self.most, min(self.most, count + change))
+
+    def _value(self, place: WordPlace) -> int | None:
+        """What the word counts that ends in the place."""
+        reached, within = place
+        value = 0 if within is None else self._ends[within][0]
+        return (-value if reached else value) or None
 
 
 @dataclass(frozen=True)
-class WordCount:
-    """Counts words, up to ``most``: a state is (words begun, whether within one)."""
+class WordCount(Automaton):
+    """Counts words, up to ``most``; the place is whether one is within a word."""
 
     most: int = 100
 
@@ -165,31 +214,50 @@ class WordCount:
     def start(self) -> State:
         return 0, False
 
-    def step(self, state: State, character: str) -> State:
-        words, within = state
-        if character.isspace():
-            return words, False
-        return (words if within else min(self.most, words + 1)), True
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(range(self.most + 1))
 
-    def coarse(self, state: State) -> State:
-        return state
+    def move(self, place: bool, character: str) -> tuple[bool, int | None]:
+        if character.isspace():
+            return False, None
+        return True, None if place else 1
+
+    def forget(self, place: bool) -> tuple[bool, None]:
+        return place, None
+
+    def add(self, count: int, change: int) -> int:
+        return min(self.most, count + change)
 
 
 @dataclass(frozen=True)
-class Together:
-    """Several automata side by side."""
+class Together(Automaton):
+    """Several automata side by side: their counts, and their places."""
 
     parts: tuple[Automaton, ...]
 
     @cached_property
     def start(self) -> State:
-        return tuple(part.start for part in self.parts)
+        starts = [part.start for part in self.parts]
+        return tuple(count for count, _ in starts), tuple(place for _, place in starts)
 
-    def step(self, state: State, character: str) -> State:
-        return tuple(part.step(s, character) for part, s in zip(self.parts, state, strict=True))
+    @cached_property
+    def counts(self) -> tuple[Count, ...]:
+        return tuple(product(*(part.counts for part in self.parts)))
 
-    def coarse(self, state: State) -> State:
-        return tuple(part.coarse(s) for part, s in zip(self.parts, state, strict=True))
+    def move(self, place: Place, character: str) -> tuple[Place, Change]:
+        return self._all(part.move(p, character) for part, p in zip(self.parts, place, strict=True))
+
+    def forget(self, place: Place) -> tuple[Place, Change]:
+        return self._all(part.forget(p) for part, p in zip(self.parts, place, strict=True))
+
+    def add(self, count: Count, change: Change) -> Count:
+        each = zip(self.parts, count, change, strict=True)
+        return tuple(c if one is None else part.add(c, one) for part, c, one in each)
+
+    def _all(self, moved: Iterable[tuple[Place, Change]]) -> tuple[Place, Change]:
+        places, changes = zip(*moved, strict=True)
+        return places, None if all(change is None for change in changes) else changes
 
 
 def together(automata: Iterable[Automaton | None]) -> Automaton | None:

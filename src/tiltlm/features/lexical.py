@@ -37,7 +37,7 @@ class Pattern(Feature):
         if not self.whole_words:
             return None
         ignore_case = bool(self.pattern.flags & re.IGNORECASE)
-        return Phrases(tuple((phrase, 1) for phrase in self.phrases), ignore_case, absorbing=True)
+        return Phrases(tuple((phrase, 1) for phrase in self.phrases), ignore_case)
 
     def compute(self, batch: Batch) -> list[float]:
         if not self.whole_words:

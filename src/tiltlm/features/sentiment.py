@@ -12,8 +12,8 @@ from tiltlm.features.feature import Batch, Feature, remembers
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
-# A text is as good as decided when its words' whole valences lead by so many.
-MOST_VALENCE = 4
+# Valences are summed in halves. A text is as good as decided when they lead by so many.
+HALVES, MOST_HALVES = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ def _valences() -> WordSum:
     from vaderSentiment.vaderSentiment import BOOSTER_DICT, NEGATE
 
     words = {word: value for word, value in analyzer.lexicon.items() if _is_word(word) and word not in BOOSTER_DICT}
-    values = {word: round(value) or (1 if value > 0 else -1) for word, value in words.items()}
-    return WordSum(values, frozenset(NEGATE), MOST_VALENCE)
+    values = {word: round(HALVES * value) or (1 if value > 0 else -1) for word, value in words.items()}
+    return WordSum(values, frozenset(NEGATE), MOST_HALVES)
 
 
 def _is_word(entry: str) -> bool:

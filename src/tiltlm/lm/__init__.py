@@ -7,6 +7,7 @@ from tiltlm.lm.prompts import Prompts
 from tiltlm.lm.reading import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
 from tiltlm.lm.samples import Law, Samples
+from tiltlm.lm.transitions import Transitions
 
 __all__ = [
     "Guide",
@@ -18,5 +19,6 @@ __all__ = [
     "Reading",
     "Roles",
     "Samples",
+    "Transitions",
     "next_token",
 ]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tiltlm.errors import ModelError
+from tiltlm.lm.transitions import Transitions
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Guide:
     log-probabilities are exact whatever ψ is. Source: twisted sampling, Zhao et al. 2024 (arXiv 2404.17546).
     """
 
-    transitions: Tensor
+    transitions: Tensor | Transitions
     log_twist: Tensor
     start: int = 0
     log_scale: float = 0.0
@@ -49,7 +50,7 @@ class Guide:
         if len(states) < len(self.transitions):
             return after[self.transitions[states]]
         # Rows share states: look each state's tokens up once.
-        return after[self.transitions].index_select(0, states)
+        return after[self.transitions[:]].index_select(0, states)
 
     def log_weights_at(self, states: Tensor, columns: Tensor) -> Tensor:
         """log ψ of every next token [P, V] in these states [P], each after as many tokens as its column [P] says."""
@@ -92,11 +93,10 @@ class Guide:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as safetensors."""
-        narrow = torch.int16 if 2 * len(self.transitions) <= torch.iinfo(torch.int16).max else torch.int32
-        tensors = {
-            "transitions": self.transitions.to("cpu", narrow).contiguous(),
-            "log_twist": self.log_twist.cpu().contiguous(),
-        }
+        table = self.transitions
+        written = {"transitions": table} if isinstance(table, Tensor) else vars(table)
+        tensors = {name: _narrow(tensor.cpu()).contiguous() for name, tensor in written.items()}
+        tensors["log_twist"] = self.log_twist.cpu().contiguous()
         # One entry: several would come in another order each time.
         save_file(tensors, path, {"guide": json.dumps({"start": self.start, "log_scale": self.log_scale})})
 
@@ -106,11 +106,21 @@ class Guide:
         try:
             with safe_open(path, "pt") as file:
                 told = json.loads(file.metadata()["guide"])
-                transitions, log_twist = (file.get_tensor(name) for name in ("transitions", "log_twist"))
-                return Guide(transitions.long(), log_twist, told["start"], told["log_scale"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                log_twist = tensors.pop("log_twist")
+                changes = tensors.pop("changes", None)
+                wide = {name: tensor.long() for name, tensor in tensors.items()}
+                table = wide["transitions"] if changes is None else Transitions(changes=changes, **wide)
+                return Guide(table, log_twist, told["start"], told["log_scale"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path} is damaged ({error}): the model's guide is not whole; copy it anew") from error
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Guide:
         """The same guide on another device, with ``log_twist`` in the dtype of the logits that it is added to."""
         return replace(self, transitions=self.transitions.to(device), log_twist=self.log_twist.to(device, dtype))
+
+
+def _narrow(whole: Tensor) -> Tensor:
+    """The same whole numbers in few bytes."""
+    most = int(whole.max())
+    return whole.to(next(d for d in (torch.uint8, torch.int16, torch.int32) if most <= torch.iinfo(d).max))

@@ -1,7 +1,7 @@
 """What the last two tokens tell of a target, beside the states of its automata.
 
 "His playing" promises "career" where "of the" does not, and the state of an automaton is the same after both. So tokens
-are sorted into classes by what the target promises after them, and each state that many tokens lead to is split by the
+are sorted into classes by what the target promises after them, and each place that many tokens lead to is split by the
 classes of the last two. What is promised after a token follows from the base's next-token laws behind it, averaged:
 
     ψ_t(s, v) = Σ_v' a(v'|v) ψ_{t+1}(δ(s, v'), v')
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.targets.prefix_states import MOST_TRANSITIONS, PrefixStates
+from tiltlm.lm import Transitions
+from tiltlm.targets.prefix_states import MOST_STATES, MOST_TRANSITIONS, PrefixStates
 
 # Cells that splitting may add; each costs a row of the vocabulary.
 MOST_CELLS = 2048
@@ -72,31 +73,35 @@ def with_contexts(
     ``promise`` [T + 1, S] is ψ of the states as they are; ``tokens`` [N, T] those of samples, and ``visited`` [N, T]
     their states before each, −1 where masked.
     """
-    inside = visited >= 0
-    last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=states.transitions.shape[1])[inside]
+    inside, table = visited >= 0, states.transitions
+    counts = table.counts.shape[1]
+    last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=table.shape[1])[inside]
     state = visited[inside]
-    split = _many_lead_to(state, last, len(states.transitions))
-    room = MOST_TRANSITIONS // states.transitions.shape[1] - len(states.transitions)
-    prefixes = int(torch.isin(state, split).sum())
-    cells = min(MOST_CELLS, room, prefixes // ENOUGH_A_CELL)
-    classes = min(MOST_CLASSES, int((cells / max(1, len(split))) ** 0.5))
+    place = state // counts
+    split = _many_lead_to(place, last, len(table.places))
+    room = MOST_TRANSITIONS // table.shape[1] - len(table.places)
+    prefixes = int(torch.isin(place, split).sum())
+    cells = min(MOST_CELLS, room, MOST_STATES // counts - len(table.places), prefixes // ENOUGH_A_CELL)
+    classes = min(MOST_CLASSES, int((max(cells, 0) / max(1, len(split))) ** 0.5))
     if classes < 2:
         return states
-    after = _promised_after(states.transitions, last_tokens, promise, split)
-    shares = torch.bincount(state, minlength=len(states.transitions))[split].double().sqrt()
+    with_counts = (split[:, None] * counts + torch.arange(counts)).reshape(-1)
+    shares = torch.bincount(state, minlength=len(table))[with_counts].double().sqrt()
+    with_counts, shares = with_counts[shares > 0], shares[shares > 0]
+    after = _promised_after(table, last_tokens, promise, with_counts)
     rows = (after.log() * shares[:, None, None].to(after)).flatten(0, 1).T.contiguous()
     of_row = _classes(rows, last_tokens.weights.cpu(), classes)
-    return _split(states, split, of_row[last_tokens.kept[:-1]], int(of_row.max()) + 1, state, last)
+    return _split(states, split, of_row[last_tokens.kept[:-1]], int(of_row.max()) + 1, place, last)
 
 
-def _many_lead_to(state: Tensor, last: Tensor, count: int) -> Tensor:
-    """The states that many prefixes are in, after many different tokens."""
-    pairs = torch.stack([state, last]).unique(dim=1)[0]  # type: ignore[no-untyped-call]
-    tokens, prefixes = (torch.bincount(x, minlength=count) for x in (pairs, state))
+def _many_lead_to(place: Tensor, last: Tensor, count: int) -> Tensor:
+    """The places that many prefixes are in, after many different tokens."""
+    pairs = torch.stack([place, last]).unique(dim=1)[0]  # type: ignore[no-untyped-call]
+    tokens, prefixes = (torch.bincount(x, minlength=count) for x in (pairs, place))
     return ((tokens >= ENOUGH_TOKENS) & (prefixes >= ENOUGH_PREFIXES)).nonzero().squeeze(-1)
 
 
-def _promised_after(transitions: Tensor, last_tokens: LastTokens, promise: Tensor, split: Tensor) -> Tensor:
+def _promised_after(transitions: Transitions, last_tokens: LastTokens, promise: Tensor, split: Tensor) -> Tensor:
     """ψ [S', P, K] of the split states after the tokens of each row, with P different numbers of tokens to come."""
     laws, of_token = last_tokens.means(), last_tokens.kept[:-1]
     s, length = len(transitions), len(promise) - 1
@@ -136,20 +141,27 @@ def _classes(rows: Tensor, weights: Tensor, most: int) -> Tensor:
 
 
 def _split(
-    states: PrefixStates, split: Tensor, of_token: Tensor, classes: int, state: Tensor, last: Tensor
+    states: PrefixStates, split: Tensor, of_token: Tensor, classes: int, place: Tensor, last: Tensor
 ) -> PrefixStates:
-    """Cells behind the states as they are: split state by split state, by the last class and that before it."""
-    transitions, s = states.transitions, len(states.transitions)
-    first = torch.full((s,), -1)
-    first[split] = s + torch.arange(len(split)) * classes**2
-    kin = torch.cat([torch.arange(s), split.repeat_interleave(classes**2)])
-    # What a state tells of its last token itself: the class that it most often has.
+    """Cells behind the places as they are: split place by split place, by the last class and that before it."""
+    table, f = states.transitions, len(states.transitions.places)
+    first = torch.full((f,), -1)
+    first[split] = f + torch.arange(len(split)) * classes**2
+    kin = torch.cat([torch.arange(f), split.repeat_interleave(classes**2)])
+    # What a place tells of its last token itself: the class that it most often has.
     known = last < len(of_token)
-    pairs = torch.bincount(state[known] * classes + of_token[last[known]], minlength=s * classes)
+    pairs = torch.bincount(place[known] * classes + of_token[last[known]], minlength=f * classes)
     one = torch.arange(classes).repeat_interleave(classes).repeat(len(split))
-    own = torch.cat([pairs.reshape(s, classes).argmax(1), one])
-    to = transitions[kin]
-    ended, to = to >= s, to % s
+    own = torch.cat([pairs.reshape(f, classes).argmax(1), one])
+    to = table.places[kin]
+    ended, to = to >= f, to % f
     cell = torch.where(first[to] >= 0, first[to] + of_token * classes + own[:, None], to)
-    values = None if states.values is None else states.values[kin]
-    return PrefixStates(torch.where(ended, to + len(kin), cell), states.start, values, kin)
+    counts = table.counts.shape[1]
+    of_kin = (kin[:, None] * counts + torch.arange(counts)).reshape(-1)
+    return PrefixStates(
+        Transitions(torch.where(ended, to + len(kin), cell), table.changes[kin], table.counts),
+        states.start,
+        None if states.values is None else states.values[of_kin],
+        kin,
+        None if states.counted is None else states.counted[of_kin],
+    )

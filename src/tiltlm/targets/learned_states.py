@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tiltlm.lm import Guide
+from tiltlm.lm import Guide, Transitions
 from tiltlm.targets.prefix_states import MOST_STATES, PrefixStates
 
 if TYPE_CHECKING:
@@ -171,8 +171,11 @@ def learned_states(
         return None
     weights, sums = found
     reached = prefixes.sums(weights)[mask]
-    step = float(reached.max() - reached.min()) / (LEVELS - 1)
-    return _with_levels(twist, tokens, mask, weights, step, sums, share) if step > 0 else None
+    levels = min(LEVELS, MOST_STATES // len(twist.states.transitions))
+    if levels < 2 or float(reached.max() - reached.min()) <= 0:
+        return None
+    step = float(reached.max() - reached.min()) / (levels - 1)
+    return _with_levels(twist, tokens, mask, weights, step, sums, share)
 
 
 def _fit_as_far_as_it_holds(prefixes: Prefixes, halves: list[Tensor], vocabulary: int) -> tuple[Tensor, Tensor] | None:
@@ -216,29 +219,16 @@ def _fit(prefixes: Prefixes, start: Tensor, shrinkage: float) -> Tensor:
 def _with_levels(
     twist: Twist, tokens: Tensor, mask: Tensor, weights: Tensor, step: float, sums: Tensor, share: Tensor
 ) -> LearnedStates:
-    """Pairs of state and level: those that samples visit most; for another, the nearest level that its state has."""
-    transitions, whole = twist.states.transitions, (weights / step).round().long()
+    """Each state at each level of the sum: levels count along with what the automata count."""
+    table, whole = twist.states.transitions, (weights / step).round().long()
     along = (whole[tokens] * mask).cumsum(1)
     low, high = min(0, int(along.min())), max(0, int(along.max()))
-    s, count = len(transitions), high - low + 1
-    cells = twist.visited[:, 1 : tokens.shape[1] + 1]
-    visits = torch.bincount(((cells % s) * count + along - low)[mask], minlength=s * count).double().reshape(s, count)
-    # A state that no sample passed begins where all do.
-    visits[:, -low] += 0.5
-    kept = torch.zeros(s * count, dtype=torch.bool)
-    kept[visits.reshape(-1).topk(min(MOST_STATES, s * count)).indices] = True
-    kept &= visits.reshape(-1) >= 1
-    kept[torch.arange(s) * count + visits.argmax(1)] = True
-    kept[twist.states.start * count - low] = True
-
-    level, pairs = torch.arange(count), kept.nonzero().squeeze(-1)
-    away = (level[:, None] - level).abs().double()
-    nearest = torch.where(kept.reshape(s, 1, count), away, torch.inf).argmin(-1)
-    place = (kept.cumsum(0) - 1).reshape(s, count).gather(1, nearest)
-    rows = []
-    for pair in pairs.tolist():
-        after = transitions[pair // count]
-        to = place[after % s, (pair % count + whole).clamp(0, count - 1)]
-        rows.append(to + torch.where(after >= s, len(pairs), 0))
-    states = PrefixStates(torch.stack(rows), int(place[twist.states.start, -low]))
-    return LearnedStates(states, pairs // count, (pairs % count + low).double() * step, sums, share)
+    levels, changes = torch.arange(high - low + 1), len(table.counts)
+    pairs, changed = torch.unique(whole * changes + table.changes, return_inverse=True)
+    level = (levels + (pairs // changes)[:, None]).clamp(0, high - low)
+    after = table.counts[pairs % changes][:, :, None] * len(levels) + level[:, None, :]
+    both = Transitions(table.places, changed, after.flatten(1))
+    state = torch.arange(len(table)).repeat_interleave(len(levels))
+    start = twist.states.start * len(levels) - low
+    nats = (levels + low).repeat(len(table)).double() * step
+    return LearnedStates(PrefixStates(both, start), state, nats, sums, share)

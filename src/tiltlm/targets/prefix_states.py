@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count
@@ -13,27 +13,36 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError
 from tiltlm.features import Feature, measure
-from tiltlm.features.automaton import Automaton, State, together
-from tiltlm.lm import Guide, LanguageModel, Samples
+from tiltlm.features.automaton import Automaton, Change, Count, Place, State, together
+from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 
-# States beyond these are merged with coarser ones: each costs a row of the vocabulary.
-MOST_STATES = 5000
+# Places beyond these are merged with coarser ones: each costs a row of the vocabulary.
+MOST_PLACES = 5000
 # Of such rows, all together.
 MOST_TRANSITIONS = 2**25
+# Places times counts: each costs a number for every position.
+MOST_STATES = 2**17
 
 
 @dataclass(frozen=True)
 class PrefixStates:
     """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s.
 
-    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them. States of the
-    same ``kin`` [S] are one state of the automata, split by what else is known; None where there are no such.
+    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them; ``counted``
+    [S] says which count it has then. Places of the same ``kin`` [F] are one place of the automata, split by what else
+    is known. None where there are no such.
     """
 
-    transitions: Tensor
+    transitions: Transitions
     start: int = 0
     values: Tensor | None = None
     kin: Tensor | None = None
+    counted: Tensor | None = None
+
+    @staticmethod
+    def of(table: Tensor, start: int = 0, values: Tensor | None = None) -> PrefixStates:
+        """Those of a table [S, V] that is written out."""
+        return PrefixStates(Transitions.of(table), start, values)
 
     def passing(self) -> Tensor:
         """1 where a text that ends in the state passes all features, else 0 [S], float64."""
@@ -42,7 +51,8 @@ class PrefixStates:
 
     def guide(self, log_twist: Tensor) -> Guide:
         """A guide over these states, from log ψ [T + 1, 2S]."""
-        return Guide(self.transitions, log_twist, self.start)
+        table = self.transitions
+        return Guide(table.places if table.counts.shape[1] == 1 else table, log_twist, self.start)
 
 
 def prefix_automaton(features: Sequence[Feature]) -> Automaton:
@@ -58,7 +68,7 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
-    """The states that matter most: all, if there are not too many, and coarser ones in place of the others.
+    """The places that matter most, with all counts: all, if there are not too many, and coarser ones for the others.
 
     First come those of ``samples`` whose coarse stand-in would most often have gone another way; then those that would
     most often be reached from them by tokens drawn one by one: most words of a list are in no sample. Raises UsageError
@@ -74,65 +84,87 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
             stepped[key] = read(automaton, state, vocabulary.texts[token])
         return stepped[key]
 
-    visits, matters = Counter[State](), Counter[State]()
-    coarse = dict[State, None]()
-    texts: dict[State, tuple[int, ...]] = {automaton.start: ()}
+    visits, matters = Counter[Place](), Counter[Place]()
+    coarse = dict[Place, None]()
     for ids in samples.completion_ids:
         path = list(accumulate(ids, step, initial=automaton.start))
         for t, state in enumerate(path):
             stand_in = automaton.coarse(state)
-            coarse[stand_in] = None
-            for one in (state, stand_in):
-                if one not in texts:
-                    texts[one] = tuple(ids[:t])
-            visits[state] += 1
-            matters[state] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
-    most = min(MOST_STATES, max(1, MOST_TRANSITIONS // model.vocab_size))
-    first = [automaton.start, *(state for state, times in matters.most_common(most) if times), *coarse]
+            coarse[stand_in[1]] = None
+            visits[state[1]] += 1
+            matters[state[1]] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
+    most = min(MOST_PLACES, MOST_STATES // len(automaton.counts), MOST_TRANSITIONS // model.vocab_size)
+    first = [automaton.start[1], *(p for p, times in matters.most_common(max(1, most)) if times), *coarse]
     often = _token_rates(model.vocab_size, samples.completion_ids)
-    reached = _most_reached(automaton, vocabulary, list(dict.fromkeys(first)), visits, often, texts, most)
-    kept = list(reached)
+    reached = _most_reached(automaton, vocabulary, list(dict.fromkeys(first)), visits, often, most)
+    start = automaton.counts.index(automaton.start[0])
+    transitions = token_transitions(model, automaton, list(reached), reached.values())
+    ended = [[automaton.counts.index(automaton.ended((n, place))) for n in automaton.counts] for place in reached]
+    counted = torch.tensor(ended).reshape(-1)
     values = None
     if all(feature.automaton() is not None for feature in features):
-        values = measure(features, [model.tokenizer.decode(list(texts[state])) for state in kept])
-    return PrefixStates(token_transitions(model, automaton, kept, reached.values()), 0, values)
+        texts = _shortest_texts(transitions, counted, start)
+        tell = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(automaton.counts))])
+        values = tell[counted]
+    return PrefixStates(transitions, start, values, counted=counted)
 
 
 def _most_reached(
     automaton: Automaton,
     vocabulary: TokenTree,
-    first: Sequence[State],
-    visits: Mapping[State, int],
+    first: Sequence[Place],
+    visits: Mapping[Place, int],
     often: Sequence[float],
-    texts: dict[State, tuple[int, ...]],
     most: int,
-) -> dict[State, list[State]]:
-    """These states, and up to ``most`` with those most often reached; the state after each token from each.
+) -> dict[Place, list[Moved]]:
+    """These places, and up to ``most`` with those most often reached; where each token leads from each.
 
-    ``visits`` says how often samples came to a state, ``often`` how likely each token is [V]; ``texts`` gets the tokens
-    that lead to each state.
+    ``visits`` says how often samples came to a place, ``often`` how likely each token is [V].
     """
-    memo: dict[tuple[State, int], list[tuple[int, State]]] = {}
-    reached: dict[State, list[State]] = {}
-    rate = {state: float(visits.get(state, 0)) for state in first}
+    moving = Moving(automaton)
+    memo: dict[tuple[Moved, int], list[tuple[int, Moved]]] = {}
+    reached: dict[Place, list[Moved]] = {}
+    rate = {place: float(visits.get(place, 0)) for place in first}
     # The likeliest come first; of equal ones that which was found first.
-    waiting, found = list[tuple[float, int, State]](), count()
+    waiting, found = list[tuple[float, int, Place]](), count()
     todo = list(reversed(first))
     while todo or (waiting and len(reached) < most):
-        state = todo.pop() if todo else heapq.heappop(waiting)[2]
-        if state in reached:
+        place = todo.pop() if todo else heapq.heappop(waiting)[2]
+        if place in reached:
             continue
-        reached[state] = vocabulary.read_all(automaton, state, memo)
-        added: dict[State, float] = {}
-        for token, after in enumerate(reached[state]):
+        reached[place] = vocabulary.read_all(moving, (place, ()), memo)
+        added: dict[Place, float] = {}
+        for token, (after, _) in enumerate(reached[place]):
             if after not in reached:
                 added[after] = added.get(after, 0.0) + often[token]
-                if after not in texts:
-                    texts[after] = (*texts[state], token)
         for after, share in added.items():
-            rate[after] = rate.get(after, 0.0) + rate[state] * share
+            rate[after] = rate.get(after, 0.0) + rate[place] * share
             heapq.heappush(waiting, (-rate[after], next(found), after))
     return reached
+
+
+def _shortest_texts(transitions: Transitions, counted: Tensor, start: int) -> dict[int, list[int]]:
+    """The tokens of a shortest text that ends with each of the counts that states have [S], if there is one."""
+    wanted, s = set(counted.tolist()), len(transitions)
+    found, seen = dict[int, list[int]](), {start}
+    waiting = deque([(start, list[int]())])
+    while waiting and len(found) < len(wanted):
+        state, tokens = waiting.popleft()
+        found.setdefault(int(counted[state]), tokens)
+        after, first = _first_of_each(transitions[state] % s)
+        for one, token in zip(after, first, strict=True):
+            if one not in seen:
+                seen.add(one)
+                waiting.append((one, [*tokens, token]))
+    return found
+
+
+def _first_of_each(values: Tensor) -> tuple[list[int], list[int]]:
+    """The distinct values, in the order of their first places, and these places."""
+    distinct, of = torch.unique(values, return_inverse=True)
+    place = torch.arange(len(values)).flip(0)
+    first = torch.empty_like(distinct).scatter_(0, of.flip(0), place).sort()
+    return distinct[first.indices].tolist(), first.values.tolist()
 
 
 def _token_rates(vocab_size: int, texts: Sequence[Sequence[int]]) -> list[float]:
@@ -144,9 +176,9 @@ def _token_rates(vocab_size: int, texts: Sequence[Sequence[int]]) -> list[float]
 
 def one_state(model: LanguageModel) -> PrefixStates:
     """The single state of a text of which nothing is read, and its end."""
-    transitions = torch.zeros(1, model.vocab_size, dtype=torch.long)
-    transitions[:, model.eos_ids] = 1
-    return PrefixStates(transitions)
+    table = torch.zeros(1, model.vocab_size, dtype=torch.long)
+    table[:, model.eos_ids] = 1
+    return PrefixStates.of(table)
 
 
 def _is_missed(
@@ -161,20 +193,41 @@ def _is_missed(
 
 
 def token_transitions(
-    model: LanguageModel, automaton: Automaton, kept: Sequence[State], reached: Iterable[Sequence[State]]
-) -> Tensor:
-    """Where each token leads [S, V] among the S states ``kept``, given the state that each token reaches from each.
+    model: LanguageModel, automaton: Automaton, kept: Sequence[Place], reached: Iterable[Sequence[Moved]]
+) -> Transitions:
+    """Where each token leads from the F places ``kept``, given the place and the changes after each token from each.
 
-    A state that is not kept is its coarse one; where that is not kept either, the state stays as it is.
+    A place that is not kept is its coarse one; where that is not kept either, the place stays as it is.
     """
-    index = {state: i for i, state in enumerate(kept)}
-    rows: list[list[int]] = []
+    index = {place: i for i, place in enumerate(kept)}
+    numbers = automaton.counts
+    counts = {tuple(range(len(numbers))): 0}
+    rows_of: dict[tuple[Change, ...], int] = {}
+
+    def known(place: Place, made: tuple[Change, ...], otherwise: int) -> tuple[int, int]:
+        if place not in index:
+            place, change = automaton.forget(place)
+            made = made if change is None else (*made, change)
+        if made not in rows_of:
+            after = tuple(numbers.index(_changed(automaton, number, made)) for number in numbers)
+            rows_of[made] = counts.setdefault(after, len(counts))
+        return index.get(place, otherwise), rows_of[made]
+
+    rows = list[Tensor]()
     for i, after in enumerate(reached):
-        known = {s: index.get(s, index.get(automaton.coarse(s), i)) for s in dict.fromkeys(after)}
-        rows.append([known[s] for s in after])
-    transitions = torch.tensor(rows)
-    transitions[:, model.eos_ids] += len(kept)
-    return transitions
+        memo = {moved: known(*moved, i) for moved in dict.fromkeys(after)}
+        rows.append(torch.tensor([memo[moved] for moved in after]))
+    places, changes = torch.stack(rows).unbind(-1)
+    places = places.contiguous()
+    places[:, model.eos_ids] += len(kept)
+    narrow = torch.uint8 if len(counts) <= 256 else torch.int16
+    return Transitions(places, changes.to(narrow), torch.tensor(list(counts)))
+
+
+def _changed(automaton: Automaton, number: Count, changes: Iterable[Change]) -> Count:
+    for change in changes:
+        number = automaton.add(number, change)
+    return number
 
 
 def token_texts(model: LanguageModel) -> list[str]:
@@ -186,6 +239,22 @@ def token_texts(model: LanguageModel) -> list[str]:
     known = min(model.vocab_size, len(model.tokenizer))
     texts = [decode([anchor, i]).removeprefix(before) if i not in special else "" for i in range(known)]
     return texts + [""] * (model.vocab_size - known)
+
+
+# The place after some characters, and what they changed in the count.
+Moved = tuple[Place, tuple[Change, ...]]
+
+
+@dataclass(frozen=True)
+class Moving:
+    """An automaton read from a place with any count: it notes what changes."""
+
+    automaton: Automaton
+
+    def step(self, state: Moved, character: str) -> Moved:
+        """The state after one more character."""
+        place, change = self.automaton.move(state[0], character)
+        return place, state[1] if change is None else (*state[1], change)
 
 
 def read(automaton: Automaton, state: State, text: str) -> State:
@@ -213,21 +282,21 @@ class TokenTree:
             self.tokens[node].append(token)
 
     def read_all(
-        self, automaton: Automaton, state: State, memo: dict[tuple[State, int], list[tuple[int, State]]]
-    ) -> list[State]:
+        self, moving: Moving, state: Moved, memo: dict[tuple[Moved, int], list[tuple[int, Moved]]]
+    ) -> list[Moved]:
         """The state after each token, from ``state``; ``memo`` keeps what one subtree gives from one state."""
-        reached: list[State] = [state] * len(self.texts)
-        for token, after in self._subtree(automaton, state, 0, memo):
+        reached: list[Moved] = [state] * len(self.texts)
+        for token, after in self._subtree(moving, state, 0, memo):
             reached[token] = after
         return reached
 
     def _subtree(
-        self, automaton: Automaton, state: State, node: int, memo: dict[tuple[State, int], list[tuple[int, State]]]
-    ) -> list[tuple[int, State]]:
+        self, moving: Moving, state: Moved, node: int, memo: dict[tuple[Moved, int], list[tuple[int, Moved]]]
+    ) -> list[tuple[int, Moved]]:
         key = state, node
         if key not in memo:
             found = [(token, state) for token in self.tokens[node]]
             for character, child in self.children[node].items():
-                found += self._subtree(automaton, automaton.step(state, character), child, memo)
+                found += self._subtree(moving, moving.step(state, character), child, memo)
             memo[key] = found
         return memo[key]

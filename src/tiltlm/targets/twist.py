@@ -120,10 +120,15 @@ class Twist:
         counts, sums = (x[:, s:].sum(0) + x[-1, :s] for x in (counts, sums))
         if told is None:
             return _shrunk(sums, counts, mean.expand(s), 0.0)
-        # An automaton may leave out subtleties: what it tells is worth what texts were worth of which it told as much.
-        alike, of = torch.unique(told, return_inverse=True)
-        counted, summed = (torch.zeros_like(alike).index_add_(0, of, x) for x in (counts, sums))
-        return _shrunk(sums, counts, _shrunk(summed, counted, alike, TOLD_SAMPLES)[of], TOLD_SAMPLES)
+        # An automaton may leave out subtleties: what it tells is worth what texts were worth of which it told as much,
+        # and first of all those that have the same count.
+        worth, groups = told, [torch.unique(told, return_inverse=True)[1]]
+        groups += [] if self.states.counted is None else [self.states.counted]
+        for of in groups:
+            alike = torch.zeros(int(of.max()) + 1, dtype=told.dtype)
+            summed, counted = (alike.index_add(0, of, x)[of] for x in (sums, counts))
+            worth = _shrunk(summed, counted, worth, TOLD_SAMPLES)
+        return _shrunk(sums, counts, worth, TOLD_SAMPLES)
 
     def _table(self, counts: Tensor, sums: Tensor, mean: Tensor, final: Tensor) -> Tensor:
         """ψ [T + 1, S] where the samples passed; few borrow from other positions, fewer still from all samples."""

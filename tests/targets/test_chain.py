@@ -1,0 +1,106 @@
+"""The chain of places and counts: what it promises is the rate, however few of its steps are known apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from enumerable import tiny_model
+from tiltlm.exact import enumerate_completions
+from tiltlm.features import Feature
+from tiltlm.features.automaton import Automaton, Phrases
+from tiltlm.features.feature import Batch
+from tiltlm.lm import LanguageModel, Samples, Transitions
+from tiltlm.targets.chain import Chain
+from tiltlm.targets.prefix_states import PrefixStates, prefix_states
+
+LENGTH = 5
+
+
+class Lead(Feature):
+    """1 where "a" comes more often than "b"."""
+
+    def __init__(self) -> None:
+        super().__init__(name="lead", binary=True)
+
+    def compute(self, batch: Batch) -> list[float]:
+        return [float(text.split().count("a") > text.split().count("b")) for text in batch.texts]
+
+    def automaton(self) -> Automaton:
+        return Phrases((("a", 1), ("b", -1)), ignore_case=False, most=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return tiny_model("gpt2", "pad_is_eos")
+
+
+@pytest.fixture(scope="module")
+def samples(model: LanguageModel) -> Samples:
+    return model.sample(4000, seed=2, max_completion_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def states(model: LanguageModel, samples: Samples) -> PrefixStates:
+    return prefix_states(model, [Lead()], samples)
+
+
+@pytest.fixture(scope="module")
+def rate(model: LanguageModel) -> float:
+    listed = enumerate_completions(model, max_completion_length=LENGTH)
+    passed = Lead()(listed.texts) > 0
+    return float(listed.sequence_logprob.exp()[passed].sum())
+
+
+def learned(states: PrefixStates, model: LanguageModel, samples: Samples) -> Chain:
+    chain = Chain.empty(states, LENGTH)
+    chain.learn(model, samples)
+    return chain
+
+
+def test_it_promises_the_rate(states: PrefixStates, model: LanguageModel, samples: Samples, rate: float) -> None:
+    assert states.transitions.counts.shape[1] == 2 * LENGTH + 1
+    assert states.start > 0
+    promise = learned(states, model, samples).promise(states.passing())
+    assert 0.1 < rate < 0.9
+    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.06)
+
+
+def test_counts_are_states_like_any_others(states: PrefixStates, model: LanguageModel, samples: Samples) -> None:
+    """The same table written out, of which every state that many prefixes are in is promised the same."""
+    written = PrefixStates(Transitions.of(states.transitions[:]), states.start, states.values)
+    chain, other = (learned(one, model, samples) for one in (states, written))
+    often = (chain.visits.sum(0)[chain.row] > 200).nonzero().squeeze(-1)
+    assert len(often) > 5
+    assert torch.equal(chain.visits[:, chain.row[often]], other.visits[:, other.row[often]])
+    found, expected = (one.promise(states.passing())[:, often] for one in (chain, other))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+def test_with_little_room_all_counts_of_a_place_go_on_alike(
+    states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltlm.targets.chain.MOST_APART", 0)
+    chain = learned(states, model, samples)
+    assert len(chain.place) == len(states.transitions.places)
+    assert chain.count.tolist() == [-1] * len(chain.place)
+    promise = chain.promise(states.passing())
+    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.15)
+    # What was counted still tells: each count more promises as much or more.
+    last = promise[-2].reshape(len(states.transitions.places), -1)
+    assert bool((last.diff(dim=1) > -1e-9).all())
+    assert bool((last[:, -1] > last[:, 0] + 0.5).all())
+
+
+def test_ends_are_known_by_position_where_steps_are_not(
+    states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltlm.targets.chain.MOST_STEPS", 1)
+    chain = learned(states, model, samples)
+    assert len(chain.moved) == 1
+    assert len(chain.weight) == LENGTH
+    ending = (chain._ending() * chain.visits).sum(1) / chain.visits.sum(1)
+    # Few prefixes are at the last.
+    torch.testing.assert_close(ending[:-1], (chain.ended.sum(1) / chain.weight.sum(1))[:-1], rtol=0.05, atol=0)
+    assert float(ending.max()) > 1.1 * float(ending.min())
+    assert float(chain.promise(states.passing())[0, states.start]) == pytest.approx(rate, rel=0.1)
