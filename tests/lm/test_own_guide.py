@@ -130,3 +130,11 @@ def test_transformers_generates_from_the_same_law(model: LanguageModel) -> None:
     with torch.no_grad():
         ours = model.keep(guide).logprob(same, law=Law())
     torch.testing.assert_close(scored.double(), ours.double(), rtol=0, atol=1e-5)
+
+
+def test_a_copy_and_an_adapter_keep_it(model: LanguageModel) -> None:
+    listed = enumerate_completions(model, max_completion_length=LENGTH)
+    with torch.no_grad():
+        kept = model.keep(guide_of(model)).logprob(listed)
+        for other in (model.copy(), model.copy().with_lora(**(LORA | {"init_lora_weights": True}))):
+            torch.testing.assert_close(other.logprob(listed), kept, rtol=0, atol=1e-12)

@@ -170,7 +170,9 @@ class LanguageModel:
 
     def _with(self, model: PreTrainedModel) -> LanguageModel:
         self._check_whole_weights()
-        return LanguageModel(model, self.tokenizer, name=self.name, compute_dtype=self.compute_dtype)
+        found = LanguageModel(model, self.tokenizer, name=self.name, compute_dtype=self.compute_dtype)
+        found.guide = self.guide
+        return found
 
     @property
     def device(self) -> torch.device:

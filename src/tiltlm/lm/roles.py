@@ -28,7 +28,11 @@ class Roles:
     def __init__(self, policy: LanguageModel, base: LanguageModel | None = None) -> None:
         self.policy = policy
         self.shared = policy.has_adapter and base is None
-        self._base = base or (policy if self.shared else policy.copy().freeze())
+        if base is None and not self.shared:
+            base = policy.copy()
+            base.guide = None  # that of the policy alone
+            base.freeze()
+        self._base = base or policy
         self._proposal: LanguageModel | None = None
 
     @property
@@ -134,5 +138,4 @@ class Roles:
             self._proposal = self.policy
         else:
             self._proposal = self.policy.copy()
-            self._proposal.guide = self.policy.guide
             self._proposal.model.requires_grad_(False)
