@@ -141,7 +141,7 @@ WordPlace = tuple[int, int | None]
 class WordSum(Automaton):
     """Adds up what single words are worth, in whatever case; the sum is kept within ±``most``.
 
-    Each of the ``reach`` words after one of ``negations`` counts the other way. A hyphen or an apostrophe ends no word.
+    Each of the ``reach`` words after one of ``negations`` counts the other way, ``negated`` times as much. A hyphen or an apostrophe ends no word.
     A place is (words that a negation still reaches, place among the beginnings of words: ``start``'s between words,
     None within a word that none begins like). Beginnings that go on alike are one.
     """
@@ -150,6 +150,7 @@ class WordSum(Automaton):
     negations: frozenset[str]
     most: int
     reach: int = 3
+    negated: float = 1.0
     _places: list[dict[str, int]] = field(init=False, repr=False)
     _ends: list[tuple[int, bool]] = field(init=False, repr=False)
 
@@ -201,7 +202,10 @@ class WordSum(Automaton):
         """What the word counts that ends in the place."""
         reached, within = place
         value = 0 if within is None else self._ends[within][0]
-        return (-value if reached else value) or None
+        if not value or not reached:
+            return value or None
+        size = round(self.negated * abs(value)) or 1
+        return -size if value > 0 else size
 
 
 @dataclass(frozen=True)

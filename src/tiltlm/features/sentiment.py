@@ -61,11 +61,11 @@ def _analyzer() -> Any:
 @lru_cache(maxsize=1)
 def _valences() -> WordSum:
     analyzer = _analyzer()
-    from vaderSentiment.vaderSentiment import BOOSTER_DICT, NEGATE
+    from vaderSentiment.vaderSentiment import BOOSTER_DICT, N_SCALAR, NEGATE
 
     words = {word: value for word, value in analyzer.lexicon.items() if _is_word(word) and word not in BOOSTER_DICT}
     values = {word: round(HALVES * value) or (1 if value > 0 else -1) for word, value in words.items()}
-    return WordSum(values, frozenset(NEGATE), MOST_HALVES)
+    return WordSum(values, frozenset(NEGATE), MOST_HALVES, negated=-N_SCALAR)
 
 
 def _is_word(entry: str) -> bool:

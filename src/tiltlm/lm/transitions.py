@@ -38,7 +38,7 @@ class Transitions:
         states = torch.arange(len(self), device=self.places.device)[of_states]
         whole_rows = isinstance(of_tokens, slice)
         if self.counts.shape[1] == 1:
-            return self.places[states, of_tokens]
+            return self.places[states, of_tokens].long()
         place, count = states // self.counts.shape[1], states % self.counts.shape[1]
         # In place, as there may be a row of the vocabulary for each of thousands of states.
         after = self.changes[place, of_tokens].long()

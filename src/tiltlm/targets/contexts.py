@@ -159,7 +159,7 @@ def _split(
     counts = table.counts.shape[1]
     of_kin = (kin[:, None] * counts + torch.arange(counts)).reshape(-1)
     return PrefixStates(
-        Transitions(torch.where(ended, to + len(kin), cell), table.changes[kin], table.counts),
+        Transitions(torch.where(ended, to + len(kin), cell).int(), table.changes[kin], table.counts),
         states.start,
         None if states.values is None else states.values[of_kin],
         kin,

@@ -52,7 +52,7 @@ class PrefixStates:
     def guide(self, log_twist: Tensor) -> Guide:
         """A guide over these states, from log ψ [T + 1, 2S]."""
         table = self.transitions
-        return Guide(table.places if table.counts.shape[1] == 1 else table, log_twist, self.start)
+        return Guide(table[:] if table.counts.shape[1] == 1 else table, log_twist, self.start)
 
 
 def prefix_automaton(features: Sequence[Feature]) -> Automaton:
@@ -218,7 +218,7 @@ def token_transitions(
         memo = {moved: known(*moved, i) for moved in dict.fromkeys(after)}
         rows.append(torch.tensor([memo[moved] for moved in after]))
     places, changes = torch.stack(rows).unbind(-1)
-    places = places.contiguous()
+    places = places.int()
     places[:, model.eos_ids] += len(kept)
     narrow = torch.uint8 if len(counts) <= 256 else torch.int16
     return Transitions(places, changes.to(narrow), torch.tensor(list(counts)))

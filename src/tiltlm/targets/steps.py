@@ -30,7 +30,7 @@ class Slots:
         found = list[Tensor]()
         of_token = torch.empty(int(kin.max()) + 1, transitions.shape[1], dtype=torch.int32)
         for place, (to, change) in enumerate(zip(transitions.places, transitions.changes, strict=True)):
-            distinct, of = torch.unique(to * most + change, return_inverse=True)
+            distinct, of = torch.unique(to.long() * most + change, return_inverse=True)
             found.append(distinct)
             if place < len(of_token):
                 of_token[place] = of
