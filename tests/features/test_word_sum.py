@@ -98,6 +98,12 @@ def test_values_negations_and_bounds() -> None:
         assert read(automaton, text)[0] == expected, text
 
 
+def test_a_negated_value_may_count_less_but_never_nothing() -> None:
+    automaton = WordSum({"good": 4, "bad": -6, "fine": 1}, frozenset({"not"}), most=9, negated=0.4)
+    for text, expected in {"not good ": -2, "not bad ": 2, "not fine ": -1, "good ": 4}.items():
+        assert read(automaton, text)[0] == expected, text
+
+
 def test_beginnings_that_go_on_alike_are_one_place() -> None:
     automaton = WordSum({"fail": -2, "mail": -2, "nail": 1, "fails": -2, "mails": -2}, frozenset(), most=4)
     assert read(automaton, "fai") == read(automaton, "mai") != read(automaton, "nai")

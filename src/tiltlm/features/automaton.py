@@ -141,9 +141,9 @@ WordPlace = tuple[int, int | None]
 class WordSum(Automaton):
     """Adds up what single words are worth, in whatever case; the sum is kept within ±``most``.
 
-    Each of the ``reach`` words after one of ``negations`` counts the other way, ``negated`` times as much. A hyphen or an apostrophe ends no word.
-    A place is (words that a negation still reaches, place among the beginnings of words: ``start``'s between words,
-    None within a word that none begins like). Beginnings that go on alike are one.
+    Each of the ``reach`` words after one of ``negations`` counts the other way, ``negated`` times as much. A hyphen or
+    an apostrophe ends no word. A place is (words that a negation still reaches, place among the beginnings of words:
+    ``start``'s between words, None within a word that none begins like). Beginnings that go on alike are one.
     """
 
     values: Mapping[str, int]

@@ -97,14 +97,14 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
     first = [automaton.start[1], *(p for p, times in matters.most_common(max(1, most)) if times), *coarse]
     often = _token_rates(model.vocab_size, samples.completion_ids)
     reached = _most_reached(automaton, vocabulary, list(dict.fromkeys(first)), visits, often, most)
-    start = automaton.counts.index(automaton.start[0])
+    number = {n: i for i, n in enumerate(automaton.counts)}
+    start = number[automaton.start[0]]
     transitions = token_transitions(model, automaton, list(reached), reached.values())
-    ended = [[automaton.counts.index(automaton.ended((n, place))) for n in automaton.counts] for place in reached]
-    counted = torch.tensor(ended).reshape(-1)
+    counted = torch.tensor([number[automaton.ended((n, place))] for place in reached for n in number])
     values = None
     if all(feature.automaton() is not None for feature in features):
         texts = _shortest_texts(transitions, counted, start)
-        tell = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(automaton.counts))])
+        tell = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(number))])
         values = tell[counted]
     return PrefixStates(transitions, start, values, counted=counted)
 
@@ -200,8 +200,8 @@ def token_transitions(
     A place that is not kept is its coarse one; where that is not kept either, the place stays as it is.
     """
     index = {place: i for i, place in enumerate(kept)}
-    numbers = automaton.counts
-    counts = {tuple(range(len(numbers))): 0}
+    number = {n: i for i, n in enumerate(automaton.counts)}
+    counts = {tuple(number.values()): 0}
     rows_of: dict[tuple[Change, ...], int] = {}
 
     def known(place: Place, made: tuple[Change, ...], otherwise: int) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def token_transitions(
             place, change = automaton.forget(place)
             made = made if change is None else (*made, change)
         if made not in rows_of:
-            after = tuple(numbers.index(_changed(automaton, number, made)) for number in numbers)
+            after = tuple(number[_changed(automaton, n, made)] for n in number)
             rows_of[made] = counts.setdefault(after, len(counts))
         return index.get(place, otherwise), rows_of[made]
 
@@ -224,10 +224,10 @@ def token_transitions(
     return Transitions(places, changes.to(narrow), torch.tensor(list(counts)))
 
 
-def _changed(automaton: Automaton, number: Count, changes: Iterable[Change]) -> Count:
+def _changed(automaton: Automaton, counted: Count, changes: Iterable[Change]) -> Count:
     for change in changes:
-        number = automaton.add(number, change)
-    return number
+        counted = automaton.add(counted, change)
+    return counted
 
 
 def token_texts(model: LanguageModel) -> list[str]:
