@@ -152,7 +152,8 @@ def test_rejection_under_a_bound_that_is_vouched_for(source: str) -> None:
 @pytest.mark.parametrize("source", ["base", "policy", "guided"])
 def test_quasi_rejection_follows_p_beta(source: str) -> None:
     log_w, q = exact_weights(source)
-    log_beta = float(log_w[log_w > -math.inf].quantile(0.4))
+    # The guided base is so near that a higher bound changes nothing that could be seen.
+    log_beta = float(log_w[log_w > -math.inf].quantile(0.05 if source == "guided" else 0.4))
     result = drawn(4_000, QuasiRejection(log_beta), source)
     p_beta = q * log_w.clamp_max(log_beta).exp()
     assert chi_squared(result.samples, p_beta) > 1e-3
@@ -428,7 +429,7 @@ def tuned() -> LanguageModel:
     model = base().copy()
     named = dict(model.model.named_parameters())
     optimizer = torch.optim.Adam(named.values(), lr=0.02)
-    for _ in range(40):
+    for _ in range(120):
         for name, gradient in kl_gradient(model, truth()).items():
             named[name].grad = gradient
         optimizer.step()
@@ -437,7 +438,7 @@ def tuned() -> LanguageModel:
 
 def test_the_nearest_proposal_is_the_default() -> None:
     said = r"draws come from the (.*): of 256 each, .* on \d+ of the guided base, \d+ of the policy \(ESS\)"
-    few = draw_base_sample(base(), TARGET.features, 8, None, LENGTH, seed=0)
+    few = draw_base_sample(base(), TARGET.features, 4, None, LENGTH, seed=0)
     for model, sample, nearest in ((near(base(), 0.1), base_sample(), "guided base"), (tuned(), few, "policy")):
         made = proposal(None, roles=Roles(model, base=base()), base_sample=sample)
         found = re.fullmatch(said, made.reason)
