@@ -9,7 +9,8 @@ is what each state promises, with the noise of few samples averaged out, and whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from scipy.sparse import csr_array
@@ -82,7 +83,7 @@ class Chain:
             transitions=transitions,
             start=states.start,
             length=length,
-            slots=slots,
+            slots=replace(slots, of_token=slots.of_token.to(device or "cpu")),
             kin=kin,
             row=row.reshape(-1),
             place=place,
@@ -131,7 +132,7 @@ class Chain:
         """
         (stretches, rows), (longer, steps), device = self.weight.shape, self.moved.shape, self.moved.device
         stretch, row = columns * stretches // self.length, self.row[states]
-        slots = self.slots.of_token[self.kin[self.place[row]]].to(device)
+        slots = self.slots.of_token[self.kin[self.place[row]].to(device)]
         cells = slots + (stretch * longer // stretches * steps + self.offset[row])[:, None].to(device)
         weighted = laws.float() * weights[:, None].float()
         self.moved.view(-1).index_add_(0, cells.reshape(-1), weighted.reshape(-1))
@@ -139,7 +140,7 @@ class Chain:
         cells = (stretch * rows + row).to(device)
         self.weight.view(-1).index_add_(0, cells, weights)
         self.visits.view(-1).index_add_(0, cells, torch.ones_like(weights) if visits is None else visits)
-        self.ended.view(-1).index_add_(0, cells, weighted[:, self._ends.to(device)].sum(1).double())
+        self.ended.view(-1).index_add_(0, cells, weighted[:, self._ends].sum(1).double())
 
     def promise(self, final: Tensor) -> Tensor:
         """ψ [T + 1, S] of the states after each number of tokens, given that of texts that have ended [S]."""
@@ -164,16 +165,20 @@ class Chain:
     def _steps(self, longer: int, anywhere: Tensor) -> csr_array:
         """The probabilities of all slots [R, U] in one of the longer stretches, if the text goes on."""
         slots, steps = self.slots, self.moved.shape[1]
-        columns = torch.cat([slots.targets[place] for place in self.place.tolist()])
-        law = self._seen(longer).law((slots.places < len(self.kin))[columns], anywhere, ELSEWHERE)
+        law = self._seen(longer).law((slots.places < len(self.kin))[self._columns], anywhere, ELSEWHERE)
         begin = torch.cat([self.offset, torch.tensor([steps])])
         shape = (len(self.place), len(slots.places))
-        return csr_array((law.numpy(), columns.int().numpy(), begin.int().numpy()), shape)
+        return csr_array((law.numpy(), self._columns.numpy(), begin.int().numpy()), shape)
 
-    @property
+    @cached_property
     def _ends(self) -> Tensor:
         """Whether each token ends the text [V]."""
-        return (self.transitions.places >= len(self.kin)).all(0)
+        return (self.transitions.places >= len(self.kin)).all(0).to(self.moved.device)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """Which of the U pairs of place and change each step leads to [M]."""
+        return torch.cat([self.slots.targets[place] for place in self.place.tolist()]).int()
 
     def _anywhere(self) -> Tensor:
         """The probabilities [M] of the steps at any position."""
@@ -205,7 +210,7 @@ class Chain:
     def _of_slots(self, place: int, law: Tensor) -> Tensor:
         """The probabilities of a place's slots, given that of each token [V]."""
         slots = torch.zeros(len(self.slots.targets[place]), dtype=law.dtype)
-        return slots.index_add_(0, self.slots.of_token[place].long(), law)
+        return slots.index_add_(0, self.slots.of_token[place].cpu().long(), law)
 
     def _seen(self, longer: int | None = None) -> Steps:
         """The sums over one of the longer stretches, or over all."""
