@@ -58,7 +58,7 @@ def test_every_key_says_what_it_means(section: type[Any]) -> None:
 def test_only_model_and_target_have_no_default() -> None:
     assert [name for name, field in RunConfig.model_fields.items() if field.is_required()] == ["model", "target"]
     config = parse_config(LEAST)
-    assert config.method == MethodConfig(name="gdc++", proposal=None, check_steps=10)
+    assert config.method == MethodConfig(name="kept_guide", proposal=None, check_steps=10)
     assert config.training == TrainingArguments()
     assert (config.seed, config.peft, config.prompts, config.report_to) == (0, None, None, [])
 

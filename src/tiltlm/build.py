@@ -46,8 +46,8 @@ def build_base(config: RunConfig) -> LanguageModel:
     )
     if base.guide is not None:
         raise UsageError(
-            f"model: '{config.model}' keeps a guide (training.keep_guide) and cannot be a base; tune the model that it "
-            f"was tuned from, or a run without keep_guide"
+            f"model: '{config.model}' keeps a guide (method kept_guide, or training.keep_guide) and cannot be a base; "
+            f"tune the model that it was tuned from toward both targets at once, or choose another method for it"
         )
     return base
 
@@ -115,6 +115,11 @@ def check_expressible(objective: Objective, target: Target) -> None:
 
 def method_notes(objective: Objective, target: Target) -> list[str]:
     """What a user should know of this method on this target."""
+    if getattr(objective, "keeps_guide", False):
+        return [
+            f"{objective.name}: the policy is its weights and a guide, saved beside them as guide.safetensors; tiltlm "
+            f"loads both, other libraries only the weights, another law. guided and gdc++ leave a plain model"
+        ]
     moments = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "moment"]
     if not moments or not getattr(objective, "maximizes_reward", False):
         return []

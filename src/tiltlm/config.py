@@ -71,7 +71,7 @@ class TargetConfig(Section):
 class MethodConfig(Section):
     """The objective and its proposal rule."""
 
-    name: Annotated[str, Field(description="one of docs/methods.md, or package.module:name of your own")] = "gdc++"
+    name: Annotated[str, Field(description="one of docs/methods.md, or package.module:name of your own")] = "kept_guide"
     proposal: Annotated[
         str | None, Field(description="on_policy, interval, kl, tv, published or guided; null: the method's own")
     ] = None

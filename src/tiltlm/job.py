@@ -107,7 +107,7 @@ def tune(
     target: FittedTarget,
     *,
     output_dir: str | os.PathLike[str],
-    method: str | Mapping[str, Any] = "gdc++",
+    method: str | Mapping[str, Any] = "kept_guide",
     proposal: str | None = None,
     peft: dict[str, Any] | None = None,
     seed: int = 0,

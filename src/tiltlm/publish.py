@@ -74,7 +74,9 @@ def publish(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         roles.policy.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(config.model, config.to_json(), report, after), "utf-8")
+        keeps = roles.policy.guide is not None
+        card = model_card(config.model, config.to_json(), report, after, keeps_guide=keeps)
+        (partial / "README.md").write_text(card, "utf-8")
         shutil.rmtree(directory.policy_dir, ignore_errors=True)
         os.replace(partial, directory.policy_dir)
     except (OSError, SafetensorError) as error:

@@ -94,8 +94,8 @@ def test_tune_leaves_a_whole_run(finished: Path, settings: dict[str, Any]) -> No
     assert record["device"] == "cpu"
     assert record["seconds"] > 0
     passes = record["progress"].pop("passes_per_token")
-    assert record["progress"] == {"step": 4, "max_steps": 4, "sequences": 256, "forward_passes": 384}
-    assert 2.8 < passes < 3.2
+    assert record["progress"] == {"step": 4, "max_steps": 4, "sequences": 256, "forward_passes": 1024}
+    assert 3.8 < passes < 4.2
     assert record["config"]["training"]["learning_rate"] == settings["training"]["learning_rate"]
     assert record["config"]["training"]["optim"] == "adam"
     for evaluation in record["evaluation"].values():
@@ -108,11 +108,13 @@ def test_tune_leaves_a_whole_run(finished: Path, settings: dict[str, Any]) -> No
 
     steps = metrics_of(finished)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
-    # All four batches are samples that the target was fitted on: counted once, scored by the policy alone.
+    # All four batches are samples that the target was fitted on, drawn once and read once more for the guide; then base
+    # and policy read each batch for each of two updates.
     assert [(step["sequences"], step["forward_passes"]) for step in steps] == [
-        (256, 288), (256, 320), (256, 352), (256, 384)
+        (256, 640), (256, 768), (256, 896), (256, 1024)
     ]  # fmt: skip
-    assert steps[0]["kl_pi_a"]["value"] == pytest.approx(0, abs=1e-5)
+    # With its guide the policy is not the base, not even before its first update.
+    assert steps[0]["kl_pi_a"]["value"] > 5 * steps[0]["kl_pi_a"]["se"] > 0
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in (finished / "checkpoints").glob("step-*")) == ["step-000002", "step-000004"]
 
@@ -133,9 +135,12 @@ def test_samples_of_a_run_name_their_evidence(finished: Path) -> None:
     assert found > 0
 
 
-def test_the_tuned_model_is_a_plain_checkpoint(finished: Path, tiny: Path) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_the_tuned_model_is_a_plain_checkpoint(tiltlm: Command, here: Path, tiny: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    assert tiltlm("tune", "run.yaml", "method=gdc++", "--output-dir", "done").code == 0
+    finished = here / "done"
     policy, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished / "policy", tiny))
     tokenizer = AutoTokenizer.from_pretrained(finished / "policy")
     assert tokenizer.decode(tokenizer("she wins .")["input_ids"]) == "she wins ."
@@ -175,12 +180,13 @@ def test_a_piped_run_prints_plain_lines(tiltlm: Command) -> None:
     assert_plain(answer.out + answer.err)
     lines = answer.err.splitlines()
     assert lines[0] == "sampling the base …"
+    assert lines[1].startswith("note: kept_guide: the policy is its weights and a guide")
     assert re.match(
-        r"step 1/1  256 sequences  KL\(p‖π\) \S+ ± \S+  female \S+ ± \S+ \(goal 0\.5\)  ETA 0:00$", lines[1]
+        r"step 1/1  256 sequences  KL\(p‖π\) \S+ ± \S+  female \S+ ± \S+ \(goal 0\.5\)  ETA 0:00$", lines[2]
     )
-    assert lines[2] == "evaluating the tuned model …"
-    assert re.match(r" +goal +base +tuned$", lines[3])
-    assert re.match(r"female +0\.5 +\S+ ± \S+ +\S+ ± \S+$", lines[4])
+    assert lines[3] == "evaluating the tuned model …"
+    assert re.match(r" +goal +base +tuned$", lines[4])
+    assert re.match(r"female +0\.5 +\S+ ± \S+ +\S+ ± \S+$", lines[5])
 
 
 def test_eval_measures_a_run_on_fresh_samples(tiltlm: Command, here: Path, finished: Path) -> None:

@@ -259,8 +259,8 @@ def test_runs_that_exist_are_compared(tiltlm: Command, finished: Path) -> None:
     assert answer.code == 0, answer.err
     rows = rows_of(Path("both"))
     assert {(row["method"], row["seed"]) for row in rows} == {
-        ("gdc++ (learning_rate=0.002)", "0"),
-        ("gdc++ (learning_rate=0.004)", "1"),
+        ("kept_guide (learning_rate=0.002)", "0"),
+        ("kept_guide (learning_rate=0.004)", "1"),
     }
     end = [row for row in rows if row["metric"] == "kl_p_pi" and row["seed"] == "0"][-1]
     assert float(end["value"]) == pytest.approx(record["evaluation"]["policy"]["kl_p_pi"]["value"])

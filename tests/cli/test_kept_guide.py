@@ -37,6 +37,7 @@ def slowly(settings: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
     tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
+    changes = {"method": "gdc++"} | changes
     plain, kept = slowly(settings) | changes, with_kept_guide(settings, **changes)
     for name, config in {"plain": plain, "kept": kept}.items():
         write_config(here / f"{name}.yaml", config)
@@ -62,6 +63,25 @@ def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_names_no_method_is_taught_by_the_guide_that_it_keeps(
+    tiltlm: Command, here: Path, settings: dict[str, Any]
+) -> None:
+    assert "method" not in settings
+    spelled = with_kept_guide(settings, method={"name": "guided", "proposal": "on_policy"})
+    spelled["training"]["num_iterations"] = 2
+    for name, config in {"default": slowly(settings), "spelled": spelled}.items():
+        write_config(here / f"{name}.yaml", config)
+        answer = tiltlm("tune", f"{name}.yaml", "--output-dir", f"runs/{name}")
+        assert answer.code == 0, answer.err
+        assert ("kept_guide: the policy is its weights and a guide" in answer.err) == (name == "default")
+    assert metrics_of(here / "runs/default") == metrics_of(here / "runs/spelled")
+    for file in ("guide.safetensors", "model.safetensors"):
+        one, other = (here / "runs" / name / "policy" / file for name in ("default", "spelled"))
+        assert one.read_bytes() == other.read_bytes()
+    assert "guide.safetensors" in (here / "runs/default/policy/README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("changes", [{}, {"peft": LORA, "method": {"name": "gdc", "proposal": "kl"}}])
 def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
     tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
@@ -84,4 +104,4 @@ def test_a_model_with_a_guide_is_no_base(tiltlm: Command, here: Path, settings: 
     write_config(here / "next.yaml", settings | {"model": str(here / "runs/kept/policy")})
     answer = tiltlm("fit", "next.yaml")
     assert answer.code == 2
-    assert "keeps a guide (training.keep_guide) and cannot be a base" in answer.err
+    assert "keeps a guide (method kept_guide, or training.keep_guide) and cannot be a base" in answer.err

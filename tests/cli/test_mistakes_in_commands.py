@@ -331,7 +331,9 @@ def failed_record(run: Path) -> dict[str, Any]:
 def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(
     tiltlm: Command, here: Path, settings: dict[str, Any]
 ) -> None:
-    answer = tiltlm("tune", "run.yaml", "training.learning_rate=1e30", "training.optim=sgd", "training.save_steps=1")
+    answer = tiltlm(
+        "tune", "run.yaml", "method=gdc++", "training.learning_rate=1e30", "training.optim=sgd", "training.save_steps=1"
+    )
     print(answer.err)
     assert_one_error(answer.err, ["step 2", "not finite", "learning_rate"])
     assert (answer.code, answer.out) == (1, "")

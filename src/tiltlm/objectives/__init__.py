@@ -4,7 +4,7 @@ from tiltlm.objectives.balance import Balance
 from tiltlm.objectives.dpg import DPG, GDC, GDCPlusPlus
 from tiltlm.objectives.fdivergence import FDPG, AlphaDPG
 from tiltlm.objectives.groupwise import BRAIn, VarGrad
-from tiltlm.objectives.guided import Forms, Guided, forms, prefix_weights
+from tiltlm.objectives.guided import Forms, Guided, KeptGuide, forms, prefix_weights
 from tiltlm.objectives.objective import (
     AdaptiveObjective,
     BatchObjective,
@@ -24,6 +24,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "gdc++": GDCPlusPlus,
     "pooled": Pooled,
     "guided": Guided,
+    "kept_guide": KeptGuide,
     "f_dpg": FDPG,
     "alpha_dpg": AlphaDPG,
     "brain": BRAIn,
@@ -55,6 +56,7 @@ __all__ = [
     "GuideRecord",
     "Guided",
     "KLControl",
+    "KeptGuide",
     "Objective",
     "Pooled",
     "Record",

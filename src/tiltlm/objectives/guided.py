@@ -21,6 +21,7 @@ says of prefixes what they are worth. So any mix with shares that sum to one at 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +67,18 @@ class Guided:
             return of_guide
         unbiased = mixed(forms(record).lessons, record.guide.shares)
         return self.correction * unbiased + (1 - self.correction) * of_guide
+
+
+@dataclass(frozen=True)
+class KeptGuide(Guided):
+    """The same for a policy that keeps its guide, π(v|x_<t) ∝ θ(v|x_<t) ψ(x_<t v), θ being the weights that are tuned.
+
+    Its own samples teach it, each batch twice.
+    """
+
+    name: str = "kept_guide"
+    keeps_guide: ClassVar[bool] = True
+    num_iterations: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)

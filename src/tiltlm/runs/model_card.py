@@ -27,7 +27,9 @@ model.generate(**inputs, logits_processor=[GuideProcessor(guide, prompt_length=i
 """
 
 
-def model_card(base: str, config: Mapping[str, Any], report: FitReport, evaluation: Evaluation) -> str:
+def model_card(
+    base: str, config: Mapping[str, Any], report: FitReport, evaluation: Evaluation, *, keeps_guide: bool
+) -> str:
     """Markdown with the target, the figures and the configuration."""
     rows = []
     for term in report.terms:
@@ -35,7 +37,7 @@ def model_card(base: str, config: Mapping[str, Any], report: FitReport, evaluati
         rows.append(f"| {_cell(term.name)} | {term.kind} | {goal} | {term.base} | {evaluation.moments[term.name]} |")
     asked = prompts_in_words({"prompts": evaluation.prompts, "prompts_from": evaluation.prompts_from})
     adapter = "peft" if config.get("peft") else "transformers"
-    kept = KEPT_GUIDE if config.get("training", {}).get("keep_guide") else ""
+    kept = KEPT_GUIDE if keeps_guide else ""
     return f"""---
 library_name: {adapter}
 tags: [tiltlm, distribution-matching]

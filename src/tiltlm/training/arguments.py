@@ -20,7 +20,10 @@ class TrainingArguments:
     ] = None
     num_iterations: Annotated[
         int | None,
-        Field(ge=1, description="optimizer steps on each batch; null: as the method does, 4 for ppo, else 1"),
+        Field(
+            ge=1,
+            description="optimizer steps on each batch; null: as the method does, 4 for ppo, 2 for kept_guide, else 1",
+        ),
     ] = None
     pool: Annotated[
         int, Field(ge=0, description="past sequences kept; all updates of a step but the first train on some of them")
@@ -50,7 +53,7 @@ class TrainingArguments:
         bool, Field(description="first train on the base samples that the target was fitted on, each once")
     ] = True
     keep_guide: Annotated[
-        bool, Field(description="the policy keeps the guide toward its target: a tuned model times ψ, saved with it")
+        bool, Field(description="let the policy of any method keep a guide toward the target, as kept_guide does")
     ] = False
     bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False

@@ -143,8 +143,8 @@ def check_pool(args: TrainingArguments, iterations: int, objective: Objective, r
     if isinstance(objective, Guided):
         if rule.first != "guided":
             raise UsageError(
-                "training.pool: for method guided it mixes samples of the base and of the guided base, whose laws one "
-                "pass tells; leave method.proposal out, or leave pool out"
+                "training.pool: a guided method mixes samples of the base and of the guided base, whose laws one pass "
+                "tells; take method guided with its own proposal, or leave pool out"
             )
     elif isinstance(objective, BatchObjective):
         raise UsageError(

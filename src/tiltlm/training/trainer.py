@@ -75,6 +75,8 @@ class Trainer:
         self.accelerator = build_accelerator(args, roles.policy.device)
         # An objective that distills needs the guide's law on every batch, whatever proposal the batch came from.
         self.distills = isinstance(objective, Guided)
+        # A policy that keeps a guide: by its method, or because the user says so.
+        self.keeps = args.keep_guide or getattr(objective, "keeps_guide", False)
         iterations = updates_per_batch(objective, args.num_iterations)
         self.critic = Critic(roles.policy) if isinstance(objective, CriticObjective) else None
         self.roles = roles
@@ -103,14 +105,14 @@ class Trainer:
             base_sample.log_weights(target), base_sample.samples.prompt_ids
         )
         self.guidance: Guidance | None = None
-        if self.distills or self.source == "guided" or args.keep_guide:
+        if self.distills or self.source == "guided" or self.keeps:
             with roles.use("base") as base:
                 twist = Twist.of(base, target, base_sample)
                 if self.distills or self.source == "guided":
                     log_z = self.partition.at(base_sample.samples.prompt_ids)
                     feedback = getattr(objective, "feedback", 0.0)
                     self.guidance = Guidance(base, target, base_sample, twist, feedback, log_z)
-            if args.keep_guide and self.guidance is None:
+            if self.keeps and self.guidance is None:
                 roles.policy.keep(twist.toward(target, base_sample))
             self.keep_guide()
             for _ in range(twist.readings):
@@ -140,17 +142,19 @@ class Trainer:
         self.waited = self.seconds["features"]
         self.seconds.clear()
         self.step += 1
-        batch = self.draw()
-        # A batch must not normalize itself: that would correlate Z with the weights that it divides.
-        before = self.partition
         try:
-            log_z = before.at(batch.samples.prompt_ids)
-            batch, record = self.scorer.assess(batch, log_z)
-            few = self.args.gradient_samples
-            spread = measure_spread(self.scorer, batch, log_z, self._teacher, few) if few else None
-            scores = self.pull(batch, log_z)
+            return self._train_on(self.draw())
         except NumericalError as error:
             raise NumericalError(f"step {self.step}: {error}") from error
+
+    def _train_on(self, batch: Batch) -> StepMetrics:
+        # A batch must not normalize itself: that would correlate Z with the weights that it divides.
+        before = self.partition
+        log_z = before.at(batch.samples.prompt_ids)
+        batch, record = self.scorer.assess(batch, log_z)
+        few = self.args.gradient_samples
+        spread = measure_spread(self.scorer, batch, log_z, self._teacher, few) if few else None
+        scores = self.pull(batch, log_z)
         if not batch.reused:
             self.partition = self._with(scores)
         self.reuse.add(batch)
@@ -169,7 +173,7 @@ class Trainer:
 
     def keep_guide(self) -> None:
         """Let a policy that keeps a guide have the method's own, as it leans now."""
-        if self.args.keep_guide and self.guidance:
+        if self.keeps and self.guidance:
             self.roles.policy.keep(self.guidance.guide)
 
     def draw(self) -> Batch:
@@ -215,7 +219,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         # Loss scaling skips steps that overflow and lowers the scale; below 1 it is not the scale that overflows.
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
-            raise NumericalError(f"step {self.step}: the gradient is not finite; lower training.learning_rate")
+            raise NumericalError("the gradient is not finite; lower training.learning_rate")
         self.optimizer.step()
         if schedule and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
