@@ -87,6 +87,7 @@ LONG = (
     "gdc++, pool, 12 steps",
     "pooled, 4 steps",
     "pooled, 12 steps",
+    "guided, pool, 4 steps",
     "gdc++ on-policy, batches of 50",
     "guide kept, gdc++, batches of 50",
     "guide kept, gdc++, batches of 50, rate falls",
@@ -188,9 +189,13 @@ def main() -> None:
     began = time.monotonic()
     # A process for each target begins anew, as one that is copied may hang in the threads of its parent.
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        tables = [pool.submit(table, target, methods, seeds, rates, args.each_seed) for target in args.target]
-        for one in tables:
-            print(one.result(), flush=True)
+        # What takes longest begins first, so that no core waits for it at the end.
+        tables = {
+            target: pool.submit(table, target, methods, seeds, rates, args.each_seed)
+            for target in sorted(args.target, key="pointwise-5".__ne__)
+        }
+        for target in args.target:
+            print(tables[target].result(), flush=True)
     grid = ", ".join(f"{rate:g}" for rate in rates)
     print(f"\n{seeds} seeds, learning rates {grid}, {args.jobs} at once, {time.monotonic() - began:.0f} s")
 
