@@ -83,6 +83,8 @@ METHODS: dict[str, Sampled | Distilled | FromPool] = {
 }
 # Many updates take their time, and a default run is to take ten minutes: these only if named, or with --all.
 LONG = (
+    "gdc++ on-policy, 4 steps",
+    "gdc++ on-policy, rate falls",
     "gdc++, pool, 4 steps",
     "gdc++, pool, 12 steps",
     "pooled, 4 steps",
