@@ -118,7 +118,7 @@ class RunDirectory:
 
     @property
     def policy_dir(self) -> Path:
-        """``policy/``: the tuned model as a plain Hugging Face checkpoint or PEFT adapter."""
+        """``policy/``: the tuned model, a Hugging Face checkpoint or PEFT adapter, and its guide where it keeps one."""
         return self.path / "policy"
 
     @property
