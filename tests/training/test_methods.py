@@ -204,7 +204,8 @@ def test_it_lowers_what_it_is_meant_to(name: str) -> None:
     if name in ("reinforce", "kl_control", "rloo", "ppo", "grpo"):
         assert after[0] > before[0] + 0.1
     elif name != "reinforce_p":
-        assert after[1] < before[1] - 0.05
+        # A policy that keeps its guide begins near its target.
+        assert after[1] < before[1] - min(0.05, before[1] / 2)
 
 
 @dataclass(frozen=True)
