@@ -16,21 +16,11 @@ from base_rates import study_sample
 from torch import Tensor
 
 from tiltlm.build import build_terms
-from tiltlm.lm import Guide, LanguageModel, Samples
-from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, measure_samples
-from tiltlm.targets.twist import guide_toward
+from tiltlm.lm import LanguageModel, Samples
+from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, guide_toward, measure_samples
 
 LENGTHS = (3, 6, 11, 16, 21)
 STRENGTHS = (30.0, 100.0, 300.0, 1000.0, 3000.0)
-
-
-def promises(guide: Guide, tokens: Tensor) -> Tensor:
-    """ψ after each token [N, T], float64."""
-    state, found = guide.begin(len(tokens)), []
-    for t, column in enumerate(tokens.unbind(1)):
-        state = guide.advance(state, column)
-        found.append(guide.log_twist[t + 1].double().exp()[state])
-    return torch.stack(found, 1)
 
 
 def hidden_states(base: LanguageModel, samples: Samples, at_once: int = 256) -> Tensor:
@@ -64,8 +54,8 @@ def with_critic(worth: Tensor, psi: Tensor, hidden: Tensor, strength: float) -> 
 
 def show(base: LanguageModel, target: FittedTarget, samples: Samples) -> None:
     """Print both R² at some lengths, on ``samples`` that the target was not fitted on."""
-    base_sample = target.base_sample
-    psi = promises(guide_toward(base, target, base_sample), samples.tokens)
+    guide = guide_toward(base, target, target.base_sample)
+    psi = (guide.promises(samples.tokens, samples.mask)[:, 1:].double() - guide.log_scale).exp()
     log_tilt = target.log_score(torch.zeros(len(samples)).double(), measure_samples(target.features, samples))
     worth = (log_tilt - target.report.log_z.value).exp()
     hidden = hidden_states(base, samples)
