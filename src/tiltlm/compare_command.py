@@ -29,13 +29,17 @@ def compare(
         Path | None, typer.Option(help="where results go; default: runs/NAME of the study, or comparison for runs")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes at a time; each has its share of the cores")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="run only what matches, as 'TASK/*/seed-0'; may be given more than once"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the grid, and how long it would take")] = False,
 ) -> None:
     """Compare methods: run all of a study that is not done yet, and write tables and figures."""
     first, rest = Path(sources[0]), sources[1:]
     if first.is_dir():
-        if dry_run:
-            raise UsageError("--dry-run: it is for a study file; these are directories")
+        if dry_run or only:
+            raise UsageError(f"--{'dry-run' if dry_run else 'only'}: it is for a study file; these are directories")
         for given in rest:
             if not Path(given).is_dir():
                 raise UsageError(f"'{given}' is no directory of a run; after directories come directories only")
@@ -43,7 +47,7 @@ def compare(
         return
     if not first.is_file():
         raise UsageError(f"'{first}' does not exist; give a study file, or the directories of runs")
-    _study(first, rest, output_dir, jobs, dry_run)
+    _study(first, rest, output_dir, jobs, only or [], dry_run)
 
 
 def _existing(folders: list[Path], output_dir: Path | None) -> tuple[Study, Path]:
@@ -56,7 +60,9 @@ def _existing(folders: list[Path], output_dir: Path | None) -> tuple[Study, Path
     return study_of_runs(folders), output_dir or Path("comparison")
 
 
-def _study(file: Path, overrides: list[str], output_dir: Path | None, jobs: int, dry_run: bool) -> None:
+def _study(
+    file: Path, overrides: list[str], output_dir: Path | None, jobs: int, only: list[str], dry_run: bool
+) -> None:
     from tiltlm.study.file import load_study
 
     stated = load_study(file, overrides)
@@ -70,20 +76,22 @@ def _study(file: Path, overrides: list[str], output_dir: Path | None, jobs: int,
 
     quiet()
     grid, directory, console = expand(stated, strict=not dry_run), StudyDirectory(folder), terminal()
+    wanted = grid.matching(only)
     before = directory.read_record() if directory.record_path.exists() else None
     if dry_run:
-        show_grid(terminal(stderr=False), grid, directory, before, jobs)
+        show_grid(terminal(stderr=False), grid, directory, before, jobs, wanted)
         return
     command = ["tiltlm", "compare", str(file), *overrides]
     if output_dir is not None:
         command += ["--output-dir", str(output_dir)]
+    going_on = [*command, *(word for pattern in only for word in ("--only", pattern)), "--jobs", str(jobs)]
     record = new_record(grid, stated.title or file.stem, before, command)
-    with StudyProgress(console, grid.runs) as progress:
-        whole = Execution(grid, directory, record, jobs).go(progress)
+    with StudyProgress(console, grid.runs, wanted) as progress:
+        whole = Execution(grid, directory, record, jobs, wanted).go(progress)
     _written(read_study(directory), folder)
     failed = sum(one["status"] == "failed" for one in record["runs"])
     if not whole:
-        console.print(f"stopped; go on with: {shlex.join([*command, '--jobs', str(jobs)])}", soft_wrap=True)
+        console.print(f"stopped; go on with: {shlex.join(going_on)}", soft_wrap=True)
         raise typer.Exit(130)
     if failed:
         console.print(

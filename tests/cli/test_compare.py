@@ -160,8 +160,19 @@ def test_batch_sizes_are_variants_of_equal_samples_and_what_cannot_be_is_left_ou
 def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[str, Any]) -> None:
     never = {"constraints": [{"feature": {"length": "words"}, "moment": 500.0}], "samples": 64}
     write_config(here / "study.yaml", study | {"tasks": {**study["tasks"], "never": {"target": never}}})
-    answer = tiltlm("compare", "study.yaml", "--jobs", 2)
     folder = here / "runs" / "study"
+
+    # Some of it can come first.
+    nothing = tiltlm("compare", "study.yaml", "--only", "femal/*")
+    assert nothing.code == 2
+    assert_one_error(nothing.err, ["--only 'femal/*'", "TASK/METHOD/seed-N", "female/gdc++/seed-0"])
+    assert tiltlm("compare", "study.yaml", "--only", "female/*").code == 0
+    record = json.loads((folder / "study.json").read_text())
+    assert {run["task"]: run["status"] for run in record["runs"]} == {"female": "done", "never": "waiting"}
+    assert not (folder / "references" / "never").exists()
+    done = (folder / "runs/female/gdc++/seed-0/run.json").stat().st_mtime_ns
+    answer = tiltlm("compare", "study.yaml", "--jobs", 2)
+    assert done == (folder / "runs/female/gdc++/seed-0/run.json").stat().st_mtime_ns
 
     # The task that cannot be reached is reported, and stops no other.
     assert answer.code == 1
@@ -205,6 +216,9 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=3")
     assert "1 runs are done; the other 5 take about" in dry.out
+    dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=3", "--only", "*/seed-1", "--only", "female/*")
+    assert "1 runs are done; the 3 that match and are not take about" in dry.out
+    assert "all runs that match are done" in tiltlm("compare", "study.yaml", "--dry-run", "--only", "female/*").out
     write_config(here / "study.yaml", study)
     again = tiltlm("compare", "study.yaml")
     assert again.code == 0, again.err
@@ -233,6 +247,12 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     elsewhere = tiltlm("compare", "study.yaml")
     assert elsewhere.code == 0, elsewhere.err
     assert not (folder / "runs").exists()
+    # How long runs took that are known from elsewhere is not.
+    record = json.loads((folder / "study.json").read_text())
+    record["runs"][0]["seconds"] = None
+    (folder / "study.json").write_text(json.dumps(record))
+    dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=2")
+    assert "1 runs are done; time: unknown" in dry.out
     assert whole == {name: (folder / name).read_bytes() for name in whole}
     # It is neither lost nor mixed with other settings.
     lost = tiltlm("compare", "study.yaml", "seeds=[1]")

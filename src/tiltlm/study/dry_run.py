@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +10,16 @@ from rich.table import Table
 
 from tiltlm.runs.report import duration
 from tiltlm.runs.study import StudyDirectory
-from tiltlm.study.grid import Grid, PlannedRun
+from tiltlm.study.grid import Grid, PlannedRun, run_name
 
 
 def show_grid(
-    console: Console, grid: Grid, directory: StudyDirectory, record: Mapping[str, Any] | None, jobs: int
+    console: Console,
+    grid: Grid,
+    directory: StudyDirectory,
+    record: Mapping[str, Any] | None,
+    jobs: int,
+    wanted: Collection[str],
 ) -> None:
     """Print the steps of each cell, what is left out and why, and an estimate of the time that is left."""
     cells = {(run.task, run.method): run for run in grid.runs}
@@ -40,29 +45,26 @@ def show_grid(
         f"into {directory.path}",
         soft_wrap=True,
     )
-    console.print(time_in_words(grid, record, jobs), soft_wrap=True)
+    console.print(time_in_words(grid, record, jobs, wanted), soft_wrap=True)
 
 
-def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int) -> str:
-    """How long the runs that are left will take, by those of this study that are done."""
-    done = {
-        (one["task"], one["method"], one["seed"]): float(one["seconds"])
-        for one in (record or {}).get("runs", [])
-        if one["status"] == "done" and one.get("seconds")
-    }
-    left = [run for run in grid.runs if (run.task, run.method, run.seed) not in done]
+def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wanted: Collection[str]) -> str:
+    """How long the wanted runs that are left will take, by those of this study that were done here."""
+    runs = [one for one in (record or {}).get("runs", []) if one["status"] == "done"]
+    done = {run_name(one["task"], one["method"], one["seed"]) for one in runs}
+    timed = {(one["task"], one["method"], one["seed"]): float(one["seconds"]) for one in runs if one.get("seconds")}
+    left = [run for run in grid.runs if run.name in wanted and run.name not in done]
     if not left:
-        return f"all {len(grid.runs)} runs are done"
-    if not done:
+        return "all runs that match are done" if len(wanted) < len(grid.runs) else f"all {len(grid.runs)} runs are done"
+    others = f"the other {len(left)}" if len(wanted) == len(grid.runs) else f"the {len(left)} that match and are not"
+    if not timed:
+        known = f"{len(done)} runs are done; " if done else ""
         return (
-            "time: unknown, as no run of this study is done here; after the first ones this command says how long the "
-            "rest will take"
+            f"{known}time: unknown, as no run of this study was done here; after the first ones this command says how "
+            f"long the rest will take"
         )
-    total = sum(_seconds(run, done, grid) for run in left) / jobs
-    return (
-        f"{len(grid.runs) - len(left)} runs are done; the other {len(left)} take about {duration(total)} with --jobs "
-        f"{jobs}, as fast as those were"
-    )
+    total = sum(_seconds(run, timed, grid) for run in left) / jobs
+    return f"{len(done)} runs are done; {others} take about {duration(total)} with --jobs {jobs}, as fast as those were"
 
 
 def _seconds(run: PlannedRun, done: Mapping[tuple[str, str, int], float], grid: Grid) -> float:

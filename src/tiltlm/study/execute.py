@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,15 @@ class Active:
 
 
 class Execution:
-    """One sitting of a study. ``record`` is what ``study.json`` holds, written after every run."""
+    """One sitting of a study, for the runs named ``wanted``.
 
-    def __init__(self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int) -> None:
-        self.grid, self.directory, self.record, self.jobs = grid, directory, record, jobs
+    ``record`` is what ``study.json`` holds, written after every run.
+    """
+
+    def __init__(
+        self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int, wanted: Collection[str]
+    ) -> None:
+        self.grid, self.directory, self.record, self.jobs, self.wanted = grid, directory, record, jobs, wanted
         self.places = {run_name(one["task"], one["method"], one["seed"]): one for one in record["runs"]}
         self.planned = {run.name: run for run in grid.runs}
         self.active: list[Active] = []
@@ -79,7 +84,7 @@ class Execution:
     def _references(self) -> Iterator[Job]:
         settings = self.grid.study.reference
         for task in self.grid.study.tasks:
-            runs = [run for run in self.grid.of_task(task) if run.name not in self.kept]
+            runs = [run for run in self.grid.of_task(task) if run.name in self.wanted and run.name not in self.kept]
             folder = self.directory.reference(task)
             if not runs:
                 continue
@@ -114,6 +119,8 @@ class Execution:
             except TiltError as error:
                 self._settle(place, "failed", str(error))
                 self.progress.ended(run, "failed", str(error), 0.0)
+                continue
+            if run.name not in self.wanted:
                 continue
             order = {
                 "kind": "run",
@@ -201,7 +208,7 @@ class Execution:
     def _fail_task(self, task: str, error: str) -> None:
         self.without_reference.add(task)
         for run in self.grid.of_task(task):
-            if run.name in self.kept:
+            if run.name in self.kept or run.name not in self.wanted:
                 continue
             place = self.places[run.name]
             self._settle(place, "failed", error)

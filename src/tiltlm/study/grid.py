@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
@@ -76,6 +77,22 @@ class Grid:
     def of_task(self, task: str) -> list[PlannedRun]:
         """The runs of one task."""
         return [run for run in self.runs if run.task == task]
+
+    def matching(self, patterns: Sequence[str]) -> frozenset[str]:
+        """Names of the runs that match any of the shell patterns; of all, without any.
+
+        Raises UsageError where one matches nothing.
+        """
+        found: set[str] = set()
+        for pattern in patterns:
+            fitting = {run.name for run in self.runs if fnmatchcase(run.name, pattern)}
+            if not fitting:
+                raise UsageError(
+                    f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N, as "
+                    f"'{self.runs[0].name}', and * stands for anything"
+                )
+            found |= fitting
+        return frozenset(found) if patterns else frozenset(run.name for run in self.runs)
 
 
 def expand(study: StudyConfig, *, strict: bool = True) -> Grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -21,9 +21,9 @@ LOOK_EVERY = 2.0
 class StudyProgress:
     """Counts work in sequences to draw; what was done before this sitting tells nothing of its pace."""
 
-    def __init__(self, console: Console, runs: Sequence[PlannedRun]) -> None:
+    def __init__(self, console: Console, runs: Sequence[PlannedRun], wanted: Collection[str]) -> None:
         self.console, self.total = console, len(runs)
-        self.left = {run.name: float(run.sequences) for run in runs}
+        self.left = {run.name: float(run.sequences) for run in runs if run.name in wanted}
         self.count = {"done": 0, "failed": 0}
         self.worked, self.began, self.looked = 0.0, time.monotonic(), 0.0
         self.live: Live | None = None
