@@ -16,6 +16,7 @@ from tiltlm.config import apply_override, parse_config
 from tiltlm.errors import UsageError
 from tiltlm.features import callable_feature, measure
 from tiltlm.lm import LanguageModel
+from tiltlm.lm.memory import Memory
 from tiltlm.prompts import PromptData, prompt_rows, stated_prompts
 from tiltlm.targets import draw_base_sample, measure_samples
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
@@ -262,7 +263,7 @@ def test_selected_prompts_carry_no_padding_that_none_of_them_needs() -> None:
 def test_pieces_of_work_are_bounded_by_prompt_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     samples = model.sample(30, ["a b c d a b c d", "a"], 1, max_completion_length=5)
-    monkeypatch.setattr(LanguageModel, "_chunk_bytes", lambda self: self._bytes_of_a_token() * 40)
+    monkeypatch.setattr(Memory, "bound", property(lambda memory: model._token_bytes * 40))
     for rows in model.chunks(samples):
         assert len(rows) * (int(samples.lengths[rows].max()) + 7) <= 40
 

@@ -77,9 +77,9 @@ def fit(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False
 
     parsed = load_config(config, overrides or [])
     from tiltlm.build import build_base, check_names
-    from tiltlm.job import state_target
     from tiltlm.runs.display import Display
     from tiltlm.runs.tables import fit_table
+    from tiltlm.stated import state_target
 
     quiet()
     check_names(parsed)
@@ -139,7 +139,7 @@ def evaluate(
             )
         else:
             from tiltlm.build import encode_prompts, load_run, other_prompts, read_prompts
-            from tiltlm.job import stream
+            from tiltlm.stated import stream
             from tiltlm.training.evaluation import HELD_OUT, TRAINING, evaluate_policy
 
             config, roles, target = load_run(run, device)

@@ -11,13 +11,13 @@ from rich.table import Table
 from tiltlm.build import build_base, check_names, encode_prompts, load_run, read_prompts
 from tiltlm.config import RunConfig, load_config
 from tiltlm.estimation import Estimate
-from tiltlm.job import state_target
 from tiltlm.lm import Roles
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.display import Display
 from tiltlm.runs.tables import estimate
 from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
 from tiltlm.sampling.proposal import CALLED
+from tiltlm.stated import state_target
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.checkpoint import load_base_sample
 

@@ -443,7 +443,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert json.loads((here / folder / "run.json").read_text())["status"] == "done"
 
 
-PHASES = {"sampling the base": "tiltlm.job.draw_base_sample", "evaluating": "tiltlm.publish.evaluate_policy"}
+PHASES = {"sampling the base": "tiltlm.stated.draw_base_sample", "evaluating": "tiltlm.publish.evaluate_policy"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

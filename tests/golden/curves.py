@@ -22,9 +22,9 @@ from rich.console import Console
 
 from tiltlm.build import build_base, build_method, build_roles, build_terms
 from tiltlm.config import parse_config
-from tiltlm.job import state_target, stream
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.runs.display import Display
+from tiltlm.stated import state_target, stream
 from tiltlm.targets import fit_target
 from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.training.batch import Batch

@@ -134,8 +134,8 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_stay_right(architec
 
 def test_memory_bounds_the_rows_that_are_decoded_at_once(monkeypatch):
     model = tiny_model("gpt2", "several_eos").copy()
-    monkeypatch.setattr("tiltlm.lm.model.CPU_SAMPLING_BYTES", 200_000)
-    limit, longer = model._rows_at_once(5), model._rows_at_once(20)
+    monkeypatch.setattr("tiltlm.lm.memory.CPU_SAMPLING_BYTES", 200_000)
+    limit, longer = model.memory.rows_at_once(5), model.memory.rows_at_once(20)
     assert 100 > limit > longer > 1
     rows = count_rows(model, monkeypatch)
     assert len(model.sample(200, seed=0, max_completion_length=4)) == 200

@@ -11,7 +11,7 @@ import torch
 from enumerable import LAWS, PROMPTS, tiny_model
 from tiltlm.errors import UsageError
 from tiltlm.lm import LanguageModel, Law, Samples
-from tiltlm.lm.model import even_pieces
+from tiltlm.lm.memory import Memory, even_pieces
 
 
 def naive_logprob(model: LanguageModel, samples: Samples) -> list[torch.Tensor]:
@@ -62,7 +62,7 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
     samples = model.sample(40, PROMPTS["several"], seed=1, max_completion_length=8)
     whole = model.logprob(samples, batch_size=40)
     reference = gradients(model, whole.square().sum())
-    monkeypatch.setattr(LanguageModel, "_chunk_bytes", lambda self: self._bytes_of_a_token() * 30)
+    monkeypatch.setattr(Memory, "bound", property(lambda memory: model._token_bytes * 30))
     bounded = model.chunks(samples)
     assert len(bounded) > 4
     assert all(len(rows) * int(samples.lengths[rows].max()) <= 30 for rows in bounded)
@@ -95,7 +95,7 @@ def test_chunks_are_as_few_as_can_be_and_of_these_the_least(seed, budget):
 
 
 def test_one_row_longer_than_the_bound_is_still_scored(monkeypatch):
-    monkeypatch.setattr(LanguageModel, "_chunk_bytes", lambda self: 1)
+    monkeypatch.setattr(Memory, "bound", 1)
     model = tiny_model()
     samples = model.sample(3, seed=0, max_completion_length=5)
     assert [len(rows) for rows in model.chunks(samples)] == [1, 1, 1]
@@ -160,10 +160,10 @@ def test_a_bad_batch_size_is_named():
 
 def test_chunk_sizes_on_a_gpu_follow_its_size_and_not_what_happens_to_be_free(monkeypatch):
     """Two runs on one card, of which the second finds half of its memory taken."""
-    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
-    model, total = tiny_model("gpt2", "several_eos"), 16 * 2**30
+    memory = replace(tiny_model("gpt2", "several_eos").memory, device=torch.device("cuda"))
+    total = 16 * 2**30
     sizes = []
     for free in (total, total // 2):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, total))
-        sizes.append((model._rows_at_once(8), model._chunk_bytes()))
+        sizes.append((memory.rows_at_once(8), memory.bound))
     assert sizes[0] == sizes[1]

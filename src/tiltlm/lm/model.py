@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -21,6 +20,7 @@ from tiltlm.lm.decoding import accepts, positions, unwrapped
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
+from tiltlm.lm.memory import Memory, even_pieces
 from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tiltlm.targets import Target
-
-# Bytes that one chunk's activations (or logits, where they are made) may take on a CPU; or as many as the weights take,
-# which every chunk reads: smaller ones would do little else.
-CPU_CHUNK_BYTES = 192 * 2**20
-CPU_SAMPLING_BYTES = 2**30
-COPIES_OF_LOGITS = 4
-# Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
-HIDDEN_VECTORS, INTERMEDIATE_VECTORS = 10, 6
 
 # What a model's own guide is called beside its weights.
 GUIDE_FILE = "guide.safetensors"
@@ -118,7 +110,7 @@ class LanguageModel:
 
         Its law and its fingerprint stay what they are. It cannot be copied, adapted or saved any more.
         """
-        _ = self.output_layer, self._weight_bytes  # are found with the weights as they are
+        _ = self.output_layer, self.memory  # are found with the weights as they are
         if self.compute_dtype is not None and self.fingerprint is None:
             self.fingerprint = fingerprint(self)
         keep_cast(self.model, self.compute_dtype)
@@ -247,7 +239,7 @@ class LanguageModel:
             raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
         index = torch.arange(n, device=self.device) // samples_per_prompt % len(prompts)
         guide = self.placed(guide) if guide is not None else None
-        limit = batch_size or self._rows_at_once(prompts.tokens.shape[1] + max_completion_length)
+        limit = batch_size or self.memory.rows_at_once(prompts.tokens.shape[1] + max_completion_length)
         parts = []
         with computing(self._inner, self.compute_dtype), cast_weights(self.model, self.compute_dtype):
             for rows in torch.split(index, -(-n // -(-n // limit))):
@@ -280,7 +272,7 @@ class LanguageModel:
             return list(torch.split(order, size))
         # The last sampled token is not read, the prompt is.
         lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
-        return list(torch.split(order, even_pieces(lengths, self._chunk_bytes() // self._bytes_of_a_token())))
+        return list(torch.split(order, even_pieces(lengths, self.memory.bound // self._token_bytes)))
 
     def read(self, samples: Samples) -> Reading:
         """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
@@ -330,7 +322,7 @@ class LanguageModel:
 
         The parameters must not change in it. Gradients accumulate on ``grad`` of the parameters as ever.
         """
-        _ = self.output_layer, self._weight_bytes  # are found with the weights as they are
+        _ = self.output_layer, self.memory  # are found with the weights as they are
         with contextlib.ExitStack() as held:
             held.enter_context(cast_weights(self.model, self.compute_dtype))
             if self.compute_dtype is not None and self.device.type == "cpu":
@@ -404,34 +396,15 @@ class LanguageModel:
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def _bytes_of_a_token(self) -> int:
-        """What one token needs of memory in a pass with gradient, about."""
-        if self.output_layer is None:
-            return self.vocab_size * 4 * COPIES_OF_LOGITS
-        config = self.model.config.get_text_config()
-        width = int(config.hidden_size)
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-        # Products in 16 bits keep their inputs for backward in 16 bits; norms and attention keep theirs in 32.
-        element = 4 if self.compute_dtype is None else 3
-        return int(element * config.num_hidden_layers * (HIDDEN_VECTORS * width + INTERMEDIATE_VECTORS * inner))
-
     @cached_property
-    def _weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+    def memory(self) -> Memory:
+        """What passes over it need of memory."""
+        return Memory.of(self.model, narrow=self.compute_dtype is not None)
 
-    def _chunk_bytes(self) -> int:
-        if self.device.type == "cuda":
-            # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
-            return int(torch.cuda.mem_get_info(self.device)[1] // 8)
-        return max(CPU_CHUNK_BYTES, self._weight_bytes)
-
-    def _rows_at_once(self, length: int) -> int:
-        """Rows that sampling may decode together: their logits and their caches, twice for a copy, fit the bound."""
-        config = self.model.config.get_text_config()
-        element = next(self.model.parameters()).element_size()
-        cache = 2 * 2 * config.num_hidden_layers * config.hidden_size * element * length
-        bound = self._chunk_bytes() if self.device.type == "cuda" else CPU_SAMPLING_BYTES
-        return max(1, int(bound // (self.vocab_size * 4 * COPIES_OF_LOGITS + cache)))
+    @property
+    def _token_bytes(self) -> int:
+        """What one token needs of memory in a pass with gradient, about."""
+        return self.memory.logits if self.output_layer is None else self.memory.activations
 
     def check_length(self, prompts: Prompts, completion: int) -> None:
         """Raise UsageError, which names the longest prompt, where the model has too few positions for it."""
@@ -466,24 +439,6 @@ def _start_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int
             if getattr(place, name, None) is not None:
                 return int(getattr(place, name))
     raise ModelError("model: its config.json has no decoder_start_token_id, after which its decoder would start")
-
-
-def even_pieces(lengths: Sequence[int], budget: int) -> list[int]:
-    """Numbers of rows, of ascending ``lengths``, in as few pieces as can be of ``budget`` tokens each with padding.
-
-    Among such pieces those whose largest is least, so that none is full where another is nearly empty.
-    """
-
-    def pieces(budget: int) -> list[int]:
-        rows = [0]
-        for length in lengths:
-            if rows[-1] and (rows[-1] + 1) * length > budget:
-                rows.append(0)
-            rows[-1] += 1
-        return rows
-
-    fewest = len(pieces(budget))
-    return pieces(bisect_left(range(budget), True, key=lambda less: len(pieces(less)) <= fewest))
 
 
 def _check_whole(name: str, value: int | None, least: int) -> None:

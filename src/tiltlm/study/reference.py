@@ -26,11 +26,11 @@ from tiltlm.estimation import (
     pareto_k_threshold,
     weighted_mean,
 )
-from tiltlm.job import Stated, state_target, stream
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
 from tiltlm.runs.display import Display
+from tiltlm.stated import Stated, state_target, stream
 from tiltlm.study.file import ReferenceSection
 from tiltlm.targets import BaseSample, guide_toward, measure_samples
 from tiltlm.training.checkpoint import save_base_sample

@@ -10,11 +10,11 @@ import torch
 from tiltlm import estimation
 from tiltlm.config import RunConfig
 from tiltlm.estimation import Estimate
-from tiltlm.job import stream
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.study_rows import curve_path, read_curve, reference_kl_path
+from tiltlm.stated import stream
 from tiltlm.study.file import CurveSection
 from tiltlm.study.reference import RECORD, Reference, load_reference
 from tiltlm.targets import Target, measure_samples
