@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from command_line import Command, assert_one_error, write_config
 
 from tiltlm.config import parse_config
@@ -326,6 +328,51 @@ def test_a_study_that_was_killed_and_resumed_gives_the_same_tables(here: Path, s
     assert ends[-1] == 0, (ends, said)
     for name in ("results.csv", "tables.md", "tables.tex"):
         assert (here / "killed" / name).read_bytes() == (here / "whole" / name).read_bytes(), (name, ends)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_task_of_the_papers_study_runs_on_a_gpt2_of_the_same_shape(tiltlm: Command, here: Path) -> None:
+    """Ten steps and a check of the proposal, with fewer and shorter texts, and random weights for the hub's."""
+    study = yaml.safe_load((Path(__file__).parents[2] / "studies" / "paper.yaml").read_text())
+    task = study["tasks"]["female"]
+    task["model"] = str(save_random_gpt2(here / "gpt2"))
+    task["target"]["samples"] = 128
+    study |= {"tasks": {"female": task}, "sequences": 128 + 10 * 8 + 10 * 8, "seeds": 1}
+    study |= {"reference": {"samples": 128, "proposal": "base"}}
+    study |= {"curve": {"points": 1, "samples": 16, "reference": 32}}
+    study["shared"]["training"]["batch_size"] = 8
+    study["shared"]["evaluation"]["samples"] = 32
+    study["shared"]["max_completion_length"] = 12
+    # PPO and REINFORCE are for filters alone, as in the paper.
+    study["methods"] = {name: one for name, one in study["methods"].items() if "tasks" not in one}
+    write_config(here / "paper.yaml", study)
+    answer = tiltlm("compare", "paper.yaml", "--only", "*/gdc++/*", "--output-dir", "paper")
+    assert answer.code == 0, answer.err
+    run = json.loads((here / "paper/runs/female/gdc++/seed-0/run.json").read_text())
+    assert run["progress"]["step"] == 10
+    assert run["progress"]["sequences"] == study["sequences"]
+    ends = {row["metric"]: float(row["value"]) for row in rows_of(here / "paper") if row["value"]}
+    assert {"kl_p_pi", "kl_pi_a", "moment:female", "self_bleu_5", "self_bleu_5_top_p"} <= set(ends)
+
+
+def save_random_gpt2(folder: Path) -> Path:
+    """GPT-2 small with random weights, whose 50,257 tokens are words; one in fifty says she, one he."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    config = GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    said = {1: "she ", 2: "he "}
+    vocabulary = {"<end>": 0} | {f"{said.get(i % 50, '')}w{i}": i for i in range(1, config.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<end>", eos_token="<end>", pad_token="<end>", unk_token="<end>"
+    ).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -62,6 +62,29 @@ def test_means_and_errors_are_over_seeds() -> None:
     assert not over_seeds({}).known
 
 
+def test_a_study_under_way_shows_what_is_known_and_what_is_missing() -> None:
+    study = made_up()
+    waiting = [Entry(task, "m3", seed, "waiting") for task in ("t1", "t2", "t3") for seed in (0, 1, 2)]
+    failed = Entry("t1", "m2", 2, "failed", "out of memory")
+    rows = [row for row in study.rows if (row.task, row.method, row.seed) != ("t1", "m2", 2)]
+    entries = [e for e in study.entries if (e.task, e.method, e.seed) != ("t1", "m2", 2)]
+    begun = replace(study, methods=[*study.methods, Method("m3", "Method 3", "m3")], rows=rows)
+    text = markdown("x", study_tables(replace(begun, entries=[*entries, failed, *waiting])))
+    assert "Means over 2 to 3 seeds ± one standard error over them; lower is better" in text
+    tables, missing = text.split("## Runs that are not there")
+    assert "Method 3" not in tables
+    assert "Method 2" in tables
+    assert [line for line in missing.splitlines() if line.startswith("| Method")] == [
+        "| Method 2 | Task t1 | 2 | failed | out of memory |",
+        "| Method 3 | all | 0, 1, 2 | waiting |  |",
+    ]
+    one_seed = [e for e in entries if e.method != "m2" or e.seed == 0]
+    assert "Means over 1 to 3 seeds ± one standard error over them, or where there is one" in markdown(
+        "x", study_tables(replace(begun, entries=one_seed))
+    )
+    assert "Means over 3 seeds ± one standard error over them;" in markdown("x", study_tables(study))
+
+
 def test_a_run_whose_end_is_unknown_has_no_earlier_value_in_its_place() -> None:
     study = made_up()
     rows = [replace(r, value=math.inf) if (r.task, r.seed, r.sequences) == ("t1", 0, 1000) else r for r in study.rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiltlm.runs.study import Study
@@ -72,7 +72,7 @@ def study_tables(study: Study) -> list[Table]:
     """All tables that the study has figures for."""
     tables: list[Table | None] = [_moments(study, ""), *_by_metric(study, ""), _won(study), _pairs(study)]
     tables += [_moments(study, "_top_p"), *_by_metric(study, "_top_p"), _references(study), _not_there(study)]
-    return [table for table in tables if table is not None and table.rows]
+    return [_filled(table) for table in tables if table is not None and table.rows]
 
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
@@ -115,6 +115,12 @@ def latex(tables: Sequence[Table]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _filled(table: Table) -> Table:
+    """The same without columns in which nothing is known, such as those of methods that have not run yet."""
+    kept = [i for i in range(len(table.columns)) if any(row[i].text not in ("–", "") for row in table.rows)]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
+
+
 def _by_metric(study: Study, suffix: str) -> Iterator[Table]:
     under = ", top-p sampling" if suffix else ""
     for metric, title in TITLES.items():
@@ -134,10 +140,12 @@ def _by_metric(study: Study, suffix: str) -> Iterator[Table]:
 
 def _how(study: Study, metric: str) -> str:
     cells = Counter((entry.task, entry.method) for entry in study.entries if entry.status == "done")
-    seeds = max(cells.values(), default=0)
-    means = (
-        f"Means over {seeds} seeds ± one standard error over them" if seeds > 1 else "One seed, ± one standard error"
-    )
+    fewest, most = min(cells.values(), default=0), max(cells.values(), default=0)
+    means = "One seed, ± one standard error"
+    if most > 1:
+        seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+        means = f"Means over {seeds} seeds ± one standard error over them"
+        means += ", or where there is one seed its estimate’s own" if fewest == 1 else ""
     better = {-1: "lower is better", 1: "higher is better"}.get(BETTER.get(metric, 0), "")
     where = ""
     if metric == "kl_p_pi":
@@ -170,11 +178,13 @@ def _won(study: Study) -> Table:
     best = {metric: best_of(study, metric) for metric in metrics}
     rows = []
     for method in study.methods:
-        row = [Cell(method.label)]
-        for metric in metrics:
-            ran = {task for task, name in last_values(study, metric) if name == method.name} & set(best[metric])
-            row.append(Cell(f"{sum(method.name in names for names in best[metric].values())} of {len(ran)}"))
-        rows.append(row)
+        won = {metric: sum(method.name in names for names in best[metric].values()) for metric in metrics}
+        ran = {
+            metric: len({task for task, name in last_values(study, metric) if name == method.name} & set(best[metric]))
+            for metric in metrics
+        }
+        if any(ran.values()):
+            rows.append([Cell(method.label), *(Cell(f"{won[metric]} of {ran[metric]}") for metric in metrics)])
     note = "By the mean over seeds, of the tasks on which the method ran beside another."
     return Table("Tasks on which a method is best", note, ["method", *(TITLES[metric] for metric in metrics)], rows)
 
@@ -235,17 +245,32 @@ def _references(study: Study) -> Table | None:
 
 
 def _not_there(study: Study) -> Table:
-    labels = {method.name: method.label for method in study.methods} | {task.name: task.label for task in study.tasks}
+    """One row for the tasks of a method whose runs are missing alike."""
+    missing: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    for one in study.skipped:
+        missing.setdefault((one["method"], one["task"]), {})["left out", one["reason"]] = ["all"]
+    for entry in study.entries:
+        if entry.status != "done":
+            states = missing.setdefault((entry.method, entry.task), {})
+            states.setdefault((entry.status, entry.error or ""), []).append(str(entry.seed))
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
+    for (method, task), states in missing.items():
+        for (state, why), seeds in states.items():
+            alike.setdefault((method, ", ".join(seeds), state, why), []).append(task)
+    methods = {method.name: method.label for method in study.methods}
+    tasks = {task.name: task.label for task in study.tasks}
+    order = list(methods)
     rows = [
-        [Cell(labels[one["task"]]), Cell(labels[one["method"]]), Cell("all"), Cell("left out"), Cell(one["reason"])]
-        for one in study.skipped
+        [
+            Cell(methods[method]),
+            Cell("all" if len(names) == len(tasks) > 1 else ", ".join(tasks[name] for name in names)),
+            Cell(seeds),
+            Cell(state),
+            Cell(why),
+        ]
+        for (method, seeds, state, why), names in sorted(alike.items(), key=lambda one: order.index(one[0][0]))
     ]
-    rows += [
-        [Cell(labels[e.task]), Cell(labels[e.method]), Cell(str(e.seed)), Cell(e.status), Cell(e.error or "")]
-        for e in study.entries
-        if e.status != "done"
-    ]
-    return Table("Runs that are not there", "", ["task", "method", "seed", "state", "why"], rows)
+    return Table("Runs that are not there", "", ["method", "tasks", "seeds", "state", "why"], rows)
 
 
 def _measured(value: Measured, best: bool = False) -> Cell:
