@@ -149,6 +149,10 @@ def test_a_method_looks_the_same_everywhere_and_variants_share_a_colour() -> Non
     assert look["b 8"].color == look["b 16"].color
     assert look["b 8"].dash != look["b 16"].dash
     assert len({look[name].color for name in ("a", "b 8", "c")}) == 3
+    # Also in another study, among others.
+    known = [Method("x", "X", "x"), Method("gdc", "GDC", "gdc")]
+    assert styles(known)["gdc"] == styles([*reversed(known), *methods])["gdc"]
+    assert styles(known)["x"].color != styles(known)["gdc"].color
     many = styles([Method(str(i), str(i), str(i)) for i in range(20)])
     assert len({(one.color, str(one.dash)) for one in many.values()}) == 20
 

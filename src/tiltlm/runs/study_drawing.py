@@ -16,6 +16,8 @@ from tiltlm.runs.study import Method, Study
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", "h", ">", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.5, 1, 1.5)))
+# These names have the same look in every study; others take the places that are left.
+FAMILIAR = ("reinforce", "kl_control", "ppo", "gdc", "gdc++", "gdc++ on-policy", "f_dpg js", "kept", "guided")
 INK, GRID = "#333333", "#dddddd"
 PANEL, COLUMNS = (3.1, 2.35), 4
 FORMATS = ("pdf", "svg", "png")
@@ -52,9 +54,12 @@ class Style:
 def styles(methods: Sequence[Method]) -> dict[str, Style]:
     """The look of each method, the same in all figures."""
     families = list(dict.fromkeys(method.family for method in methods))
+    places = {family: FAMILIAR.index(family) for family in families if family in FAMILIAR}
+    free = [place for place in range(len(FAMILIAR) + len(families)) if place not in places.values()]
+    places |= dict(zip((family for family in families if family not in FAMILIAR), free, strict=False))
     found = {}
     for method in methods:
-        place = families.index(method.family)
+        place = places[method.family]
         variants = [other.name for other in methods if other.family == method.family]
         dash = (variants.index(method.name) + place // len(COLORS)) % len(DASHES)
         found[method.name] = Style(COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)], DASHES[dash])
