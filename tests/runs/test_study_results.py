@@ -102,6 +102,9 @@ def test_differences_are_paired_and_tested_over_tasks() -> None:
     assert (found.clearly_won, found.clearly_lost) == (1, 1)
     assert best_of(made_up(), "kl_p_pi") == {"t1": ["m1"], "t2": ["m2"], "t3": ["m2"]}
     assert len(all_pairs(made_up(), "kl_p_pi")) == 1
+    for sizes, pairs in (((8, 8), 1), ((8, 16), 0), ((8, None), 1)):
+        methods = [replace(m, batch_size=n) for m, n in zip(made_up().methods, sizes, strict=True)]
+        assert len(all_pairs(replace(made_up(), methods=methods), "kl_p_pi")) == pairs
 
 
 def test_with_one_task_seeds_are_what_is_tested() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,10 +110,10 @@ def paired(study: Study, metric: str, first: str, second: str) -> Paired | None:
 
 
 def all_pairs(study: Study, metric: str) -> list[Paired]:
-    """Every two methods, in the order of the study."""
-    names = [method.name for method in study.methods]
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return [found for a, b in pairs if (found := paired(study, metric, a, b)) is not None]
+    """Every two methods, in the order of the study; of variants of several batch sizes those of one size."""
+    pairs = itertools.combinations(study.methods, 2)
+    alike = [(a.name, b.name) for a, b in pairs if None in (a.batch_size, b.batch_size) or a.batch_size == b.batch_size]
+    return [found for a, b in alike if (found := paired(study, metric, a, b)) is not None]
 
 
 def _wilcoxon(gaps: Sequence[float]) -> float | None:
