@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,6 +215,26 @@ def test_metrics_say_what_the_pool_holds_and_only_where_there_is_one(world: Worl
     assert line["pool"]["base_share"] == pytest.approx(100 / 250)
     assert 0 < line["pool"]["ess"] <= line["pool"]["hits"]
     assert "pool" not in build_trainer(world).train_step().to_json()
+
+
+@pytest.mark.parametrize(("method", "rule"), [("pooled", "interval"), ("guided", "guided")])
+def test_fit_samples_of_several_laws_are_trained_on_themselves_and_not_kept(
+    world: World, method: str, rule: str
+) -> None:
+    with torch.no_grad():
+        mixed = replace(world.base_sample, base_logprob=world.base.logprob(world.base_sample.samples))
+    size = len(mixed.samples) // 2
+    settings = SETTINGS | {"method": method, "rule": rule, "batch_size": size, "pool": 10 * size}
+    trainer = build_trainer(world, base_sample=mixed, **settings, reuse_fit_samples=True)
+    pool = trainer.reuse.pool
+    assert pool is not None
+    for step in (1, 2, 3):
+        before = trainer.passes.forward_passes
+        line = trainer.train_step().to_json()
+        assert trainer.passes.forward_passes - before >= 3 * size
+        assert len(pool) == (size if step == 3 else 0)
+        assert ("pool" in line) == (step == 3 and method == "pooled")
+        assert trainer.reuse.falling.holds
 
 
 def test_after_a_rise_for_certain_the_batch_alone_is_trained_on(world: World) -> None:

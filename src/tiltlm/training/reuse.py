@@ -31,7 +31,7 @@ STRETCH, ERRORS = 20, 2.0
 
 
 class Reuse:
-    """What the further updates of a step train on: the batch itself, or as many sequences of the pool.
+    """What the further updates of a step train on: the batch itself, or as many sequences of a pool that has some.
 
     The pool is left alone once KL(p‖π) on fresh batches has risen for certain.
     """
@@ -51,7 +51,8 @@ class Reuse:
     @property
     def metrics(self) -> PoolMetrics | None:
         """What a step reports of the pool that it trained on; None where it knows no mixture."""
-        return self.pool.metrics if isinstance(self.pool, MixedPool) and self.falling.holds else None
+        pool = self.pool
+        return pool.metrics if isinstance(pool, MixedPool) and len(pool) and self.falling.holds else None
 
     def after(
         self, batch: Batch, kl: float, before: Partition | PromptPartition, objective: Objective
@@ -63,7 +64,8 @@ class Reuse:
         if self.pool is not None:
             self.falling.note(kl)
         for _ in range(self.iterations - 1):
-            if self.pool is None:
+            # It is empty while fit samples of several laws are trained on.
+            if self.pool is None or not len(self.pool):
                 yield batch.after_update(), before.at(batch.samples.prompt_ids)
             elif self.falling.holds:
                 again = self.pool.draw(len(batch.samples))
