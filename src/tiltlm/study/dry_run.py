@@ -56,7 +56,7 @@ def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wante
     left = [run for run in grid.runs if run.name in wanted and run.name not in done]
     if not left:
         return "all runs that match are done" if len(wanted) < len(grid.runs) else f"all {len(grid.runs)} runs are done"
-    others = f"the other {len(left)}" if len(wanted) == len(grid.runs) else f"the {len(left)} that match and are not"
+    others = f"the other {len(left)}" if len(wanted) == len(grid.runs) else f"the {len(left)} left that match"
     if not timed:
         known = f"{len(done)} runs are done; " if done else ""
         return (

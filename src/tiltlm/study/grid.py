@@ -87,9 +87,10 @@ class Grid:
         for pattern in patterns:
             fitting = {run.name for run in self.runs if fnmatchcase(run.name, pattern)}
             if not fitting:
+                example = f", as '{self.runs[0].name}'" if self.runs else ""
                 raise UsageError(
-                    f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N, as "
-                    f"'{self.runs[0].name}', and * stands for anything"
+                    f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N{example}, and "
+                    f"* stands for anything"
                 )
             found |= fitting
         return frozenset(found) if patterns else frozenset(run.name for run in self.runs)
