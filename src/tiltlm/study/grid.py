@@ -89,8 +89,8 @@ class Grid:
             if not fitting:
                 example = f", as '{self.runs[0].name}'" if self.runs else ""
                 raise UsageError(
-                    f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N{example}, and "
-                    f"* stands for anything"
+                    f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N{example}, "
+                    f"and * stands for anything"
                 )
             found |= fitting
         return frozenset(found) if patterns else frozenset(run.name for run in self.runs)
