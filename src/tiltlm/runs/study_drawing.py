@@ -17,7 +17,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", "h", ">", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.5, 1, 1.5)))
 # These names have the same look in every study; others take the places that are left.
-FAMILIAR = ("reinforce", "kl_control", "ppo", "gdc", "gdc++", "gdc++ on-policy", "f_dpg js", "kept", "guided")
+FAMILIAR = ("reinforce", "kl_control", "ppo", "gdc", "gdc++", "gdc++ on-policy", "f_dpg js", "kept", "guided", "pooled")
 INK, GRID = "#333333", "#dddddd"
 PANEL, COLUMNS = (3.1, 2.35), 4
 FORMATS = ("pdf", "svg", "png")
