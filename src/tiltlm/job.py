@@ -32,10 +32,7 @@ from tiltlm.runs.display import Display, plain_console
 from tiltlm.runs.report import write_report
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
 from tiltlm.stated import Stated, goals, state_target, stream
-from tiltlm.targets import (
-    FitReport,
-    FittedTarget,
-)
+from tiltlm.targets import FitReport, FittedTarget
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import save_base_sample

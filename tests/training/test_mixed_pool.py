@@ -235,6 +235,13 @@ def test_fit_samples_of_several_laws_are_trained_on_themselves_and_not_kept(
         assert len(pool) == (size if step == 3 else 0)
         assert ("pool" in line) == (step == 3 and method == "pooled")
         assert trainer.reuse.falling.holds
+    # After a rise for certain, once each.
+    trainer = build_trainer(world, base_sample=mixed, **settings, reuse_fit_samples=True)
+    trainer.reuse.falling.holds = False
+    trainer.train_step()
+    before = trainer.passes.forward_passes
+    trainer.train_step()
+    assert trainer.passes.forward_passes - before < 3 * size
 
 
 def test_after_a_rise_for_certain_the_batch_alone_is_trained_on(world: World) -> None:

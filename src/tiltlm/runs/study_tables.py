@@ -176,15 +176,13 @@ def _won(study: Study) -> Table:
     """On how many tasks each method is the best."""
     metrics = [metric for metric in COMPARED if best_of(study, metric)]
     best = {metric: best_of(study, metric) for metric in metrics}
+    cells = {metric: last_values(study, metric) for metric in metrics}
     rows = []
     for method in study.methods:
-        won = {metric: sum(method.name in names for names in best[metric].values()) for metric in metrics}
-        ran = {
-            metric: len({task for task, name in last_values(study, metric) if name == method.name} & set(best[metric]))
-            for metric in metrics
-        }
-        if any(ran.values()):
-            rows.append([Cell(method.label), *(Cell(f"{won[metric]} of {ran[metric]}") for metric in metrics)])
+        won = [sum(method.name in names for names in best[metric].values()) for metric in metrics]
+        ran = [sum((task, method.name) in cells[metric] for task in best[metric]) for metric in metrics]
+        if any(ran):
+            rows.append([Cell(method.label), *(Cell(f"{a} of {b}") for a, b in zip(won, ran, strict=True))])
     note = "By the mean over seeds, of the tasks on which the method ran beside another."
     return Table("Tasks on which a method is best", note, ["method", *(TITLES[metric] for metric in metrics)], rows)
 
@@ -246,17 +244,13 @@ def _references(study: Study) -> Table | None:
 
 def _not_there(study: Study) -> Table:
     """One row for the tasks of a method whose runs are missing alike."""
-    missing: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
-    for one in study.skipped:
-        missing.setdefault((one["method"], one["task"]), {})["left out", one["reason"]] = ["all"]
-    for entry in study.entries:
-        if entry.status != "done":
-            states = missing.setdefault((entry.method, entry.task), {})
-            states.setdefault((entry.status, entry.error or ""), []).append(str(entry.seed))
+    missing = {(one["method"], one["task"], "left out", one["reason"]): ["all"] for one in study.skipped}
+    for e in study.entries:
+        if e.status != "done":
+            missing.setdefault((e.method, e.task, e.status, e.error or ""), []).append(str(e.seed))
     alike: dict[tuple[str, str, str, str], list[str]] = {}
-    for (method, task), states in missing.items():
-        for (state, why), seeds in states.items():
-            alike.setdefault((method, ", ".join(seeds), state, why), []).append(task)
+    for (method, task, state, why), seeds in missing.items():
+        alike.setdefault((method, ", ".join(seeds), state, why), []).append(task)
     methods = {method.name: method.label for method in study.methods}
     tasks = {task.name: task.label for task in study.tasks}
     order = list(methods)

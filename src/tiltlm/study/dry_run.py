@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tiltlm.runs.report import duration
 from tiltlm.runs.study import StudyDirectory
-from tiltlm.study.grid import Grid, PlannedRun, run_name
+from tiltlm.study.grid import Grid, PlannedRun
 
 
 def show_grid(
@@ -50,13 +50,16 @@ def show_grid(
 
 def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wanted: Collection[str]) -> str:
     """How long the wanted runs that are left will take, by those of this study that were done here."""
-    runs = [one for one in (record or {}).get("runs", []) if one["status"] == "done"]
-    done = {run_name(one["task"], one["method"], one["seed"]) for one in runs}
-    timed = {(one["task"], one["method"], one["seed"]): float(one["seconds"]) for one in runs if one.get("seconds")}
-    left = [run for run in grid.runs if run.name in wanted and run.name not in done]
+    done = {
+        (one["task"], one["method"], one["seed"]): one.get("seconds")
+        for one in (record or {}).get("runs", [])
+        if one["status"] == "done"
+    }
+    timed = {key: float(seconds) for key, seconds in done.items() if seconds}
+    left = [run for run in grid.runs if run.name in wanted and (run.task, run.method, run.seed) not in done]
+    every = len(wanted) == len(grid.runs)
     if not left:
-        return "all runs that match are done" if len(wanted) < len(grid.runs) else f"all {len(grid.runs)} runs are done"
-    others = f"the other {len(left)}" if len(wanted) == len(grid.runs) else f"the {len(left)} left that match"
+        return f"all {len(grid.runs)} runs are done" if every else "all runs that match are done"
     if not timed:
         known = f"{len(done)} runs are done; " if done else ""
         return (
@@ -64,6 +67,7 @@ def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wante
             f"long the rest will take"
         )
     total = sum(_seconds(run, timed, grid) for run in left) / jobs
+    others = f"the other {len(left)}" if every else f"the {len(left)} left that match"
     return f"{len(done)} runs are done; {others} take about {duration(total)} with --jobs {jobs}, as fast as those were"
 
 

@@ -63,11 +63,11 @@ class Reuse:
         """
         if self.pool is not None:
             self.falling.note(kl)
-        for _ in range(self.iterations - 1):
+        for _ in range(self.iterations - 1 if self.falling.holds else 0):
             # It is empty while fit samples of several laws are trained on.
             if self.pool is None or not len(self.pool):
                 yield batch.after_update(), before.at(batch.samples.prompt_ids)
-            elif self.falling.holds:
+            else:
                 again = self.pool.draw(len(batch.samples))
                 yield again, self._partition(before, objective).at(again.samples.prompt_ids)
 
