@@ -1,4 +1,4 @@
-"""A key-value cache with room for the tokens to come, where transformers' own is copied at every token."""
+"""Key-value caches with room for the tokens to come, where transformers' own is copied at every token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -42,6 +42,22 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Take these rows, in this order, for all."""
         self.keys, self.key_room = self._reserved(self.keys[beam_idx])
         self.values, self.value_room = self._reserved(self.values[beam_idx])
+
+
+class FixedLayer(StaticLayer):  # type: ignore[misc]
+    """A ``StaticLayer`` of ``capacity`` tokens, in ``dtype``: under autocast keys and values may come in two of them.
+
+    Without one it is the keys'.
+    """
+
+    def __init__(self, capacity: int, dtype: torch.dtype | None) -> None:
+        super().__init__(max_cache_len=capacity)
+        self.wanted = dtype
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of the next tokens, and give those of all."""
+        dtype = self.wanted or key_states.dtype
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def reserve(cache: Any, capacity: int, dtype: torch.dtype | None = None) -> None:

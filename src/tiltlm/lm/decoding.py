@@ -83,12 +83,17 @@ class StaticDecoder(Decoder):
     out before it is used: where it cannot be captured, or gives other logits, steps go on one operation at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, mask: Tensor, capacity: int, cache_dtype: torch.dtype | None
+    ) -> None:
         from transformers import StaticCache
+
+        from tiltlm.lm.cache import FixedLayer
 
         super().__init__(model, tokens, mask)
         self.capacity, self.steps = capacity, 0
         self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity)
+        self.cache.layers = [FixedLayer(capacity, cache_dtype) for _ in self.cache.layers]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_logits: Tensor | None = None
 

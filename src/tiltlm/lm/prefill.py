@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 def prefill(
-    model: PreTrainedModel, prompts: Prompts, prompt_index: Tensor, max_new_tokens: int, start_id: int
+    model: PreTrainedModel,
+    prompts: Prompts,
+    prompt_index: Tensor,
+    max_new_tokens: int,
+    start_id: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[Decoder, Tensor]:
     """A decoder that has read the prompt of each row [N], and the logits [N, V] of the first token.
 
-    Where an encoder reads the prompts, what the decoder reads is ``start_id``.
+    Where an encoder reads the prompts, what the decoder reads is ``start_id``. A cache of fixed size holds its keys and
+    values in ``cache_dtype``.
     """
     crossing = bool(unwrapped(model).config.is_encoder_decoder)
 
@@ -29,7 +35,7 @@ def prefill(
             return CrossDecoder(model, prompts, rows, start_id)
         tokens, mask = prompts.tokens[rows], prompts.mask[rows]
         if can_be_static(unwrapped(model)):
-            return StaticDecoder(model, tokens, mask, tokens.shape[1] + max_new_tokens)
+            return StaticDecoder(model, tokens, mask, tokens.shape[1] + max_new_tokens, cache_dtype)
         return Decoder(model, tokens, mask)
 
     shared, row = torch.unique(prompt_index, return_inverse=True)

@@ -110,7 +110,7 @@ def sample_batch(
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
     between = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
-    decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens, start_id)
+    decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens, start_id, cache_dtype)
     reserve(decoder.cache, decoder.mask.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:

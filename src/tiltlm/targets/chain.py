@@ -185,7 +185,8 @@ class Chain:
         seen, kin, counts = self._seen(), self.kin[self.place], self.transitions.counts.shape[1]
         alike, of_alike = seen.together(kin * (counts + 1) + self.count + 1)
         all_counts, of_all = seen.together(kin)
-        law = self.mean_law.cpu() / self.mean_law.sum().clamp_min(1e-300)
+        law = self.mean_law.cpu()
+        law = law / law.sum().clamp_min(1e-300)
         guess = torch.cat([self._of_slots(place, law) for place in sorted(set(kin.tolist()))])
         prior = all_counts.mean(guess, GUESS)
         if counts > 1:
