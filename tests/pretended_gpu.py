@@ -24,26 +24,21 @@ from tiltlm.training import acceleration, trainer
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # They take tensors of both: a copy goes from one to the other.
 CROSSING = {Tensor.copy_, Tensor.__setitem__, torch._has_compatible_shallow_copy_type}
-# Indices may lie on the CPU.
-INDEXED = {Tensor.__getitem__}
+RealGenerator = torch.Generator
 
 
 class Generator(torch.Generator):
-    """A generator of random numbers that says it is on the pretended GPU."""
+    """A generator of random numbers that says it is on the pretended GPU; for any other device a real one."""
 
-    pretended = True
     device = GPU  # type: ignore[assignment]
 
     def __new__(cls, device: Any = "cpu") -> Any:
         if torch.device(device).type != "cuda":
-            return Real()
+            return RealGenerator()
         return super().__new__(cls)
 
     def __init__(self, device: Any = "cpu") -> None:
         super().__init__()
-
-
-Real = torch.Generator
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -108,8 +103,8 @@ class PretendedGPU(TorchFunctionMode):
         return self.put(found) if any(there) and func not in CROSSING else found
 
     def _check(self, func: Callable[..., Any], args: Any, tensors: list[Tensor], there: list[bool]) -> None:
-        if func in INDEXED and self.is_there(args[0]):
-            return
+        if func is Tensor.__getitem__ and self.is_there(args[0]):
+            return  # indices may lie on the CPU
         if any(one.dim() > 0 for one, on_gpu in zip(tensors, there, strict=True) if not on_gpu):
             shapes = [
                 (tuple(one.shape), "cuda" if on_gpu else "cpu") for one, on_gpu in zip(tensors, there, strict=True)
