@@ -158,7 +158,7 @@ def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
     directory = RunDirectory(output_dir)
     if not directory.run_path.exists() or not is_done(directory):
         return None
-    check_same_config(directory, config.to_json(), config.stated())
+    check_same_config(directory, config.to_json(), config.stated(), done=True)
     if not directory.report_path.exists():
         write_report(directory)
     return directory
@@ -186,7 +186,8 @@ def tune_config(
     directory = RunDirectory(output_dir)
     resume = resume and directory.run_path.exists()
     if resume:
-        check_same_config(RunDirectory.open(output_dir), config.to_json(), config.stated())
+        began = RunDirectory.open(output_dir)
+        check_same_config(began, config.to_json(), config.stated(), done=is_done(began))
     else:
         directory.check_free()
     callbacks = [*build_callbacks(config), *callbacks]

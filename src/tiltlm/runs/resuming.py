@@ -12,18 +12,24 @@ from tiltlm.runs.directory import RunDirectory
 CHANGEABLE = ("output_dir", "report_to", "callbacks", "evaluation", "training.save_steps", "training.logging_steps")
 
 
+def has_ended(directory: RunDirectory) -> bool:
+    """Whether the run reached its end, wherever its tuned model is by now."""
+    return bool(directory.read_run()["status"] == "done")
+
+
 def is_done(directory: RunDirectory) -> bool:
     """Whether the run reached its end and its tuned model is there."""
-    return bool(directory.read_run()["status"] == "done" and directory.policy_dir.is_dir())
+    return has_ended(directory) and directory.policy_dir.is_dir()
 
 
-def check_same_config(directory: RunDirectory, config: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
+def check_same_config(
+    directory: RunDirectory, config: Mapping[str, Any], stated: Mapping[str, Any], *, done: bool
+) -> None:
     """Raise UsageError, with every difference, where ``config`` asks for another run than the one in ``directory``.
 
     ``stated`` is what of it is not at its default: a key that the run's record lacks came with a later tiltlm, and must
-    be at its default. A finished run is not evaluated again, so of that one the evaluation must be the same too.
+    be at its default. Where the run is ``done`` it is not evaluated again, so the evaluation must be the same too.
     """
-    done = is_done(directory)
     changeable = tuple(key for key in CHANGEABLE if not (done and key == "evaluation"))
     then, now = (
         {key: value for key, value in _flat(stated).items() if not key.startswith(changeable)}

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.runs import storage
-from tiltlm.runs.resuming import check_same_config, is_done
+from tiltlm.runs.resuming import check_same_config, has_ended
 from tiltlm.runs.study import StudyDirectory
 from tiltlm.runs.study_rows import kept_rows
 from tiltlm.study.grid import Grid, PlannedRun, run_name, with_fit
@@ -110,8 +110,10 @@ class Execution:
             try:
                 run = with_fit(planned, self.grid.study.budget(run.task), fit)
                 if folder.run_path.exists():
-                    check_same_config(folder, run.config.to_json(), run.config.stated())
-                    if is_done(folder) and is_measured(folder, reference):
+                    # A tuned model that was deleted, or stayed on another machine, is not made anew: figures count.
+                    done = has_ended(folder) and is_measured(folder, reference)
+                    check_same_config(folder, run.config.to_json(), run.config.stated(), done=done)
+                    if done:
                         self._settle(place, "done")
                         place["kept"] = settings_key(planned)
                         self.progress.already(run)
