@@ -208,6 +208,7 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert "&lt;script&gt;alert(1)" in page
     assert "half &lt;b&gt;female&lt;/b&gt; &amp; 50%" in page
     assert page.count("data:image/svg+xml;base64,") >= 6
+    assert "of the first 32 texts of the reference, at the end of up to 128." in page
     assert "https://" not in page.split("<pre>")[0].replace("http://www.w3.org", "")
     assert r"half \textless{}b\textgreater{}female" in (folder / "tables.tex").read_text()
     assert "half &lt;b&gt;female" in (folder / "tables.md").read_text()

@@ -35,6 +35,7 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
     for metric in ("kl_p_pi", "kl_pi_a", "distinct_1", "self_bleu_5"):
         panels = [_curve(study, task.name, task.label, metric) for task in study.tasks]
         text = f"{band} {drawn} {by_decades}" if metric in FAR_APART else f"{band} {drawn}"
+        text += _fewer_on_the_way(study) if metric == "kl_p_pi" else ""
         yield from draw_figure(study, metric, TITLES[metric], text, panels, "sequences drawn")
     panels = [
         _curve(study, task.name, _of_feature(task, name), f"moment:{name}", goal)
@@ -47,7 +48,7 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
         study,
         "kl_p_pi_passes",
         "KL(p‖π), nats, against forward passes",
-        f"{band} {by_decades}",
+        f"{band} {by_decades}{_fewer_on_the_way(study)}",
         panels,
         "forward passes",
     )
@@ -95,6 +96,15 @@ def _by_place(study: Study, task: str, method: str, metric: str) -> dict[tuple[i
         place = round(fmean(r.sequences for r in rows)), round(fmean(r.forward_passes for r in rows))
         found[place] = {row.seed: Measured(row.value, row.se) for row in rows}
     return found
+
+
+def _fewer_on_the_way(study: Study) -> str:
+    """That KL(p‖π) rests on fewer texts before the end than at it, where it does: a line may step there."""
+    stated = study.made.get("study") or {}
+    reference, way = stated.get("reference", {}), stated.get("curve", {}).get("reference", 0)
+    end = min(reference.get("scored", 0), reference.get("samples", 0))
+    text = f" On the way it is of the first {way:,} texts of the reference, at the end of up to {end:,}."
+    return text if way < end else ""
 
 
 def _curve(
