@@ -152,7 +152,6 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         patch.setattr(reading, "PIECE_BYTES_ELSEWHERE", reading.PIECE_BYTES["cpu"])
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
         patch.setattr(decoding.StaticDecoder, "_capture", lambda self, logits: None)
-        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         load, build = torch.load, acceleration.build_accelerator
 
         def loaded(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:

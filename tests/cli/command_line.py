@@ -26,6 +26,15 @@ class Answer:
 
 Command = Callable[..., Answer]
 Files = dict[str, bytes]
+STOPS = """
+import os, signal
+import tiltlm
+
+class Stops(tiltlm.Callback):
+    def on_step_end(self, progress, metrics):
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.{signal})
+"""
 
 
 def type_command(*words: object) -> int:
@@ -41,6 +50,11 @@ def type_command(*words: object) -> int:
 
 def write_config(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def write_stops(folder: Path, name: str = "SIGTERM") -> None:
+    """Put ``stops.py`` into a folder: with ``callbacks=stops:Stops`` a run gets this signal in its third step."""
+    (folder / "stops.py").write_text(STOPS.replace("{signal}", name))
 
 
 def files_under(folder: Path) -> Files:

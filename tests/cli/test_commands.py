@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Command, files_under, metrics_of, without_times, write_config
+from command_line import Command, files_under, metrics_of, without_times, write_config, write_stops
 
 from tiltlm.runs.directory import RUN_FIELDS
 from tiltlm.training.trainer import Trainer
@@ -410,23 +410,12 @@ def test_a_target_of_ones_own(tiltlm: Command, here: Path, settings: dict[str, A
     assert_estimate(json.loads(tiltlm("eval", "runs/run", "--samples", 64, "--json").out)["kl_p_pi"])
 
 
-STOPS = """
-import os, signal
-import tiltlm
-
-class Stops(tiltlm.Callback):
-    def on_step_end(self, progress, metrics):
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.{signal})
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_says_how_to_go_on_and_does(
     tiltlm: Command, here: Path, finished_run: Path, name: str
 ) -> None:
-    (here / "stops.py").write_text(STOPS.replace("{signal}", name))
+    write_stops(here, name)
     folder = "runs/with a space"
     answer = tiltlm("tune", "run.yaml", "callbacks=stops:Stops", "--output-dir", folder)
     assert (answer.code, answer.out) == (130, "")

@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Command, metrics_of, write_config
+from command_line import Command, metrics_of, write_config, write_stops
 
 LORA = {"r": 2, "target_modules": "all-linear"}
-STOPS = """
-import os, signal
-import tiltlm
-
-class Stops(tiltlm.Callback):
-    def on_step_end(self, progress, metrics):
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-"""
 
 
 def with_kept_guide(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -86,7 +77,7 @@ def test_a_run_that_names_no_method_is_taught_by_the_guide_that_it_keeps(
 def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
     tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    (here / "stops.py").write_text(STOPS)
+    write_stops(here)
     write_config(here / "kept.yaml", with_kept_guide(settings, **changes))
     assert tiltlm("tune", "kept.yaml", "--output-dir", "runs/whole").code == 0
     assert tiltlm("tune", "kept.yaml", "callbacks=stops:Stops", "--output-dir", "runs/stopped").code == 130

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Command, write_config
+from command_line import Command, write_config, write_stops
 
 from pretended_gpu import PretendedGPU, pretended_gpu
 from tiltlm.objectives import BUILT_IN
@@ -64,13 +64,7 @@ def test_every_method_runs(tiltlm: Command, tiny: Path, here: Path, gpu: Pretend
 def test_a_run_goes_on_from_a_checkpoint(
     tiltlm: Command, here: Path, settings: dict[str, Any], gpu: PretendedGPU
 ) -> None:
-    (here / "stops.py").write_text(
-        "import tiltlm\n\n\n"
-        "class Stops(tiltlm.Callback):\n"
-        "    def on_step_end(self, progress, metrics):\n"
-        "        if progress.step == 3:\n"
-        "            raise KeyboardInterrupt\n"
-    )
+    write_stops(here)
     write_config(here / "run.yaml", {**settings, "device": "cuda", "callbacks": ["stops:Stops"]})
     assert tiltlm("tune", "run.yaml", "--output-dir", "out").code == 130
     answer = tiltlm("tune", "run.yaml", "callbacks=[]", "--output-dir", "out", "--resume")

@@ -21,7 +21,7 @@ def prefill(
     prompt_index: Tensor,
     max_new_tokens: int,
     start_id: int,
-    cache_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None,
 ) -> tuple[Decoder, Tensor]:
     """A decoder that has read the prompt of each row [N], and the logits [N, V] of the first token.
 
