@@ -18,7 +18,7 @@ from side_by_side import Side, Turns, add_dtype, parser, show, take_turns, tally
 def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, rows: int) -> None:
     from sides import our_trainer
 
-    from tiltlm.training.proposal import proposal_rule
+    from tiltlm.training.proposal_rules import proposal_rule
 
     rule = proposal_rule("interval", check_steps=1)
     trainer = our_trainer(folder, rule=rule, batch=batch, length=length, dtype=dtype, rows=rows, lora=True)

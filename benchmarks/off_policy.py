@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from tiltlm.training.proposal import ProposalRule
+    from tiltlm.training.proposal_rules import ProposalRule
 
 EXTRA_BATCHES = 10
 
@@ -46,7 +46,7 @@ def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device:
     from sides import our_trainer
 
     from tiltlm.objectives import GDC
-    from tiltlm.training.proposal import proposal_rule
+    from tiltlm.training.proposal_rules import proposal_rule
 
     always: Any = AlwaysReplaces(proposal_rule(rule, check_steps=cycle))
     trainer = our_trainer(folder, objective=GDC(), rule=always, batch=batch, length=length, dtype=dtype, device=device)

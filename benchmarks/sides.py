@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tiltlm.objectives import Objective
-    from tiltlm.training.proposal import ProposalRule
+    from tiltlm.training.proposal_rules import ProposalRule
     from tiltlm.training.trainer import Trainer
 
 BETA = 0.05
@@ -42,8 +42,8 @@ def our_trainer(
     from tiltlm.lm import LanguageModel, Roles
     from tiltlm.objectives import GDCPlusPlus
     from tiltlm.targets import draw_base_sample, fit_target, state_terms
-    from tiltlm.training.arguments import TrainingArguments
-    from tiltlm.training.proposal import proposal_rule
+    from tiltlm.config.training import TrainingArguments
+    from tiltlm.training.proposal_rules import proposal_rule
     from tiltlm.training.trainer import Trainer
 
     model = LanguageModel.from_pretrained(folder, device=device, dtype=dtype)

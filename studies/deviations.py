@@ -14,7 +14,7 @@ import torch
 from base_rates import study_sample
 from torch import Tensor
 
-from tiltlm.build import build_terms
+from tiltlm.app.build import build_terms
 from tiltlm.estimation import Estimate, mean, self_bleu_5
 from tiltlm.lm import LanguageModel, Law, Samples
 from tiltlm.targets import measure_samples

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from tiltlm.build import build_base, build_terms
-from tiltlm.config import RunConfig, parse_config
+from tiltlm.app.build import build_base, build_terms
+from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Guide, LanguageModel, Law, next_token
-from tiltlm.study.file import load_study
+from tiltlm.config.study import load_study
 from tiltlm.study.reference import Reference, load_reference
-from tiltlm.targets import fit_target, guide_toward
+from tiltlm.targets import fit_target
+from tiltlm.guides import guide_toward
 from tiltlm.training.checkpoint import load_base_sample
 
 # What is trained on texts of the reference takes those behind the ones that it is measured on.

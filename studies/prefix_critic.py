@@ -15,9 +15,10 @@ import torch
 from base_rates import study_sample
 from torch import Tensor
 
-from tiltlm.build import build_terms
+from tiltlm.app.build import build_terms
 from tiltlm.lm import LanguageModel, Samples
-from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, guide_toward, measure_samples
+from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, measure_samples
+from tiltlm.guides import guide_toward
 
 LENGTHS = (3, 6, 11, 16, 21)
 STRENGTHS = (30.0, 100.0, 300.0, 1000.0, 3000.0)

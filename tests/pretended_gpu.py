@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from tiltlm import job
+from tiltlm.app import tune as job
 from tiltlm.lm import decoding, reading
 from tiltlm.training import acceleration, trainer
 

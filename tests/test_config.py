@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from tiltlm.build import build_terms
-from tiltlm.config import (
+from tiltlm.app.build import build_terms
+from tiltlm.config.run import (
     ConstraintConfig,
     EvaluationConfig,
     MethodConfig,
@@ -24,8 +24,8 @@ from tiltlm.config import (
     parse_config,
 )
 from tiltlm.errors import UsageError
-from tiltlm.starter import starter_config
-from tiltlm.training.arguments import TrainingArguments
+from tiltlm.config.starter import starter_config
+from tiltlm.config.training import TrainingArguments
 
 LEAST: dict[str, Any] = {
     "model": "embedded",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tiltlm.build import check_names
-from tiltlm.config import load_config
+from tiltlm.app.build import check_names
+from tiltlm.config.run import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

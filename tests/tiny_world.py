@@ -18,9 +18,9 @@ from tiltlm.features import build_feature, length
 from tiltlm.lm import LanguageModel, Law, Roles, Samples
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
-from tiltlm.training.arguments import TrainingArguments
+from tiltlm.config.training import TrainingArguments
 from tiltlm.training.callbacks import Callback
-from tiltlm.training.proposal import ProposalRule, proposal_rule
+from tiltlm.training.proposal_rules import ProposalRule, proposal_rule
 from tiltlm.training.trainer import Trainer
 
 LENGTH = 4

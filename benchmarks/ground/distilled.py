@@ -10,11 +10,11 @@ from torch import Tensor
 from ground.policies import GuideKept
 from ground.runs import Budget, Drawn, Falls, Runs
 from tiltlm.estimation import mixture
-from tiltlm.lm.reading import gram
+from tiltlm.lm.forward import gram
 from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
-from tiltlm.targets.chain import Chain
-from tiltlm.targets.prefix_states import PrefixStates
-from tiltlm.targets.twist import Twist
+from tiltlm.guides.chain import Chain
+from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.value import Twist
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ground.distilled import keep_guide
 from ground.runs import Budget, Falls, Runs, Scored
 from tiltlm.estimation import kl_difference, tv_difference
 from tiltlm.objectives import BatchObjective, Objective
-from tiltlm.training.proposal import Distances, proposal_rule
-from tiltlm.training.pulling import ignores_the_impossible
+from tiltlm.training.proposal_rules import Distances, proposal_rule
+from tiltlm.training.surrogate import ignores_the_impossible
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tiltlm.errors import TiltError
     from tiltlm.estimation import Estimate
     from tiltlm.features import Feature, feature
-    from tiltlm.job import Run, tune
+    from tiltlm.app.tune import Run, tune
     from tiltlm.lm import LanguageModel, Samples
     from tiltlm.objectives import Objective, Record
     from tiltlm.sampling import sample_target
@@ -27,7 +27,7 @@ _HOMES = {
     "LanguageModel": "tiltlm.lm",
     "Objective": "tiltlm.objectives",
     "Record": "tiltlm.objectives",
-    "Run": "tiltlm.job",
+    "Run": "tiltlm.app.tune",
     "Samples": "tiltlm.lm",
     "Target": "tiltlm.targets",
     "TiltError": "tiltlm.errors",
@@ -35,7 +35,7 @@ _HOMES = {
     "constrain": "tiltlm.targets",
     "feature": "tiltlm.features",
     "sample_target": "tiltlm.sampling",
-    "tune": "tiltlm.job",
+    "tune": "tiltlm.app.tune",
 }
 
 __all__ = [

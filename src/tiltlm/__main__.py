@@ -1,5 +1,5 @@
 """``python -m tiltlm`` is the command line."""
 
-from tiltlm.cli import main
+from tiltlm.cli.main import main
 
 main()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tiltlm.cli import main
+from tiltlm.cli.main import main
 
 
 @dataclass(frozen=True)

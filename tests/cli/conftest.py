@@ -110,4 +110,4 @@ def finished(finished_run: Path, here: Path) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without a report, which is most of the work of a tiny one."""
-    monkeypatch.setattr("tiltlm.job.write_report", lambda directory: directory.report_path)
+    monkeypatch.setattr("tiltlm.app.tune.write_report", lambda directory: directory.report_path)

@@ -432,7 +432,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert json.loads((here / folder / "run.json").read_text())["status"] == "done"
 
 
-PHASES = {"sampling the base": "tiltlm.stated.draw_base_sample", "evaluating": "tiltlm.publish.evaluate_policy"}
+PHASES = {"sampling the base": "tiltlm.app.fit.draw_base_sample", "evaluating": "tiltlm.app.finish.evaluate_policy"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -479,7 +479,7 @@ def test_resuming_a_finished_run_says_that_it_is_done_and_draws_nothing(
     def load(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("no model is needed")
 
-    monkeypatch.setattr("tiltlm.job.build_base", load)
+    monkeypatch.setattr("tiltlm.app.tune.build_base", load)
     before = files_under(here)
     answer = tiltlm("tune", "run.yaml", "--output-dir", "runs/done", "--resume")
     assert answer.code == 0, answer.err

@@ -21,11 +21,11 @@ import torch
 import yaml
 from command_line import Command, assert_one_error, write_config
 
-from tiltlm.config import parse_config
+from tiltlm.config.run import parse_config
 from tiltlm.errors import UsageError
-from tiltlm.study.file import load_study, parse_study
+from tiltlm.config.study import load_study, parse_study
 from tiltlm.study.grid import expand, steps_within
-from tiltlm.training.proposal import proposal_rule
+from tiltlm.training.proposal_rules import proposal_rule
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 FEMALE = {"constraints": [{"feature": {"pronouns": "female"}, "moment": 0.5}], "samples": 64}

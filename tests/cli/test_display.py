@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tiltlm.estimation import Estimate
-from tiltlm.runs.display import Display, plain_console
+from tiltlm.app.display import Display, plain_console
 from tiltlm.training.callbacks import Progress
 from tiltlm.training.metrics import StepMetrics
 

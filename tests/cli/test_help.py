@@ -30,7 +30,7 @@ HEAVY = ("torch", "transformers", "numpy", "scipy", "peft", "accelerate", "matpl
 
 ASK = """
 import json, sys
-from tiltlm.cli import main
+from tiltlm.cli.main import main
 for words in json.loads(sys.argv[1]):
     sys.argv = ["tiltlm", *words]
     try:

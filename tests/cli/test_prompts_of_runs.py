@@ -10,8 +10,8 @@ import pytest
 from command_line import Command, assert_one_error, write_config
 
 import tiltlm as package
-from tiltlm.build import read_prompts
-from tiltlm.config import load_config
+from tiltlm.app.build import read_prompts
+from tiltlm.config.run import load_config
 from tiltlm.training.drawing import Drawer
 
 MEASURES = """

@@ -13,8 +13,8 @@ import torch
 from command_line import Command, assert_one_error
 
 import tiltlm
-from tiltlm.build import load_run
-from tiltlm.training.evaluation import evaluate_policy
+from tiltlm.app.build import load_run
+from tiltlm.evaluation.evaluate import evaluate_policy
 
 MEASURES = """
 import tiltlm

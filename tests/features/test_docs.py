@@ -66,7 +66,7 @@ def test_both_forms_of_a_built_in_are_the_same_feature(config: str, code: str) -
 
 def test_the_table_holds_every_kind_of_feature() -> None:
     kinds = {next(iter(yaml.safe_load(config))) for config, _ in ROWS}
-    assert kinds == set(tiltlm.features.spec.KINDS)
+    assert kinds == set(tiltlm.features.registry.KINDS)
 
 
 def test_the_first_example_gives_what_it_shows() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltlm.build import build_terms, check_names
-from tiltlm.config import load_config
+from tiltlm.app.build import build_terms, check_names
+from tiltlm.config.run import load_config
 from tiltlm.features import build_feature, measure, sentiment
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets.constrain import BaseSample, fit_target, measure_samples

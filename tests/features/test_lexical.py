@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiltlm.features import Feature, builtin_wordlists, contains, length, pronouns, regex, sentiment, wordlist
-from tiltlm.features.combine import merged
+from tiltlm.features.batch import merged
 
 REQUIRED_LISTS = ["art", "business", "computing", "cooking", "military", "music", "politics", "religion", "science"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from tiltlm.errors import UsageError
 from tiltlm.features import Feature, build_feature, callable_feature, contains, python_feature, run_file_form, wordlist
-from tiltlm.features.spec import OBJECT
+from tiltlm.features.registry import OBJECT
 
 MODULE = """
 from tiltlm.features import Feature, feature

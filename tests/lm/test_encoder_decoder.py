@@ -11,11 +11,11 @@ import yaml
 from scipy import stats
 
 from enumerable import CROSSING, LAWS, PROMPTS, TOKENS, random_guide, tiny_model
-from tiltlm.build import load_run
-from tiltlm.config import load_config
+from tiltlm.app.build import load_run
+from tiltlm.config.run import load_config
 from tiltlm.errors import ModelError, UsageError
 from tiltlm.exact import enumerate_completions
-from tiltlm.job import tune_config
+from tiltlm.app.tune import tune_config
 from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples
 
 LENGTH = 4

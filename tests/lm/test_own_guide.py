@@ -13,7 +13,7 @@ from tiltlm.errors import ModelError
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains
 from tiltlm.lm import Guide, GuideProcessor, LanguageModel, Law, Roles, next_token
-from tiltlm.targets.prefix_states import prefix_states
+from tiltlm.guides.token_states import prefix_states
 
 LENGTH = 4
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}

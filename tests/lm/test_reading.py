@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from enumerable import PROMPTS, random_guide, tiny_model
 from tiltlm.lm import LanguageModel, Samples, next_token, reading
-from tiltlm.lm.reading import NextToken, Reading
+from tiltlm.lm.forward import NextToken, Reading
 
 GRADIENTS = ("policy", "taught")
 NAMES = (*GRADIENTS, "base", "kl", "guide", "gram")
@@ -178,7 +178,7 @@ def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
 
 MEASURE = """
 import sys, torch
-from tiltlm.lm.reading import Reading, _Job, _Laws
+from tiltlm.lm.forward import Reading, _Job, _Laws
 from tiltlm.lm import Samples, Law, Prompts
 vocabulary, positions, naive = int(sys.argv[1]), 2048, sys.argv[2] == "naive"
 def held(name):

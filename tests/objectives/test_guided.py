@@ -16,7 +16,7 @@ from tiltlm.exact import weighted_gradient
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, forms, prefix_weights
 from tiltlm.training import scoring
-from tiltlm.training.batch import Batch
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient
 

@@ -6,7 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 
-from tiltlm.runs.plots import Plot, Point, Series, compact_count, line_plot
+from tiltlm.reports.plots import Plot, Point, Series, compact_count, line_plot
 
 
 def decay(n: int, start: float = 0.2, end: float = 0.04, se: float = 0.005) -> list[Point]:

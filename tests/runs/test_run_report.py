@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tiltlm.errors import UsageError
-from tiltlm.runs.charts import how_to_read, positions
+from tiltlm.reports.charts import how_to_read, positions
 from tiltlm.runs.directory import RunDirectory
-from tiltlm.runs.report import duration, write_report
-from tiltlm.runs.summary import summarize
+from tiltlm.reports.report import duration, write_report
+from tiltlm.reports.summary import summarize
 
 MakeRun = Callable[..., RunDirectory]
 
@@ -257,7 +257,7 @@ def test_no_model_library_is_loaded(make_run: MakeRun) -> None:
     run = make_run(steps=4)
     script = (
         "import sys\n"
-        "from tiltlm.runs.report import write_report\n"
+        "from tiltlm.reports.report import write_report\n"
         "assert 'matplotlib' not in sys.modules and 'jinja2' not in sys.modules\n"
         "write_report(sys.argv[1])\n"
         "assert 'matplotlib' in sys.modules\n"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiltlm.runs.samples_view import pair_samples, segments_of
-from tiltlm.runs.summary import Measured, is_met, summarize
+from tiltlm.reports.samples_view import pair_samples, segments_of
+from tiltlm.reports.summary import Measured, is_met, summarize
 
 
 def estimate(value: float | None, se: float | None = 0.01) -> dict[str, float | None]:

@@ -9,10 +9,10 @@ from enumerable import tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import Feature
 from tiltlm.features.automaton import Automaton, Phrases
-from tiltlm.features.feature import Batch
+from tiltlm.features.batch import Batch
 from tiltlm.lm import LanguageModel, Samples, Transitions
-from tiltlm.targets.chain import Chain
-from tiltlm.targets.prefix_states import PrefixStates, prefix_states
+from tiltlm.guides.chain import Chain
+from tiltlm.guides.token_states import PrefixStates, prefix_states
 
 LENGTH = 5
 
@@ -80,7 +80,7 @@ def test_counts_are_states_like_any_others(states: PrefixStates, model: Language
 def test_with_little_room_all_counts_of_a_place_go_on_alike(
     states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.targets.chain.MOST_APART", 0)
+    monkeypatch.setattr("tiltlm.guides.chain.MOST_APART", 0)
     chain = learned(states, model, samples)
     assert len(chain.place) == len(states.transitions.places)
     assert chain.count.tolist() == [-1] * len(chain.place)
@@ -95,7 +95,7 @@ def test_with_little_room_all_counts_of_a_place_go_on_alike(
 def test_ends_are_known_by_position_where_steps_are_not(
     states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.targets.chain.MOST_STEPS", 1)
+    monkeypatch.setattr("tiltlm.guides.chain.MOST_STEPS", 1)
     chain = learned(states, model, samples)
     assert len(chain.moved) == 1
     assert len(chain.weight) == LENGTH

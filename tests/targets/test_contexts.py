@@ -13,9 +13,9 @@ from tiltlm.exact import MarkovModel, markov_target, phrase
 from tiltlm.features import contains
 from tiltlm.lm import Transitions
 from tiltlm.targets import Term
-from tiltlm.targets.chain import Chain
-from tiltlm.targets.contexts import ENOUGH_PREFIXES, LastTokens, with_contexts
-from tiltlm.targets.prefix_states import PrefixStates
+from tiltlm.guides.chain import Chain
+from tiltlm.guides.context_classes import ENOUGH_PREFIXES, LastTokens, with_contexts
+from tiltlm.guides.token_states import PrefixStates
 
 VOCABULARY, LENGTH, TEXTS = 60, 12, 2000
 WANTED = [7, 8]
@@ -148,7 +148,7 @@ def test_few_prefixes_split_nothing(states: PrefixStates, model: MarkovModel, to
 
 
 def test_tokens_that_are_seldom_written_share_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltlm.targets.contexts.MOST_TRANSITIONS", 3 * VOCABULARY)
+    monkeypatch.setattr("tiltlm.guides.context_classes.MOST_TRANSITIONS", 3 * VOCABULARY)
     often, seldom = [1] * 30 + [2] * 20, [5, 6]
     last_tokens = LastTokens.empty(torch.tensor(often + seldom), VOCABULARY, torch.device("cpu"))
     assert last_tokens.laws.shape == (4, VOCABULARY)

@@ -15,11 +15,12 @@ from tiltlm.estimation import Estimate
 from tiltlm.exact import enumerate_completions, exact_target
 from tiltlm.features import Feature, build_feature, contains, length, measure
 from tiltlm.lm import LanguageModel, Law
-from tiltlm.targets import BaseSample, Twist, draw_base_sample, fit_target, state_terms
-from tiltlm.targets.chain import Chain
-from tiltlm.targets.foresight import Foresight, foresee, rare_filters
-from tiltlm.targets.prefix_states import prefix_states
-from tiltlm.targets.twist import guide_of
+from tiltlm.targets import BaseSample, draw_base_sample, fit_target, state_terms
+from tiltlm.guides import Twist
+from tiltlm.guides.chain import Chain
+from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
+from tiltlm.guides.token_states import prefix_states
+from tiltlm.guides.value import guide_of
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 
 LENGTH = 4

@@ -14,8 +14,9 @@ from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import Feature, callable_feature, contains, length, regex
 from tiltlm.lm import Guide, LanguageModel, Law
-from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample, measure_samples
-from tiltlm.targets.learned_states import LEVELS
+from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample, measure_samples
+from tiltlm.guides import Twist
+from tiltlm.guides.learned import LEVELS
 
 LENGTH = 5
 MANY = 8_000
@@ -134,7 +135,7 @@ def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
 
 @pytest.mark.parametrize("name", ["reward", "mixed"])
 def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltlm.targets.learned_states.MOST_STATES", 3)
+    monkeypatch.setattr("tiltlm.guides.learned.MOST_STATES", 3)
     target, sample = TARGETS[name], drawn(name)
     few = Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
     assert len(few.transitions) < len(guide(name).transitions)

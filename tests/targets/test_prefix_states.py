@@ -28,7 +28,7 @@ from tiltlm.features import (
 )
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.lm import LanguageModel, Samples
-from tiltlm.targets.prefix_states import (
+from tiltlm.guides.token_states import (
     MOST_PLACES,
     Moving,
     PrefixStates,
@@ -228,7 +228,7 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
     embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prefix_states(embedded, FEATURES[name], samples)
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", most)
+    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", most)
     states = prefix_states(embedded, FEATURES[name], samples)
     s = len(states.transitions)
     assert s < len(whole.transitions)
@@ -245,7 +245,7 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
 def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
     embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 1)
+    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 1)
     for features in FEATURES.values():
         automaton = automaton_of(features)
         states = prefix_states(embedded, features, samples)
@@ -256,7 +256,7 @@ def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
 def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=4)
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 2)
+    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 2)
     states = prefix_states(model, TINY["both"], listed)
     twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
     automaton = automaton_of([feature])
     totals = [read(automaton, text)[0] for text in samples.texts]
     assert sum(total != 0 for total in totals) > 20
-    monkeypatch.setattr("tiltlm.targets.prefix_states.MOST_PLACES", 70)
+    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 70)
     last = follow(prefix_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
     found: dict[int, list[int]] = {}
     for state, total in zip(last, totals, strict=True):

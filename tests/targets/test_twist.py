@@ -15,9 +15,10 @@ from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import contains, length, negation, wordlist
 from tiltlm.lm import Guide, LanguageModel, Law
-from tiltlm.targets import BaseSample, Term, TiltedTarget, Twist, draw_base_sample
-from tiltlm.targets.prefix_states import PrefixStates
-from tiltlm.targets.twist import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
+from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
+from tiltlm.guides import Twist
+from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.value import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
 
 LENGTH = 5
 MANY = 20_000

@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from enumerable import tiny_model
-from tiltlm.config import MethodConfig
+from tiltlm.config.run import MethodConfig
 from tiltlm.errors import UnreachableTargetError
 from tiltlm.estimation import Estimate, Partition, PromptPartition
 from tiltlm.exact import ExactConditional, enumerate_completions, exact_conditional, exact_kl
@@ -32,11 +32,11 @@ from tiltlm.targets import (
     measure_samples,
     report_fit,
 )
-from tiltlm.training.arguments import TrainingArguments
-from tiltlm.training.batch import Batch
-from tiltlm.training.evaluation import Evaluation, evaluate_base, evaluate_policy
+from tiltlm.config.training import TrainingArguments
+from tiltlm.training.rollout_batch import Batch
+from tiltlm.evaluation.evaluate import Evaluation, evaluate_base, evaluate_policy
 from tiltlm.training.metrics import step_metrics
-from tiltlm.training.proposal import proposal_rule
+from tiltlm.training.proposal_rules import proposal_rule
 from tiltlm.training.trainer import Trainer
 from tiny_world import as_if_uniform, flat, gradient, near
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tiltlm.errors import FeatureError
 from tiltlm.features import Feature, callable_feature
-from tiltlm.features.feature import Batch as Texts
+from tiltlm.features.batch import Batch as Texts
 from tiltlm.lm import LanguageModel
 from tiltlm.objectives import Guided
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample

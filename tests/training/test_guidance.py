@@ -17,7 +17,8 @@ from enumerable import random_guide
 from tiltlm.features import build_feature
 from tiltlm.lm import Law
 from tiltlm.objectives import Guided
-from tiltlm.targets import Term, TiltedTarget, Twist, draw_base_sample, fit_target
+from tiltlm.targets import Term, TiltedTarget, draw_base_sample, fit_target
+from tiltlm.guides import Twist
 from tiltlm.training.guidance import MOST_LEANING, Guidance
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, near

@@ -29,7 +29,7 @@ from tiltlm.objectives import (
     TokenRecord,
 )
 from tiltlm.targets import target_reward
-from tiltlm.training.batch import Batch
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer, flat, gradient, near, tiny_world
 

@@ -17,9 +17,9 @@ from tiltlm.lm import Law
 from tiltlm.objectives import BUILT_IN, Objective, Pooled, Record
 from tiltlm.objectives.pooled import best_kappa
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.training.batch import Batch
-from tiltlm.training.mixed_pool import MixedPool
-from tiltlm.training.mixing import BASE, mixture_logprob
+from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.replay.mixture_pool import MixedPool
+from tiltlm.training.replay.weights import BASE, mixture_logprob
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, true_gradient
 

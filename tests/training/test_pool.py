@@ -15,9 +15,9 @@ from tiltlm.errors import UsageError
 from tiltlm.estimation import mixture
 from tiltlm.lm import Law, Prompts
 from tiltlm.objectives import Guided
-from tiltlm.training.batch import Batch
-from tiltlm.training.pool import Pool
-from tiltlm.training.reuse import Falling
+from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.replay.guided_pool import Pool
+from tiltlm.training.replay.schedule import Falling
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
 

@@ -15,7 +15,7 @@ from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import LanguageModel
 from tiltlm.objectives import Record
 from tiltlm.training.acceleration import build_accelerator
-from tiltlm.training.arguments import TrainingArguments
+from tiltlm.config.training import TrainingArguments
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiltlm.lm import Law
-from tiltlm.training.spread import measure_spread
+from tiltlm.training.gradient_noise import measure_spread
 from tiny_world import World, build_trainer, gradient, near, tiny_world
 
 N = 24

@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltlm.build import load_policy, load_run
-from tiltlm.config import parse_config
+from tiltlm.app.build import load_policy, load_run
+from tiltlm.config.run import parse_config
 from tiltlm.errors import CheckpointError, NumericalError, RunExistsError, UsageError
-from tiltlm.job import Run, tune_config
+from tiltlm.app.tune import Run, tune_config
 from tiltlm.lm import LanguageModel
 from tiltlm.runs.directory import RunDirectory
 from whole_runs import assert_same_run, metrics
@@ -168,7 +168,7 @@ def test_a_run_killed_while_it_was_evaluated_is_finished(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tiltlm.job.evaluate", interrupted)
+    monkeypatch.setattr("tiltlm.app.tune.evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(settings, folder)
     assert record(folder)["status"] == "interrupted"

@@ -21,8 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Batch, Feature, remembers
-from tiltlm.features.reading import check_reads, read_texts
+from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.batch import Batch
+from tiltlm.features.fields import check_reads, read_texts
 
 CHECKS = ("compiles",)
 RUNNER = Path(__file__).with_name("code_runner.py")

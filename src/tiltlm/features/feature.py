@@ -1,4 +1,4 @@
-"""The Feature protocol, and the one place where what a feature returns is checked."""
+"""The feature: one finite number per text, and the features that are made from others."""
 
 from __future__ import annotations
 
@@ -10,66 +10,26 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from tiltlm.errors import FeatureError, TiltError, UsageError
-
-if TYPE_CHECKING:
-    from tiltlm.features.automaton import Automaton
-    from tiltlm.features.combine import Combination, Negation, Threshold
+from tiltlm.features.automaton import Automaton, together
+from tiltlm.features.batch import Batch, Span, merged
+from tiltlm.features.checking import EXPECTED, checked_values, described_row
 
 Self = TypeVar("Self", bound="Feature")
 Arguments = ParamSpec("Arguments")
-Span = tuple[int, int]
 
-EXPECTED = "expected one finite number per text"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N texts and what is known about them: prompts, token ids of the completions, and further columns, N each.
-
-    ``messages`` are the prompts that were given as chat messages, and None for the others.
-    """
-
-    texts: Sequence[str]
-    prompts: Sequence[str | None] | None = None
-    completion_ids: Sequence[Sequence[int]] | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    messages: Sequence[Sequence[Mapping[str, Any]] | None] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.texts, str):
-            raise UsageError("texts: expected a list of texts, got one string; write [text]")
-        for name in ("prompts", "completion_ids", "messages"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self):
-                raise UsageError(f"{name}: {len(values)} entries for {len(self)} texts; there must be one per text")
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """The rows from ``start`` up to ``stop``; a column that is no list of N values stays as it is."""
-        whole = len(self)
-
-        def cut(value: Any) -> Any:
-            sliceable = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-            per_text = sliceable and not isinstance(value, str | Mapping) and len(value) == whole
-            return value[start:stop] if per_text else value
-
-        return replace(
-            self,
-            texts=self.texts[start:stop],
-            prompts=cut(self.prompts),
-            completion_ids=cut(self.completion_ids),
-            columns={name: cut(value) for name, value in self.columns.items()},
-            messages=cut(self.messages),
-        )
+COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    ">=": torch.ge,
+    ">": torch.gt,
+    "<=": torch.le,
+    "<": torch.lt,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +80,7 @@ class Feature(ABC):
         except Exception as error:
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             row = self._first_failing_row(batch, error)
-            culprit = "" if row is None else f" on {_where(batch, row)}"
+            culprit = "" if row is None else f" on {described_row(batch, row)}"
             raise FeatureError(f"feature '{self.name}' raised {reason}{culprit}; {EXPECTED}") from error
         return checked_values(output, batch, name=self.name, binary=self.binary)
 
@@ -133,23 +93,15 @@ class Feature(ABC):
 
     def threshold(self, at: float, op: str = ">=") -> Threshold:
         """A binary feature: 1 where this one compares so (``>=``, ``>``, ``<=`` or ``<``) with ``at``, else 0."""
-        from tiltlm.features.combine import threshold
-
         return threshold(self, at, op)
 
     def __and__(self, other: Feature) -> Combination:
-        from tiltlm.features.combine import all_of
-
         return all_of(self, other)
 
     def __or__(self, other: Feature) -> Combination:
-        from tiltlm.features.combine import any_of
-
         return any_of(self, other)
 
     def __invert__(self) -> Negation:
-        from tiltlm.features.combine import negation
-
         return negation(self)
 
     def _first_failing_row(self, batch: Batch, error: Exception) -> int | None:
@@ -168,6 +120,114 @@ class Feature(ABC):
             else:
                 start = middle
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination(Feature):
+    """1 where all of its binary parts are (``word`` "and"), or any of them is ("or")."""
+
+    word: str
+    parts: tuple[Feature, ...]
+
+    def compute(self, batch: Batch) -> Tensor:
+        values = torch.stack([part.values(batch) for part in self.parts])
+        return values.amin(0) if self.word == "and" else values.amax(0)
+
+    def evidence(self, text: str) -> list[Span]:
+        """The spans of all parts; meant for a text on which the combination fires."""
+        return merged(span for part in self.parts for span in part.evidence(text))
+
+    def automaton(self) -> Automaton | None:
+        """Those of the parts, side by side."""
+        return together(part.automaton() for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negation(Feature):
+    """1 where its binary part is 0, and 0 where it is 1; there is nothing to point at."""
+
+    part: Feature
+
+    def automaton(self) -> Automaton | None:
+        """That of the part."""
+        return self.part.automaton()
+
+    def compute(self, batch: Batch) -> Tensor:
+        return 1.0 - self.part.values(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Feature):
+    """1 where the value of its part compares so with ``at``, else 0."""
+
+    part: Feature
+    at: float
+    op: str
+
+    def automaton(self) -> Automaton | None:
+        """That of the part."""
+        return self.part.automaton()
+
+    def compute(self, batch: Batch) -> Tensor:
+        return COMPARISONS[self.op](self.part.values(batch), self.at).double()
+
+    def evidence(self, text: str) -> list[Span]:
+        """The spans of the part; meant for a text on which the threshold is met."""
+        return self.part.evidence(text)
+
+
+def all_of(*features: Feature) -> Combination:
+    """A binary feature: 1 where every one of these is 1. Raises UsageError on one that is not binary."""
+    return _combination("and", features)
+
+
+def any_of(*features: Feature) -> Combination:
+    """A binary feature: 1 where at least one of these is 1. Raises UsageError on one that is not binary."""
+    return _combination("or", features)
+
+
+def negation(feature: Feature) -> Negation:
+    """A binary feature: 1 where this binary feature is 0. Raises UsageError if it is not binary."""
+    _require_binary("not", feature)
+    return Negation(name=f"not {_in_brackets(feature)}", binary=True, part=feature)
+
+
+def threshold(feature: Feature, at: float, op: str = ">=") -> Threshold:
+    """A binary feature: 1 where ``feature`` compares so with ``at``. Raises UsageError for an unknown comparison."""
+    if not isinstance(feature, Feature):
+        raise UsageError(f"threshold: expected a feature, got {feature!r}")
+    if op not in COMPARISONS:
+        raise UsageError(f"threshold.op: unknown comparison {op!r}; valid: {' '.join(COMPARISONS)}")
+    if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
+        raise UsageError(f"threshold.at: expected a finite number, got {at!r}")
+    return Threshold(name=f"{_in_brackets(feature)} {op} {at:.12g}", binary=True, part=feature, at=float(at), op=op)
+
+
+def _combination(word: str, features: tuple[Feature, ...]) -> Combination:
+    if not features:
+        raise UsageError(f"'{word}' needs at least one feature")
+    for feature in features:
+        _require_binary(word, feature)
+    name = f" {word} ".join(_in_brackets(feature, word) for feature in features)
+    return Combination(name=name, binary=True, word=word, parts=features)
+
+
+def _require_binary(word: str, feature: Feature) -> None:
+    if not isinstance(feature, Feature):
+        raise UsageError(f"'{word}' combines features, got {feature!r}")
+    if not feature.binary:
+        raise UsageError(
+            f"'{word}' needs features that are 0 or 1, and '{feature.name}' is not binary; take a threshold of it first"
+        )
+
+
+def _in_brackets(feature: Feature, word: str = "") -> str:
+    """The name, in brackets where it would otherwise read ambiguously beside ``word`` (none: after "not")."""
+    if isinstance(feature, Combination):
+        composed = feature.word != word and f" {feature.word} " in feature.name
+    else:
+        composed = not word and isinstance(feature, Threshold) and f" {feature.op} " in feature.name
+    return f"({feature.name})" if composed else feature.name
 
 
 def remembers(kind: str) -> Callable[[Callable[Arguments, Self]], Callable[Arguments, Self]]:
@@ -220,47 +280,3 @@ def measure_batch(features: Iterable[Feature], batch: Batch) -> Tensor:
     """The values of K features on a batch of N texts: float64 [N, K]; see ``measure``."""
     values = [feature.values(batch) for feature in features]
     return torch.stack(values, dim=1) if values else torch.empty(len(batch), 0, dtype=torch.float64)
-
-
-def checked_values(output: Any, batch: Batch, *, name: str, binary: bool) -> Tensor:
-    """What a feature returned, as float64 [N]; FeatureError if it is not one finite number (0 or 1 if binary) each."""
-    complaint = f"feature '{name}' returned"
-    if output is None:
-        raise FeatureError(f"{complaint} None; {EXPECTED} (is a `return` missing?)")
-    if hasattr(output, "shape") and tuple(output.shape) != (len(batch),):
-        raise FeatureError(f"{complaint} an array of shape {tuple(output.shape)}; expected shape ({len(batch)},)")
-    if isinstance(output, str | bytes | Mapping) or not isinstance(output, Iterable):
-        raise FeatureError(f"{complaint} {_shortened(output)} ({type(output).__name__}); {EXPECTED}, in a list")
-    entries = output.tolist() if hasattr(output, "tolist") else list(output)
-    if len(entries) != len(batch):
-        raise FeatureError(f"{complaint} {len(entries)} values for {len(batch)} texts; {EXPECTED}")
-    numbers = [_number(entry) for entry in entries]
-    for row, number in enumerate(numbers):
-        if number is None or not math.isfinite(number):
-            hint = "; TRL would skip that text, a target needs a number for each" if entries[row] is None else ""
-            raise FeatureError(f"{complaint} {_shortened(entries[row])} for {_where(batch, row)}; {EXPECTED}{hint}")
-        if binary and number not in (0.0, 1.0):
-            raise FeatureError(
-                f"{complaint} {number:g} for {_where(batch, row)}; it is declared binary, so 0 or 1 was expected"
-            )
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _number(entry: Any) -> float | None:
-    if entry is None or isinstance(entry, str | bytes):
-        return None
-    try:
-        return float(entry)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-
-
-def _shortened(value: Any, width: int = 60) -> str:
-    if isinstance(value, str) and len(value) > width:
-        value = value[:width] + "…"
-    shown = repr(value)
-    return shown if len(shown) <= width + 20 else shown[: width + 20] + "…"
-
-
-def _where(batch: Batch, row: int) -> str:
-    return f"text {row + 1} of {len(batch)}, {_shortened(batch.texts[row])}"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.automaton import Automaton, Phrases, WordCount
-from tiltlm.features.feature import Batch, Feature, Span, remembers
+from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.batch import Batch, Span
 
 FEMALE = ("she", "her", "herself")
 MALE = ("he", "him", "himself")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import ModelError, UsageError, nearest, why_not_loaded
-from tiltlm.features.feature import Batch
-from tiltlm.features.reading import READS, check_reads, read_prompts, read_texts
+from tiltlm.features.batch import Batch
+from tiltlm.features.fields import READS, check_reads, read_prompts, read_texts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

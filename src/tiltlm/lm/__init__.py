@@ -4,7 +4,7 @@ from tiltlm.lm.guide import Guide
 from tiltlm.lm.model import LanguageModel
 from tiltlm.lm.processor import GuideProcessor
 from tiltlm.lm.prompts import Prompts
-from tiltlm.lm.reading import NextToken, Reading, next_token
+from tiltlm.lm.forward import NextToken, Reading, next_token
 from tiltlm.lm.roles import Roles
 from tiltlm.lm.samples import Law, Samples
 from tiltlm.lm.transitions import Transitions

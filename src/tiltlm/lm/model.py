@@ -24,7 +24,7 @@ from tiltlm.lm.memory import Memory, even_pieces
 from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
-from tiltlm.lm.reading import Reading, token_logprobs
+from tiltlm.lm.forward import Reading, token_logprobs
 from tiltlm.lm.samples import Law, Samples
 from tiltlm.lm.sampling import sample_batch
 

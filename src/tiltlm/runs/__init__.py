@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, and the pictures made from it."""
+"""A run directory: its one writer and reader, and resuming."""

@@ -1,8 +1,8 @@
 """Sampling from the target itself, exactly or nearly, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
-from tiltlm.sampling.proposal import Draws, Proposal, build_proposal
-from tiltlm.sampling.samplers import (
+from tiltlm.sampling.target_proposal import Draws, Proposal, build_proposal
+from tiltlm.sampling.sampler import (
     SAMPLERS,
     Guided,
     Metropolis,

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tiltlm.runs.report import duration
-from tiltlm.runs.study import StudyDirectory
+from tiltlm.reports.report import duration
+from tiltlm.study.record import StudyDirectory
 from tiltlm.study.grid import Grid, PlannedRun
 
 

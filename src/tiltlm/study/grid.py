@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tiltlm.build import build_method, build_own_target, build_terms, check_expressible, check_names
-from tiltlm.config import RunConfig, parse_config
+from tiltlm.app.build import build_method, build_own_target, build_terms, check_expressible, check_names
+from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.errors import ModelError, UsageError
-from tiltlm.study.file import MethodSection, StudyConfig, TaskSection
+from tiltlm.config.study import MethodSection, StudyConfig, TaskSection
 from tiltlm.targets import TiltedTarget
-from tiltlm.training.proposal import ProposalRule
+from tiltlm.training.proposal_rules import ProposalRule
 
 MERGED = ("training", "evaluation")
 # Stands for a task where a method is checked by itself, and the other way round.

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tiltlm.runs.report import duration
-from tiltlm.runs.study import StudyDirectory
+from tiltlm.reports.report import duration
+from tiltlm.study.record import StudyDirectory
 from tiltlm.study.grid import PlannedRun
 
 # Of a run's time; the rest is its evaluation.

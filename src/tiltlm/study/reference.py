@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltlm.build import build_base, encode_prompts, read_prompts
-from tiltlm.config import RunConfig
+from tiltlm.app.build import build_base, encode_prompts, read_prompts
+from tiltlm.config.run import RunConfig
 from tiltlm.errors import CheckpointError, UsageError
 from tiltlm.estimation import (
     Estimate,
@@ -29,10 +29,11 @@ from tiltlm.estimation import (
 from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
-from tiltlm.runs.display import Display
-from tiltlm.stated import Stated, state_target, stream
-from tiltlm.study.file import ReferenceSection
-from tiltlm.targets import BaseSample, guide_toward, measure_samples
+from tiltlm.app.display import Display
+from tiltlm.app.fit import Stated, state_target, stream
+from tiltlm.config.study import ReferenceSection
+from tiltlm.targets import BaseSample, measure_samples
+from tiltlm.guides import guide_toward
 from tiltlm.training.checkpoint import save_base_sample
 
 # With fewer effective samples than this share of those drawn from the base, the guided base is tried as well.

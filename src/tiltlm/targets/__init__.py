@@ -13,7 +13,6 @@ from tiltlm.targets.constrain import (
 )
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
-from tiltlm.targets.twist import Twist, guide_toward
 
 __all__ = [
     "BaseSample",
@@ -23,12 +22,10 @@ __all__ = [
     "Target",
     "Term",
     "TiltedTarget",
-    "Twist",
     "constrain",
     "draw_base_sample",
     "fit_moments",
     "fit_target",
-    "guide_toward",
     "measure_samples",
     "report_fit",
     "state_terms",

@@ -15,7 +15,7 @@ from tiltlm.training.callbacks import Callback, Progress
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from tiltlm.training.arguments import TrainingArguments
+    from tiltlm.config.training import TrainingArguments
     from tiltlm.training.metrics import StepMetrics
 
 

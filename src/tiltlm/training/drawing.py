@@ -13,7 +13,7 @@ import torch
 from tiltlm.lm import Guide, Roles
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.training.batch import Batch, FitSampleQueue, in_turn
+from tiltlm.training.rollout_batch import Batch, FitSampleQueue, in_turn
 
 
 class Drawer:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tiltlm.estimation import moment_under_policy
 from tiltlm.lm import Guide, LanguageModel
-from tiltlm.targets import BaseSample, Target, TiltedTarget, Twist
+from tiltlm.targets import BaseSample, Target, TiltedTarget
+from tiltlm.guides import Twist
 from tiltlm.training.metrics import Scores
 
 # Nats that a coefficient may lean: a guide too far from the target gives weights that teach nothing.

@@ -16,11 +16,11 @@ from tiltlm.lm import NextToken, Samples
 from tiltlm.objectives import Record
 from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
-from tiltlm.training.mixing import PoolMetrics
-from tiltlm.training.proposal import Distances
+from tiltlm.training.replay.weights import PoolMetrics
+from tiltlm.training.proposal_rules import Distances
 
 if TYPE_CHECKING:
-    from tiltlm.training.spread import Spread
+    from tiltlm.training.gradient_noise import Spread
 
 # Above this mean, in nats, importance weights are typically off by a fifth.
 LARGEST_MEAN_MISMATCH = 0.2

@@ -12,7 +12,7 @@ import torch
 from tiltlm.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from tiltlm.training.arguments import TrainingArguments
+    from tiltlm.config.training import TrainingArguments
 
 
 UNFIT = {

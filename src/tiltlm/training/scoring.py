@@ -25,11 +25,11 @@ from tiltlm.objectives import (
     forms,
 )
 from tiltlm.targets import Target, target_reward
-from tiltlm.training.batch import Assessment, Batch
+from tiltlm.training.rollout_batch import Assessment, Batch
 from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
-from tiltlm.training.passes import Passes
-from tiltlm.training.pulling import (
+from tiltlm.training.pass_counter import Passes
+from tiltlm.training.surrogate import (
     finite,
     follows_its_advantage,
     ignores_the_impossible,

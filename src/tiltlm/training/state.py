@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tiltlm.objectives import AdaptiveObjective, Objective
-from tiltlm.training.passes import Passes
+from tiltlm.training.pass_counter import Passes
 
 if TYPE_CHECKING:
     from tiltlm.training.trainer import Trainer

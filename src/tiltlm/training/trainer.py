@@ -17,11 +17,12 @@ from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition, PromptPartition, partition_for
 from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import CriticObjective, Guided, Objective
-from tiltlm.targets import Target, Twist
+from tiltlm.targets import Target
+from tiltlm.guides import Twist
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
-from tiltlm.training.arguments import TrainingArguments
-from tiltlm.training.batch import Batch
+from tiltlm.config.training import TrainingArguments
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tiltlm.training.critic import Critic
@@ -30,12 +31,12 @@ from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
-from tiltlm.training.passes import Passes
-from tiltlm.training.proposal import UNKNOWN_DISTANCES, ProposalRule
-from tiltlm.training.pulling import updates_per_batch
-from tiltlm.training.reuse import build_reuse
+from tiltlm.training.pass_counter import Passes
+from tiltlm.training.proposal_rules import UNKNOWN_DISTANCES, ProposalRule
+from tiltlm.training.surrogate import updates_per_batch
+from tiltlm.training.replay.schedule import build_reuse
 from tiltlm.training.scoring import Scorer
-from tiltlm.training.spread import measure_spread
+from tiltlm.training.gradient_noise import measure_spread
 from tiltlm.training.state import pack, unpack
 
 # Seconds of waiting for features in the last step.

@@ -1,0 +1,117 @@
+"""The target of a run: what its config states, fitted on samples of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiltlm.app.build import build_own_target, build_terms, encode_prompts, read_prompts
+from tiltlm.config.run import RunConfig
+from tiltlm.errors import UnreachableTargetError
+from tiltlm.lm import LanguageModel
+from tiltlm.app.display import Display
+from tiltlm.targets import (
+    BaseSample,
+    FitReport,
+    FittedTarget,
+    Target,
+    Term,
+    draw_base_sample,
+    fit_target,
+    report_fit,
+)
+from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
+from tiltlm.guides.refit import look_again, needs_a_second_look
+from tiltlm.training.checkpoint import load_base_sample
+
+# Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6, "reference": 7, "curve": 8}
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A target, fitted or the user's own, with the base samples that say how it stands."""
+
+    target: Target
+    base_sample: BaseSample
+    report: FitReport
+
+
+def stream(seed: int, use: str) -> int:
+    """The seed of one use of randomness in a run."""
+    return seed * 1_000 + STREAMS[use]
+
+
+def goals(report: FitReport) -> dict[str, float | None]:
+    """The wanted mean of each feature, by name."""
+    return {term.name: term.goal for term in report.terms}
+
+
+def state_target(
+    config: RunConfig, base: LanguageModel, display: Display, checkpoint_dir: Path | None = None
+) -> Stated:
+    """Fit the target of a config on samples of the base, drawn now or, on resuming, read back."""
+    own = build_own_target(config) if config.target.python else None
+    terms = [] if own else build_terms(config)
+    features = list(own.features) if own else [term.feature for term in terms]
+    sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
+    if sample is None:
+        prompts = encode_prompts(base, read_prompts(config).training)
+        with display.counting("sampling the base") as progress:
+            sample = draw_base_sample(
+                base,
+                features,
+                config.target.samples,
+                prompts,
+                config.max_completion_length,
+                stream(config.fit_seed, "fit"),
+                progress,
+                samples_per_prompt=config.training.samples_per_prompt or 1,
+            )
+    if own:
+        return Stated(own, sample, report_fit(own, sample))
+    found = _foreseen(config, base, terms, sample, display) if sample.base_logprob is None else None
+    if found is not None and found.trusted:
+        sample = found.sample
+    try:
+        fitted = fit_target(terms, sample)
+    except UnreachableTargetError as error:
+        raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
+    if sample.base_logprob is None and needs_a_second_look(fitted):
+        fitted = _looked_again(config, base, fitted, display)
+    return Stated(fitted, fitted.base_sample, fitted.report)
+
+
+def _looked_again(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
+    """The target fitted anew with texts of guides toward it, and a word on what that changed."""
+    with display.counting("looking again with a guide") as progress:
+        again = look_again(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
+    before, after = fitted.report, again.report
+    display.say(
+        f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carried the target's weight (ESS); with "
+        f"{after.samples - before.samples:,} guided ones it is {after.ess.value:.0f}, and KL(p‖a) is "
+        f"{after.kl_p_a.value:.2f} nats where the base's alone gave {before.kl_p_a.value:.2f}"
+    )
+    return again
+
+
+def _foreseen(
+    config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
+) -> Foresight | None:
+    """Texts that pass the filters, found with a guide where hardly a sample does; None where nothing is to be found."""
+    filters = rare_filters(terms, sample)
+    if not filters:
+        return None
+    with display.counting("looking for rare texts with a guide") as progress:
+        found = foresee(
+            base,
+            filters,
+            [term.feature for term in terms],
+            sample,
+            seed=stream(config.fit_seed, "foresight"),
+            progress=progress,
+        )
+    names = " and ".join(f"'{feature.name}'" for feature in filters)
+    display.say(f"note: hardly a text of the base passes {names}. {found.advice()}")
+    return found

@@ -1,0 +1,295 @@
+"""The main job: fit a target, tune a model toward it, evaluate, publish, and leave a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from tiltlm.app.build import (
+    build_base,
+    build_callbacks,
+    build_method,
+    build_roles,
+    check_expressible,
+    check_names,
+    encode_prompts,
+    method_notes,
+    read_prompts,
+)
+from tiltlm.config.run import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
+from tiltlm.features import run_file_form
+from tiltlm.features.registry import OBJECT
+from tiltlm.lm import LanguageModel, Prompts, Roles
+from tiltlm.lm.fingerprint import fingerprint
+from tiltlm.app.finish import evaluate, publish
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.app.display import Display, plain_console
+from tiltlm.reports.report import write_report
+from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
+from tiltlm.app.fit import Stated, goals, state_target, stream
+from tiltlm.targets import FitReport, FittedTarget
+from tiltlm.training.acceleration import Trackers, build_accelerator
+from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.checkpoint import save_base_sample
+from tiltlm.evaluation.evaluate import Evaluation
+from tiltlm.training.interrupt import sigterm_interrupts
+from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to: its directory, the models in their roles, and both evaluations (None if interrupted)."""
+
+    directory: RunDirectory
+    status: Literal["done", "interrupted"]
+    roles: Roles
+    report: FitReport
+    base_evaluation: Evaluation | None
+    evaluation: Evaluation | None
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The tuned model."""
+        return self.roles.policy
+
+
+class Recorder(Callback):
+    """Writes every step into the run directory."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
+        self.directory.append_metrics(metrics.to_json())
+
+    def on_save(self, progress: Progress, checkpoint: Path) -> None:
+        self.directory.write_run(progress=progress.to_json(), seconds=progress.seconds)
+
+
+def tune(
+    base: LanguageModel,
+    target: FittedTarget,
+    *,
+    output_dir: str | os.PathLike[str],
+    method: str | Mapping[str, Any] = "kept_guide",
+    proposal: str | None = None,
+    peft: dict[str, Any] | None = None,
+    seed: int = 0,
+    evaluation_samples: int = 2048,
+    held_out: Sequence[Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    **training: Any,
+) -> Run:
+    """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
+
+    ``method`` is a name, or the run file's mapping, such as ``{"name": "guided", "args": {"correction": 0}}``.
+
+    The run is evaluated on the prompts of the target or, if given, on ``held_out``: texts, chat messages, or mappings
+    with one of these as ``prompt`` and further columns.
+
+    With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
+    Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
+    """
+    config = parse_config(
+        {
+            "model": base.name,
+            "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
+            "prompts": _stated_prompts(target.base_sample.samples.prompts, held_out),
+            "target": _stated_config(target),
+            "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
+            "training": training,
+            "peft": peft,
+            "seed": seed,
+            "evaluation": {"samples": evaluation_samples},
+            "max_completion_length": target.base_sample.max_completion_length,
+        }
+    )
+    directory = RunDirectory(Path(output_dir))
+    directory.check_free()
+    roles = build_roles(config, base)
+    stated = Stated(target, target.base_sample, target.report)
+    display = Display(plain_console(), goals(stated.report))
+    for term in target.terms:
+        if run_file_form(term.feature) is None:
+            display.say(
+                f"note: no run file can name the feature '{term.feature.name}', so `tiltlm eval` will not know it; "
+                f"define its function in a module"
+            )
+    with sigterm_interrupts():
+        return _run(config, directory, roles, stated, display, callbacks, resume=False)
+
+
+def _stated_prompts(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
+    """The run file's form of prompts that were given in Python, in the order in which they were given."""
+    if held_out is not None:
+        return {"rows": _rows(prompts), "held_out": list(held_out)}
+    return _rows(prompts) if any(prompts.texts) or prompts.columns else None
+
+
+def _rows(prompts: Prompts) -> list[Any]:
+    chats = prompts.messages or [None] * len(prompts)
+    given = [list(chat) if chat else text or "" for chat, text in zip(chats, prompts.texts, strict=True)]
+    columns = [dict(zip(prompts.columns, row, strict=True)) for row in zip(*prompts.columns.values(), strict=True)]
+    rows = [{**row, "prompt": prompt} for prompt, row in zip(given, columns, strict=True)] if columns else given
+    return [rows[place] for place in sorted(range(len(rows)), key=prompts.ids.__getitem__)]
+
+
+def _stated_config(target: FittedTarget) -> TargetConfig:
+    """The run file's form of a target that was stated in Python; a feature without one is recorded by its name."""
+    stated = [(run_file_form(term.feature) or {OBJECT: term.feature.name}, term) for term in target.terms]
+    rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in stated if term.kind == "reward"]
+    return TargetConfig(
+        constraints=[
+            ConstraintConfig(feature=f, moment=term.goal or 0.0) for f, term in stated if term.kind != "reward"
+        ],
+        reward=rewards[0] if rewards else None,
+        samples=len(target.base_sample.samples),
+    )
+
+
+def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
+    """The run of this config in ``output_dir`` if it is done already, so that there is nothing to resume."""
+    directory = RunDirectory(output_dir)
+    if not directory.run_path.exists() or not is_done(directory):
+        return None
+    check_same_config(directory, config.to_json(), config.stated(), done=True)
+    if not directory.report_path.exists():
+        write_report(directory)
+    return directory
+
+
+def tune_config(
+    config: RunConfig,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+    fit_dir: Path | None = None,
+) -> Run:
+    """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped.
+
+    ``callbacks`` come beside those of the config. A folder ``fit_dir`` may hold the samples of the fit, drawn before by
+    the same settings and seed: they are not drawn again, and count all the same.
+
+    Ask ``finished`` first: a run that is done would be evaluated and published again. Raises KeyboardInterrupt on
+    Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
+    """
+    display = Display(console or plain_console())
+    check_names(config)
+    directory = RunDirectory(output_dir)
+    resume = resume and directory.run_path.exists()
+    if resume:
+        began = RunDirectory.open(output_dir)
+        check_same_config(began, config.to_json(), config.stated(), done=is_done(began))
+    else:
+        directory.check_free()
+    callbacks = [*build_callbacks(config), *callbacks]
+    with sigterm_interrupts():
+        base = build_base(config)
+        # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
+        build_accelerator(config.training, base.device)
+        roles = build_roles(config, base)
+        if not roles.shared:
+            base.freeze()  # nobody else holds it
+        try:
+            with roles.use("base") as model:
+                stated = state_target(config, model, display, directory.checkpoint_dir if resume else fit_dir)
+        except KeyboardInterrupt:
+            if not resume:
+                RunDirectory.create(output_dir, config.to_json(), config.seed)
+            directory.mark_interrupted()
+            raise
+        display.goals = goals(stated.report)
+        for warning in stated.report.warnings:
+            display.say(f"note: {warning}")
+        return _run(config, directory, roles, stated, display, callbacks, resume=resume)
+
+
+def _held_out(config: RunConfig, base: LanguageModel) -> Prompts | None:
+    """The prompts that are for evaluation alone; UsageError, before training, for one that is too long."""
+    data = read_prompts(config).held_out
+    if data is None:
+        return None
+    prompts = encode_prompts(base, data)
+    base.check_length(prompts, config.max_completion_length)
+    return prompts
+
+
+def _run(
+    config: RunConfig,
+    directory: RunDirectory,
+    roles: Roles,
+    stated: Stated,
+    display: Display,
+    callbacks: Sequence[Callback],
+    *,
+    resume: bool,
+) -> Run:
+    objective, rule = build_method(config.method)
+    check_expressible(objective, stated.target)
+    for note in method_notes(objective, stated.target):
+        display.say(f"note: {note}")
+    recorder = Recorder(directory)
+    trainer = Trainer(
+        roles,
+        stated.target,
+        objective,
+        rule,
+        config.training,
+        base_sample=stated.base_sample,
+        seed=stream(config.seed, "train"),
+        checkpoint_dir=directory.checkpoint_dir,
+        callbacks=[recorder, display, *callbacks],
+    )
+    with roles.use("base") as base:
+        weights = fingerprint(base)
+        held_out = _held_out(config, base)
+    if resume:
+        check_same_base(directory, weights)
+        trainer.resume()
+        directory.truncate_metrics(trainer.step)
+        directory.mark_running()
+    else:
+        directory = RunDirectory.create(directory.path, config.to_json(), config.seed)
+    trackers: Trackers | None = None
+    try:
+        if not resume:
+            save_base_sample(directory.checkpoint_dir, stated.base_sample)
+        if config.report_to:
+            trackers = Trackers(config.report_to, config.to_json(), directory.path)
+            trainer.callbacks += (trackers,)
+        device, target = str(roles.policy.device), stated.report.to_json()
+        directory.write_run(base_fingerprint=weights, device=device, target=target)
+        for callback in trainer.callbacks:
+            callback.on_train_begin(trainer.progress, roles, stated.target)
+        began, every = trainer.step, config.training.save_steps
+        with display.training(began, config.training.max_steps):
+            outcome = trainer.train()
+        final = {"progress": outcome.progress.to_json(), "seconds": outcome.progress.seconds}
+        if outcome.status == "interrupted":
+            directory.mark_interrupted(**final)
+            return Run(directory, "interrupted", roles, stated.report, None, None)
+        if trainer.step > began and not (every and trainer.step % every == 0):
+            trainer.save()  # so that no step has to be taken again should the evaluation be cut short
+        seed = stream(config.seed, "evaluate")
+        before, after = evaluate(config, roles, stated.target, stated.base_sample, held_out, seed, display)
+        publish(directory, config, roles, stated.report, before, after)
+        directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
+    except KeyboardInterrupt:
+        directory.mark_interrupted()
+        raise
+    except BaseException as error:
+        directory.mark_failed(error)
+        raise
+    finally:
+        if trackers:
+            trackers.close()
+    write_report(directory)
+    return Run(directory, "done", roles, stated.report, before, after)

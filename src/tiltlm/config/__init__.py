@@ -1,0 +1,1 @@
+"""Run files, study files and their parts. No torch here."""

@@ -1,0 +1,1 @@
+"""Fresh samples of a model, measured. Import from the modules."""

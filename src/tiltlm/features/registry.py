@@ -1,0 +1,150 @@
+"""From the run file's form of a feature to the feature, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, python_feature
+from tiltlm.features.classifier import classifier, reward_model
+from tiltlm.features.code import code_feature
+from tiltlm.features.feature import Combination, Negation, Threshold, all_of, any_of, negation, threshold
+from tiltlm.features.feature import Feature
+from tiltlm.features.json_schema import json_feature
+from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
+from tiltlm.features.perplexity import perplexity
+from tiltlm.features.sentiment import sentiment
+from tiltlm.features.similarity import similarity
+
+FeatureSpec = str | Mapping[str, Any] | Feature | Callable[..., Any]
+
+MEASURES: dict[str, Callable[..., Feature]] = {
+    "contains": contains,
+    "wordlist": wordlist,
+    "regex": regex,
+    "length": length,
+    "pronouns": pronouns,
+    "sentiment": sentiment,
+    "classifier": classifier,
+    "reward_model": reward_model,
+    "similarity": similarity,
+    "perplexity": perplexity,
+    "code": code_feature,
+    "json": json_feature,
+    "python": python_feature,
+}
+COMBINATORS = ("all", "any", "not", "threshold")
+KINDS = (*MEASURES, *COMBINATORS)
+# Stands in the record of a run for a feature that no run file can name.
+OBJECT = "object"
+
+
+def build_feature(spec: FeatureSpec) -> Feature:
+    """The feature that a spec describes.
+
+    ``{contains: amazing}`` or the short form ``contains:amazing`` gives the first argument of the function of that
+    name; further ones stand beside it or in a mapping, ``{contains: {phrase: amazing, ignore_case: false}}``; ``name``
+    beside it renames. ``all``, ``any`` and ``not`` hold specs, ``threshold`` holds ``{feature, at, op}``. A Feature is
+    returned as it is, a Python function becomes one. Raises UsageError for anything else.
+    """
+    if isinstance(spec, Feature):
+        return spec
+    if isinstance(spec, str):
+        return _build(*_short_form(spec), options={})
+    if callable(spec):
+        return callable_feature(spec)
+    if not isinstance(spec, Mapping):
+        raise UsageError(f"feature: expected a mapping such as {{contains: amazing}}, got {spec!r}")
+    if OBJECT in spec:
+        raise UsageError(
+            f"feature: '{spec[OBJECT]}' was given in Python as an object that no run file can name (a lambda, a "
+            f"function of __main__ or of a notebook, an object of a class of your own). Tune with a function that a "
+            f"module defines, or hand it over again in Python: tiltlm.app.build.load_run(run_dir, features=[...])"
+        )
+    # A classifier's own threshold is an option of it.
+    options_of = {name for key in spec if key in MEASURES for name in inspect.signature(MEASURES[key]).parameters}
+    kinds = [key for key in spec if key in KINDS and key not in options_of]
+    if not kinds:
+        wrong = next((str(key) for key in spec if key != "name"), "")
+        raise UsageError(f"feature: unknown feature '{wrong}'; {nearest(wrong, KINDS)}")
+    if len(kinds) > 1:
+        raise UsageError(f"feature: {' and '.join(kinds)} in one mapping; give one, or a list under 'all' or 'any'")
+    options = {str(key): value for key, value in spec.items() if key not in (kinds[0], "name")}
+    feature = _build(kinds[0], spec[kinds[0]], options)
+    return feature.renamed(spec["name"]) if "name" in spec else feature
+
+
+def run_file_form(feature: Feature) -> dict[str, Any] | None:
+    """The spec that ``build_feature`` makes this feature of again, in any process; None where there is none.
+
+    There is none for a lambda, for a function of ``__main__`` or of a notebook, for an object of a user's own class,
+    and for what is made of one of these.
+    """
+    if isinstance(feature, Combination):
+        parts, all_parts = feature.parts, feature.word == "and"
+        plain: Feature = all_of(*parts) if all_parts else any_of(*parts)
+        forms = [run_file_form(part) for part in parts]
+        form: dict[str, Any] = {"all" if all_parts else "any": forms}
+    elif isinstance(feature, Negation):
+        plain, forms = negation(feature.part), [run_file_form(feature.part)]
+        form = {"not": forms[0]}
+    elif isinstance(feature, Threshold):
+        plain, forms = threshold(feature.part, feature.at, feature.op), [run_file_form(feature.part)]
+        form = {"threshold": {"feature": forms[0], "at": feature.at, "op": feature.op}}
+    elif feature.spec is None and isinstance(feature, CallableFeature):
+        return importable_form(feature)
+    else:
+        return None if feature.spec is None else dict(feature.spec)
+    if None in forms:
+        return None
+    return form if plain.name == feature.name else {**form, "name": feature.name}
+
+
+def _short_form(spec: str) -> tuple[str, str]:
+    kind, colon, argument = spec.partition(":")
+    if colon and kind.strip() in MEASURES:
+        return kind.strip(), argument.strip()
+    if colon and kind.strip() in COMBINATORS:
+        raise UsageError(f"feature: '{kind}' holds features, so it needs the long form: {{{kind}: …}}")
+    hint = f"write 'python:{spec}' for a Python function; " if colon and kind.replace(".", "").isidentifier() else ""
+    raise UsageError(f"feature: unknown feature '{spec}'; {hint}{nearest(kind, KINDS)}")
+
+
+def _build(kind: str, argument: Any, options: dict[str, Any]) -> Feature:
+    if kind in MEASURES:
+        function = MEASURES[kind]
+        if isinstance(argument, Mapping):
+            return _call(kind, function, {str(key): value for key, value in argument.items()} | options)
+        return _call(kind, function, {next(iter(inspect.signature(function).parameters)): argument} | options)
+    _reject_unknown(kind, options, ())
+    if kind == "not":
+        return negation(build_feature(argument))
+    if kind == "threshold":
+        if not isinstance(argument, Mapping):
+            raise UsageError(f"threshold: expected {{feature: …, at: 0.5, op: '>='}}, got {argument!r}")
+        fields = {str(key): value for key, value in argument.items()}
+        if "feature" in fields:
+            fields["feature"] = build_feature(fields["feature"])
+        return _call(kind, threshold, fields)
+    if isinstance(argument, str | Mapping) or not isinstance(argument, Sequence) or not argument:
+        raise UsageError(f"{kind}: expected a list of features, got {argument!r}")
+    parts = [build_feature(part) for part in argument]
+    return all_of(*parts) if kind == "all" else any_of(*parts)
+
+
+def _call(kind: str, function: Callable[..., Feature], arguments: dict[str, Any]) -> Feature:
+    """The function called with these keywords, once they are known to fit its signature."""
+    parameters = inspect.signature(function).parameters
+    _reject_unknown(kind, arguments, tuple(parameters))
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments:
+            raise UsageError(f"{kind}: '{parameter.name}' is missing")
+    return function(**arguments)
+
+
+def _reject_unknown(kind: str, options: Mapping[str, Any], valid: tuple[str, ...]) -> None:
+    for key in options:
+        if key not in valid:
+            raise UsageError(f"{kind}: unknown option '{key}'; {nearest(key, (*valid, 'name'))}")

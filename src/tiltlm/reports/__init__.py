@@ -1,0 +1,1 @@
+"""Reports of a run: HTML, charts, tables and model card, made from a run directory alone."""

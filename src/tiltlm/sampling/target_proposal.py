@@ -1,0 +1,145 @@
+"""The law to draw from, the base, a guided base or a policy, and what its draws weigh under the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tiltlm.errors import UsageError, nearest
+from tiltlm.estimation import effective_sample_size, log_importance_weights
+from tiltlm.lm import Guide, Law, Prompts, Roles, Samples
+from tiltlm.targets import BaseSample, Target, measure_samples
+from tiltlm.guides import guide_toward
+
+Source = Literal["base", "guided", "policy"]
+SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
+CALLED: dict[Source, str] = {"base": "the base", "guided": "the guided base", "policy": "the policy"}
+# Draws by which two proposals are told apart, and the most prompts that they are of.
+TRIAL, TRIAL_PROMPTS = 256, 16
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples of a proposal with their log-weights, log P(x) − log q(x) [N], float64 on the CPU."""
+
+    samples: Samples
+    log_weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, rows: Tensor) -> Draws:
+        """These rows [N'], places on the CPU."""
+        return Draws(self.samples.select(rows.to(self.samples.tokens.device)), self.log_weights[rows])
+
+    def by_prompt(self) -> Iterator[tuple[int, Draws]]:
+        """The draws of each prompt, by its place, in the order in which they were drawn."""
+        index = self.samples.prompt_index.cpu()
+        places = list(dict.fromkeys(index.tolist()))
+        for place in places:
+            yield place, self if len(places) == 1 else self.select((index == place).nonzero().squeeze(-1))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Draws]) -> Draws:
+        """The rows of all parts, which come from the same prompts and law."""
+        samples = Samples.concatenate([part.samples for part in parts])
+        return Draws(samples, torch.cat([part.log_weights for part in parts]))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``.
+
+    ``reason`` says why it was chosen, where it was chosen among others.
+    """
+
+    roles: Roles
+    target: Target
+    source: Source
+    prompts: Prompts
+    max_completion_length: int = 40
+    guide: Guide | None = None
+    reason: str = ""
+
+    @torch.no_grad()
+    def draw(self, n: int, places: Sequence[int], generator: torch.Generator) -> Draws:
+        """``n`` completions of the prompts at these places, in turn, with their weights."""
+        with self.roles.use("policy" if self.source == "policy" else "base") as model:
+            samples = model.sample(
+                n,
+                self.prompts.select(places),
+                generator=generator,
+                max_completion_length=self.max_completion_length,
+                guide=self.guide,
+            )
+        logprob = base_logprob = samples.sequence_logprob.cpu()
+        features = measure_samples(self.target.features, samples)
+        if self.source != "base":
+            with self.roles.use("base") as base:
+                base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)
+        among_all = torch.tensor(places, device=samples.tokens.device)[samples.prompt_index]
+        return Draws(replace(samples, prompts=self.prompts, prompt_index=among_all), log_weights)
+
+
+def build_proposal(
+    source: str | None,
+    roles: Roles,
+    target: Target,
+    *,
+    policy: bool,
+    base_sample: BaseSample | None = None,
+    prompts: Prompts,
+    max_completion_length: int = 40,
+) -> Proposal:
+    """The proposal called ``source``, by default the nearest to the target of those at hand.
+
+    That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where they
+    are not there; or the policy, if there is one and more of 256 draws of it carry the target's weight. Raises
+    UsageError for a proposal that there is not.
+    """
+    if source is None:
+        own = "guided" if base_sample is not None else "base"
+        rivals = [own, "policy"] if policy else [own]
+        given: dict[str, Any] = {
+            "policy": policy,
+            "base_sample": base_sample,
+            "prompts": prompts,
+            "max_completion_length": max_completion_length,
+        }
+        return _nearest([build_proposal(rival, roles, target, **given) for rival in rivals])
+    if source not in SOURCES:
+        raise UsageError(f"proposal: '{source}' is not known; {nearest(source, SOURCES)}")
+    if source == "policy" and not policy:
+        raise UsageError("proposal: there is no tuned policy here; choose base or guided")
+    guide = None
+    if source == "guided":
+        with roles.use("base") as base:
+            if base_sample is None:
+                raise UsageError(
+                    "guided: a guide is made of the base's samples that the target was fitted on, and they are not "
+                    "there; take another proposal, with rejection, qrs, resample or mcmc"
+                )
+            guide = guide_toward(base, target, base_sample)
+    return Proposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
+
+
+def _nearest(proposals: Sequence[Proposal]) -> Proposal:
+    """The one of which most draws carry the target's weight, by a trial of each."""
+    if len(proposals) == 1:
+        return proposals[0]
+    sizes = []
+    for proposal in proposals:
+        generator = torch.Generator(proposal.roles.policy.device).manual_seed(TRIAL)
+        draws = proposal.draw(TRIAL, range(min(TRIAL_PROMPTS, len(proposal.prompts))), generator)
+        sizes.append(sum(effective_sample_size(part.log_weights).value for _, part in draws.by_prompt()))
+    chosen = max(range(len(proposals)), key=sizes.__getitem__)
+    shown = ", ".join(f"{size:.0f} of {CALLED[one.source]}" for size, one in zip(sizes, proposals, strict=True))
+    reason = (
+        f"draws come from {CALLED[proposals[chosen].source]}: of {TRIAL} each, the target's weight is on {shown} (ESS)"
+    )
+    return replace(proposals[chosen], reason=reason)

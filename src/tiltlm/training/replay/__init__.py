@@ -1,0 +1,1 @@
+"""Replay: past samples that later updates train on again."""
