@@ -38,11 +38,11 @@ def our_trainer(
     lora: bool = False,
 ) -> Trainer:
     """A trainer toward a(x) exp(reward/β), by default with GDC++ on-policy; ``rows`` sets those of a forward pass."""
+    from tiltlm.config.training import TrainingArguments
     from tiltlm.features import callable_feature
     from tiltlm.lm import LanguageModel, Roles
     from tiltlm.objectives import GDCPlusPlus
     from tiltlm.targets import draw_base_sample, fit_target, state_terms
-    from tiltlm.config.training import TrainingArguments
     from tiltlm.training.proposal_rules import proposal_rule
     from tiltlm.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from tiltlm.targets.constrain import measure_samples
 
 def main(steps: int = 40, batch_size: int = 256, fit_samples: int = 4096) -> None:
     base = tiltlm.LanguageModel.from_pretrained("embedded")
-    target = base.constrain({pronouns("female"): 0.5}, samples=fit_samples)
+    target = tiltlm.constrain(base, {pronouns("female"): 0.5}, samples=fit_samples)
     log_z = target.report.log_z.value
     roles = Roles(base.copy(), base=base)
     policy = roles.policy

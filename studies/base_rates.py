@@ -11,9 +11,9 @@ import torch
 
 from tiltlm.app.build import build_base, build_terms, encode_prompts, read_prompts
 from tiltlm.config.run import RunConfig, parse_config
+from tiltlm.config.study import load_study
 from tiltlm.estimation import mean
 from tiltlm.lm import LanguageModel, Samples
-from tiltlm.config.study import load_study
 from tiltlm.targets import measure_samples
 
 

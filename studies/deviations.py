@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltlm.app.build import build_terms
 from tiltlm.estimation import Estimate, mean, self_bleu_5
-from tiltlm.lm import LanguageModel, Law, Samples
+from tiltlm.lm import LanguageModel, Samples, SamplingSettings
 from tiltlm.targets import measure_samples
 from tiltlm.targets.moments import fit_moments
 
@@ -41,7 +41,7 @@ def warped(base: LanguageModel, count: int, seed: int, length: int) -> str:
     """Samples under top-p 0.9 scored by the whole law."""
     samples = base.sample(count, None, seed, max_completion_length=length, top_p=0.9)
     with torch.no_grad():
-        scored = base.logprob(samples, law=Law()).double().sum(-1)
+        scored = base.logprob(samples, settings=SamplingSettings()).double().sum(-1)
     return f"log q − log a is {mean(samples.sequence_logprob.double() - scored)} a text, and taken for 0"
 
 

@@ -16,12 +16,12 @@ import torch
 
 from tiltlm.app.build import build_base, build_terms
 from tiltlm.config.run import RunConfig, parse_config
-from tiltlm.estimation import Estimate
-from tiltlm.lm import Guide, LanguageModel, Law, next_token
 from tiltlm.config.study import load_study
+from tiltlm.estimation import Estimate
+from tiltlm.guides import guide_toward
+from tiltlm.lm import Guide, LanguageModel, SamplingSettings, next_token
 from tiltlm.study.reference import Reference, load_reference
 from tiltlm.targets import fit_target
-from tiltlm.guides import guide_toward
 from tiltlm.training.checkpoint import load_base_sample
 
 # What is trained on texts of the reference takes those behind the ones that it is measured on.
@@ -57,7 +57,7 @@ class Task:
     @torch.no_grad()
     def kl(self, model: LanguageModel, texts: int, guide: Guide | None = None) -> Estimate:
         """KL(p‖model) on the reference's first texts."""
-        samples = replace(self.reference.samples.select(torch.arange(texts)), guide=guide, law=Law())
+        samples = replace(self.reference.samples.select(torch.arange(texts)), guide=guide, settings=SamplingSettings())
         return self.reference.kl(model.logprob(samples).double().sum(-1).cpu())
 
     def steps(self, policy: LanguageModel, updates: int) -> Iterator[torch.optim.Optimizer]:
@@ -94,7 +94,7 @@ def of_likelihood(task: Task, count: int, epochs: int) -> Iterator[str]:
         if update % each == 0:
             order = texts[torch.randperm(count, generator=generator)]
         batch = task.reference.samples.select(order[update % each * size :][:size])
-        (-policy.logprob(batch, law=Law()).sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
+        (-policy.logprob(batch, settings=SamplingSettings()).sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
         if update % each == each - 1:
             yield f"epoch {update // each + 1}: {task.kl(policy, HELD_OUT)}"
 

@@ -16,9 +16,9 @@ from base_rates import study_sample
 from torch import Tensor
 
 from tiltlm.app.build import build_terms
+from tiltlm.guides import guide_toward
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, measure_samples
-from tiltlm.guides import guide_toward
 
 LENGTHS = (3, 6, 11, 16, 21)
 STRENGTHS = (30.0, 100.0, 300.0, 1000.0, 3000.0)

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tiltlm.lm import Guide, LanguageModel, Law
+from tiltlm.lm import Guide, LanguageModel, SamplingSettings
 
 POSITIONS = 24
 
@@ -105,11 +105,11 @@ FLOAT32_ONLY = ("gemma2", "bloom", "mamba")
 EMBEDDING_STD = {"openai-gpt": 0.25, "mamba": 0.3, "gemma2": 0.15, "opt": 0.4}
 
 LAWS = {
-    "plain": Law(),
-    "temperature": Law(temperature=0.6),
-    "top_k": Law(top_k=3),
-    "top_p": Law(top_p=0.8),
-    "all_three": Law(temperature=1.7, top_k=4, top_p=0.9),
+    "plain": SamplingSettings(),
+    "temperature": SamplingSettings(temperature=0.6),
+    "top_k": SamplingSettings(top_k=3),
+    "top_p": SamplingSettings(top_p=0.8),
+    "all_three": SamplingSettings(temperature=1.7, top_k=4, top_p=0.9),
 }
 
 PROMPTS: dict[str, Any] = {

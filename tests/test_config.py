@@ -23,9 +23,9 @@ from tiltlm.config.run import (
     load_config,
     parse_config,
 )
-from tiltlm.errors import UsageError
 from tiltlm.config.starter import starter_config
 from tiltlm.config.training import TrainingArguments
+from tiltlm.errors import UsageError
 
 LEAST: dict[str, Any] = {
     "model": "embedded",

@@ -12,12 +12,12 @@ import torch
 
 from enumerable import tiny_model
 from tiltlm.app.build import encode_prompts, read_prompts
+from tiltlm.config.prompt_data import PromptData, prompt_rows, stated_prompts
 from tiltlm.config.run import apply_override, parse_config
 from tiltlm.errors import UsageError
 from tiltlm.features import callable_feature, measure
 from tiltlm.lm import LanguageModel
 from tiltlm.lm.memory import Memory
-from tiltlm.config.prompt_data import PromptData, prompt_rows, stated_prompts
 from tiltlm.targets import draw_base_sample, measure_samples
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 

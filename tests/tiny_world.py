@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from enumerable import tiny_model
+from tiltlm.config.training import TrainingArguments
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_target
 from tiltlm.features import build_feature, length
-from tiltlm.lm import LanguageModel, Law, Roles, Samples
+from tiltlm.lm import LanguageModel, Roles, Samples, SamplingSettings
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
-from tiltlm.config.training import TrainingArguments
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.proposal_rules import ProposalRule, proposal_rule
 from tiltlm.training.trainer import Trainer
@@ -42,7 +42,7 @@ class World:
     def logprob(self, model: LanguageModel) -> Tensor:
         """log-probability [N] of every completion under a model."""
         with torch.no_grad():
-            return model.logprob(self.samples, law=Law()).double().sum(-1)
+            return model.logprob(self.samples, settings=SamplingSettings()).double().sum(-1)
 
     def kl(self, model: LanguageModel) -> float:
         """KL(p‖model), exactly."""
@@ -139,7 +139,7 @@ def flat(gradients: dict[str, Tensor], trainer: Trainer | None = None) -> Tensor
 
 def true_gradient(world: World, policy: LanguageModel) -> dict[str, Tensor]:
     """∇KL(p‖π) by differentiating the exact divergence itself."""
-    logprob = policy.logprob(world.samples, law=Law()).sum(-1)
+    logprob = policy.logprob(world.samples, settings=SamplingSettings()).sum(-1)
     p = world.truth.logprob
     kl = (p.exp() * torch.where(p.isfinite(), p - logprob, 0.0)).sum()
     named = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

@@ -10,11 +10,11 @@ from torch import Tensor
 from ground.policies import GuideKept
 from ground.runs import Budget, Drawn, Falls, Runs
 from tiltlm.estimation import mixture
-from tiltlm.lm.forward import gram
-from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.token_states import PrefixStates
-from tiltlm.guides.value import Twist
+from tiltlm.guides.value import ValueFunction
+from tiltlm.lm.forward import gram
+from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def guides_of(runs: Runs) -> Guides:
         seen = visits.nonzero().squeeze(-1)
         chain.add(world.state[seen], depth[seen], world.base[seen].exp(), visits[seen], visits[seen])
         cells = torch.arange(graph.length + 1) * 2 * len(states.transitions) + world.state[passed[r]]
-        twist = Twist(states, cells, graph.length, chain)
+        twist = ValueFunction(states, cells, graph.length, chain)
         log_tilt, told = runs.log_tilt[r][fit.leaf[r]], runs.targets[r].log_tilt(world.automaton.values)
         guide = twist.guide(log_tilt, None, told)
         promises.append(guide.log_twist[depth, world.state] + guide.log_scale)

@@ -11,8 +11,8 @@ from ground.distilled import keep_guide
 from ground.runs import Budget, Drawn, Falls, Runs, Scored
 from tiltlm.estimation import log_partition
 from tiltlm.objectives import AdaptiveObjective, Objective
-from tiltlm.training.replay.weights import BASE, mixture_logprob
 from tiltlm.training.proposal_rules import proposal_rule
+from tiltlm.training.replay.weights import BASE, mixture_logprob
 
 
 @dataclass(frozen=True)

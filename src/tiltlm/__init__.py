@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tiltlm.app.tune import Run, tune
     from tiltlm.errors import TiltError
     from tiltlm.estimation import Estimate
     from tiltlm.features import Feature, feature
-    from tiltlm.app.tune import Run, tune
     from tiltlm.lm import LanguageModel, Samples
     from tiltlm.objectives import Objective, Record
     from tiltlm.sampling import sample_target

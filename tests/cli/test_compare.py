@@ -22,8 +22,8 @@ import yaml
 from command_line import Command, assert_one_error, write_config
 
 from tiltlm.config.run import parse_config
-from tiltlm.errors import UsageError
 from tiltlm.config.study import load_study, parse_study
+from tiltlm.errors import UsageError
 from tiltlm.study.grid import expand, steps_within
 from tiltlm.training.proposal_rules import proposal_rule
 

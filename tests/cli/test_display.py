@@ -9,8 +9,8 @@ import re
 import pytest
 from rich.console import Console
 
-from tiltlm.estimation import Estimate
 from tiltlm.app.display import Display, plain_console
+from tiltlm.estimation import Estimate
 from tiltlm.training.callbacks import Progress
 from tiltlm.training.metrics import StepMetrics
 

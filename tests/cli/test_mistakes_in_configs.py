@@ -260,7 +260,7 @@ def test_a_wrong_config_is_told_before_anything_is_written(
 )
 def test_python_says_the_same(here: Path, tiny: Path, setting: dict[str, Any], message: str) -> None:
     base = tiltlm.LanguageModel.from_pretrained(tiny, device="cpu")
-    target = base.constrain({"pronouns:female": 0.5}, samples=64, max_completion_length=8)
+    target = tiltlm.constrain(base, {"pronouns:female": 0.5}, samples=64, max_completion_length=8)
     with pytest.raises(UsageError, match=message):
         tiltlm.tune(base, target, output_dir=here / "run", **setting)
     assert not (here / "run").exists()

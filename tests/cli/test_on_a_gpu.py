@@ -12,8 +12,8 @@ import torch
 from command_line import Command, write_config, write_stops
 
 from pretended_gpu import PretendedGPU, pretended_gpu
-from tiltlm.objectives import BUILT_IN
 from tiltlm.config.study import load_study
+from tiltlm.objectives import BUILT_IN
 from tiltlm.study.grid import expand
 from tiltlm.study.worker import work
 

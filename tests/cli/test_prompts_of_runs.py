@@ -152,8 +152,8 @@ def test_python_states_the_same(tiny: Path, here: Path, tiltlm: Command, no_pict
     from tiltlm.features import build_feature
 
     feature = build_feature({"python": "measures:holds_word", "binary": True}).renamed("its word")
-    target = base.constrain(
-        {feature: 0.4}, samples=300, prompts=prompts, samples_per_prompt=5, max_completion_length=10
+    target = tiltlm.constrain(
+        base, {feature: 0.4}, samples=300, prompts=prompts, samples_per_prompt=5, max_completion_length=10
     )
     held_out = [{"prompt": "her game", "word": "good"}, {"prompt": "him", "word": "old"}]
     run = package.tune(

@@ -37,7 +37,7 @@ def base(tiny: Path) -> tiltlm.LanguageModel:
 
 
 def tuned(base: tiltlm.LanguageModel, constraints: Any, folder: str, **further: Any) -> tuple[Any, tiltlm.Run]:
-    target = base.constrain(constraints, samples=150, max_completion_length=10, prompts=PROMPTS, **further)
+    target = tiltlm.constrain(base, constraints, samples=150, max_completion_length=10, prompts=PROMPTS, **further)
     return target, tiltlm.tune(base, target, output_dir=folder, max_steps=2, batch_size=20, evaluation_samples=30)
 
 

@@ -21,15 +21,15 @@ import torch
 from rich.console import Console
 
 from tiltlm.app.build import build_base, build_method, build_roles, build_terms
-from tiltlm.config.run import parse_config
-from tiltlm.lm import LanguageModel, Samples
 from tiltlm.app.display import Display
 from tiltlm.app.fit import state_target, stream
+from tiltlm.config.run import parse_config
+from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets import fit_target
 from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 
 Rows = list[list[int]]

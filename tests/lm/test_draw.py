@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from enumerable import LAWS
-from tiltlm.lm import Law, sampling
+from tiltlm.lm import SamplingSettings, sampling
 
 # Less than a block of 64 tokens, one, one and a little, and several.
 WIDTHS = [1, 2, 63, 64, 65, 130, 1000]
@@ -42,7 +42,7 @@ def with_holes(logits: Tensor) -> Tensor:
 def test_tokens_come_as_often_as_their_law_says(width: int, dtype: torch.dtype) -> None:
     n = 40_000
     logits = random_logits(1, width, dtype)
-    drawn, _ = sampling.draw(logits.expand(n, width), Law(), seeded(1))
+    drawn, _ = sampling.draw(logits.expand(n, width), SamplingSettings(), seeded(1))
     assert drawn.shape == (n,)
     expected = n * logits[0].double().softmax(0)
     observed = torch.bincount(drawn, minlength=width).double()
@@ -132,7 +132,7 @@ def test_rows_cut_in_pieces_give_the_same_tokens(
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def law_of(logits: Tensor, law: Law) -> Tensor:
+def law_of(logits: Tensor, law: SamplingSettings) -> Tensor:
     """Probabilities [V] of one row, token by token, as the settings are defined."""
     scaled = (logits.double() / law.temperature).tolist()
     ranked = sorted(range(len(scaled)), key=lambda v: -scaled[v])

@@ -12,11 +12,11 @@ from scipy import stats
 
 from enumerable import CROSSING, LAWS, PROMPTS, TOKENS, random_guide, tiny_model
 from tiltlm.app.build import load_run
+from tiltlm.app.tune import tune_config
 from tiltlm.config.run import load_config
 from tiltlm.errors import ModelError, UsageError
 from tiltlm.exact import enumerate_completions
-from tiltlm.app.tune import tune_config
-from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples
+from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings
 
 LENGTH = 4
 LORA: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
@@ -34,7 +34,7 @@ def naive_logprob(model: LanguageModel, samples: Samples) -> list[torch.Tensor]:
         prompt = samples.prompts.tokens[i][samples.prompts.mask[i]]
         begun = torch.tensor([[model.start_id, *completion[:-1]]])
         logits = model.model(input_ids=prompt[None], decoder_input_ids=begun).logits[0]
-        rows.append(samples.law.log_probabilities(logits)[range(len(completion)), completion])
+        rows.append(samples.settings.log_probabilities(logits)[range(len(completion)), completion])
     return rows
 
 
@@ -50,7 +50,7 @@ def test_probabilities_sum_to_one_for_each_of_ragged_prompts_under_each_law(arch
     assert model.is_encoder_decoder
     assert model.start_id == TOKENS[tokens].ids["b"]
     for law in LAWS.values():
-        samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=3, law=law)
+        samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=3, settings=law)
         assert samples.prompts.ragged
         torch.testing.assert_close(totals(samples), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
@@ -153,7 +153,7 @@ def test_a_guided_law_is_exact(model: LanguageModel) -> None:
     samples = model.sample(200, PROMPTS["several"], 2, max_completion_length=5, guide=guide)
     with torch.no_grad():
         torch.testing.assert_close(model.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-6)
-        assert (model.logprob(samples, law=Law()) - samples.proposal_logprob).abs().max() > 0.1
+        assert (model.logprob(samples, settings=SamplingSettings()) - samples.proposal_logprob).abs().max() > 0.1
 
 
 def test_an_adapter_tunes_encoder_and_decoder_and_leaves_the_base(model: LanguageModel, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from enumerable import FLOAT32_ONLY, LAWS, PROMPTS, SIZES, TOKENS, tiny_model
 from tiltlm.exact import enumerate_completions
-from tiltlm.lm import Law, Samples
+from tiltlm.lm import Samples, SamplingSettings
 
 OTHERS = [name for name in SIZES if name not in ("gpt2", "llama")]
 
@@ -24,7 +24,7 @@ def totals(samples: Samples) -> torch.Tensor:
 def test_probabilities_sum_to_one_for_each_prompt_under_each_law(architecture, tokens, prompts):
     model, length = tiny_model(architecture, tokens), 3 if prompts == "several" else 4
     for name, law in LAWS.items():
-        samples = enumerate_completions(model, PROMPTS[prompts], max_completion_length=length, law=law)
+        samples = enumerate_completions(model, PROMPTS[prompts], max_completion_length=length, settings=law)
         sums = totals(samples)
         torch.testing.assert_close(
             sums, torch.ones_like(sums), rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
@@ -35,7 +35,7 @@ def test_probabilities_sum_to_one_for_each_prompt_under_each_law(architecture, t
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_probabilities_sum_to_one_for_other_kinds_of_positions_and_caches(architecture, law):
     model = tiny_model(architecture, "several_eos")
-    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, law=LAWS[law])
+    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, settings=LAWS[law])
     sums = totals(samples)
     tolerance = 1e-5 if architecture in FLOAT32_ONLY else 1e-9
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
@@ -73,7 +73,7 @@ def test_a_vocabulary_token_that_only_pads_is_still_a_token_that_can_be_sampled(
     assert 0 < samples.sequence_logprob[holds_pad].exp().sum() < 1
 
 
-def reference_law(logits: torch.Tensor, law: Law) -> torch.Tensor:
+def reference_law(logits: torch.Tensor, law: SamplingSettings) -> torch.Tensor:
     """What temperature, top-k and top-p mean, for one vector [V] without ties, token by token."""
     scaled = (logits / law.temperature).tolist()
     kept = sorted(range(len(scaled)), key=lambda v: -scaled[v])
@@ -95,18 +95,18 @@ def reference_law(logits: torch.Tensor, law: Law) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [0, 1, 5, 12, 99])
 def test_law_keeps_the_tokens_that_its_definition_keeps(top_k, top_p):
     logits = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
-    law = Law(temperature=0.7, top_k=top_k, top_p=top_p)
+    law = SamplingSettings(temperature=0.7, top_k=top_k, top_p=top_p)
     expected = torch.stack([reference_law(row, law) for row in logits])
     torch.testing.assert_close(law.log_probabilities(logits), expected)
 
 
 def test_law_breaks_ties_by_id_even_where_rounding_reverses_them():
     tied = torch.tensor([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0 - 1e-6, 2.0, 2.0 + 1e-6]])
-    for law in (Law(top_k=2), Law(top_p=0.5)):
+    for law in (SamplingSettings(top_k=2), SamplingSettings(top_p=0.5)):
         kept = law.log_probabilities(tied).isfinite().tolist()
         assert kept == [[False, True, True, False]] * 2
 
 
 def test_law_computes_in_float32_or_better():
-    assert Law().log_probabilities(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
-    assert Law(top_p=0.5).log_probabilities(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64
+    assert SamplingSettings().log_probabilities(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+    assert SamplingSettings(top_p=0.5).log_probabilities(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64

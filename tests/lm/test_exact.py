@@ -22,7 +22,7 @@ from tiltlm.exact import (
     weighted_gradient,
 )
 from tiltlm.features import contains, length
-from tiltlm.lm import Law
+from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import BUILT_IN
 from tiltlm.targets import TiltedTarget
 from tiltlm.targets.target import Term
@@ -58,7 +58,7 @@ def truth(base, listed):
 
 @torch.no_grad()
 def logprob(model, samples) -> torch.Tensor:
-    return model.logprob(samples, law=Law()).sum(-1)
+    return model.logprob(samples, settings=SamplingSettings()).sum(-1)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

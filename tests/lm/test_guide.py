@@ -10,15 +10,15 @@ from test_sampling import chi_squared, settings
 
 from enumerable import LAWS, PROMPTS, TOKENS, random_guide, tiny_model
 from tiltlm.exact import enumerate_completions
-from tiltlm.lm import Guide, LanguageModel, Law, Samples, next_token, sampling
+from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings, next_token, sampling
 
 LENGTH = 4
 
 
 @torch.no_grad()
-def guided(model: LanguageModel, guide: Guide, prompts=None, law: Law | None = None) -> Samples:
+def guided(model: LanguageModel, guide: Guide, prompts=None, law: SamplingSettings | None = None) -> Samples:
     """Every completion of every prompt with its log-probabilities under the guided law."""
-    listed = enumerate_completions(model, prompts, max_completion_length=LENGTH, law=law)
+    listed = enumerate_completions(model, prompts, max_completion_length=LENGTH, settings=law)
     listed = replace(listed, guide=guide)
     return replace(listed, proposal_logprob=model.logprob(listed))
 
@@ -40,7 +40,7 @@ def by_hand(model: LanguageModel, guide: Guide, ids: list[int], prompt: list[int
 def test_the_guided_law_of_every_prompt_sums_to_one(tokens, law):
     model = tiny_model("gpt2", tokens)
     truth = guided(model, random_guide(model), PROMPTS["several"], LAWS[law])
-    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, law=LAWS[law])
+    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, settings=LAWS[law])
     mass = torch.zeros(4, dtype=torch.float64).index_add_(0, truth.prompt_index, truth.sequence_logprob.exp())
     assert float((mass - 1).abs().max()) < 1e-9
     assert float((truth.sequence_logprob.exp() - plain.sequence_logprob.exp()).abs().sum()) > 0.1
@@ -67,7 +67,7 @@ def test_sampled_logprobs_equal_rescored_ones(architecture, tokens):
             samples = model.sample(60, prompts, 1, max_completion_length=8, guide=guide, **settings(law))
             assert samples.guide is not None
             with torch.no_grad():
-                rescored, unguided = model.logprob(samples), model.logprob(samples, law=law)
+                rescored, unguided = model.logprob(samples), model.logprob(samples, settings=law)
             torch.testing.assert_close(samples.proposal_logprob, rescored, rtol=0, atol=1e-12)
             changes = max(changes, float((unguided - rescored).abs().max()))
     assert changes > 0.1
@@ -168,7 +168,7 @@ def test_another_law_is_scored_without_the_guide_or_with_one_that_is_given():
     guide = random_guide(model)
     samples = model.sample(50, PROMPTS["several"], 5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
-        own, other = model.logprob(samples), model.logprob(samples, law=Law())
+        own, other = model.logprob(samples), model.logprob(samples, settings=SamplingSettings())
         plain = model.logprob(replace(samples, guide=None))
         read = model.read(samples)
         both = next_token(samples, read, read, guide)

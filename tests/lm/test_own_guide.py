@@ -12,8 +12,8 @@ from enumerable import tiny_model
 from tiltlm.errors import ModelError
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains
-from tiltlm.lm import Guide, GuideProcessor, LanguageModel, Law, Roles, next_token
 from tiltlm.guides.token_states import prefix_states
+from tiltlm.lm import Guide, GuideProcessor, LanguageModel, Roles, SamplingSettings, next_token
 
 LENGTH = 4
 LORA = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
@@ -84,11 +84,11 @@ def test_the_base_has_none_and_a_proposal_has_it(model: LanguageModel, lora: boo
     roles.keep_proposal()
     with torch.no_grad():
         with roles.use("base") as base:
-            torch.testing.assert_close(base.logprob(listed, law=Law()), own, rtol=0, atol=1e-12)
+            torch.testing.assert_close(base.logprob(listed, settings=SamplingSettings()), own, rtol=0, atol=1e-12)
         with roles.use("policy") as policy:
-            law = policy.logprob(listed, law=Law())
+            law = policy.logprob(listed, settings=SamplingSettings())
         with roles.use("proposal") as proposal:
-            torch.testing.assert_close(proposal.logprob(listed, law=Law()), law, rtol=0, atol=1e-12)
+            torch.testing.assert_close(proposal.logprob(listed, settings=SamplingSettings()), law, rtol=0, atol=1e-12)
     assert float((law - own).abs().max()) > 0.1
 
 
@@ -97,7 +97,9 @@ def test_it_is_saved_beside_the_weights(model: LanguageModel, tmp_path: Path) ->
     model.keep(guide_of(model)).save_pretrained(tmp_path)
     again = LanguageModel.from_pretrained(tmp_path, device="cpu", dtype="float64")
     with torch.no_grad():
-        torch.testing.assert_close(again.logprob(listed, law=Law()), model.logprob(listed, law=Law()))
+        torch.testing.assert_close(
+            again.logprob(listed, settings=SamplingSettings()), model.logprob(listed, settings=SamplingSettings())
+        )
     (tmp_path / "guide.safetensors").write_bytes(b"no guide")
     with pytest.raises(ModelError, match=r"guide\.safetensors is damaged"):
         LanguageModel.from_pretrained(tmp_path, device="cpu")
@@ -128,7 +130,7 @@ def test_transformers_generates_from_the_same_law(model: LanguageModel) -> None:
     nothing = torch.zeros(tokens.shape, dtype=torch.float64)
     same = replace(drawn, tokens=tokens, mask=mask, proposal_logprob=nothing)
     with torch.no_grad():
-        ours = model.keep(guide).logprob(same, law=Law())
+        ours = model.keep(guide).logprob(same, settings=SamplingSettings())
     torch.testing.assert_close(scored.double(), ours.double(), rtol=0, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from enumerable import PROMPTS, random_guide, tiny_model
 from tiltlm.lm import LanguageModel, Samples, next_token, reading
-from tiltlm.lm.forward import NextToken, Reading
+from tiltlm.lm.forward import ForwardPass, NextToken
 
 GRADIENTS = ("policy", "taught")
 NAMES = (*GRADIENTS, "base", "kl", "guide", "gram")
@@ -178,8 +178,8 @@ def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
 
 MEASURE = """
 import sys, torch
-from tiltlm.lm.forward import Reading, _Job, _Laws
-from tiltlm.lm import Samples, Law, Prompts
+from tiltlm.lm.forward import ForwardPass, _Job, _Laws
+from tiltlm.lm import Samples, SamplingSettings, Prompts
 vocabulary, positions, naive = int(sys.argv[1]), 2048, sys.argv[2] == "naive"
 def held(name):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) / 1024
@@ -187,7 +187,7 @@ torch.set_num_threads(1)
 tokens = torch.randint(vocabulary, (64, positions // 64))
 prompts = Prompts(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), (None,))
 samples = Samples(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(tokens.shape),
-                  torch.zeros(64, dtype=torch.long), prompts, Law(), None)
+                  torch.zeros(64, dtype=torch.long), prompts, SamplingSettings(), None)
 hidden = torch.randn(positions, 16, requires_grad=True)
 weight = torch.randn(vocabulary, 16, requires_grad=True)
 open("/proc/self/clear_refs", "w").write("5")  # the peak of the imports does not count
@@ -195,7 +195,7 @@ before = held("VmHWM")
 if naive:
     found = (hidden @ weight.T).log_softmax(-1).gather(-1, samples.flat_tokens[:, None])
 else:
-    reading = Reading(hidden, weight, None, torch.float32)
+    reading = ForwardPass(hidden, weight, None, torch.float32)
     found = _Laws.apply(hidden, weight, None, _Job(samples, None, None, reading, True))[0]
 found.sum().backward()
 print(held("VmHWM") - before)
@@ -218,6 +218,6 @@ def test_memory_does_not_hold_the_logits_of_all_positions(rows_of_a_piece: None)
 
 
 def test_readings_say_their_size() -> None:
-    reading = Reading(torch.zeros(3, 4), torch.zeros(5, 4), None, torch.float32)
+    reading = ForwardPass(torch.zeros(3, 4), torch.zeros(5, 4), None, torch.float32)
     assert (len(reading), reading.width) == (3, 5)
-    assert Reading(torch.zeros(3, 4), None, None, torch.float32).width == 4
+    assert ForwardPass(torch.zeros(3, 4), None, None, torch.float32).width == 4

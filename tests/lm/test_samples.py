@@ -9,7 +9,7 @@ import torch
 
 from enumerable import PROMPTS, TOKENS, tiny_model
 from tiltlm.errors import UsageError
-from tiltlm.lm import LanguageModel, Law, Samples
+from tiltlm.lm import LanguageModel, Samples, SamplingSettings
 
 TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 
@@ -92,7 +92,7 @@ def test_concatenate_undoes_a_split_of_different_widths(samples):
 
 
 def test_samples_prompts_and_laws_are_frozen(samples):
-    for instance, name in ((samples, "tokens"), (samples.prompts, "mask"), (samples.law, "top_p")):
+    for instance, name in ((samples, "tokens"), (samples.prompts, "mask"), (samples.settings, "top_p")):
         with pytest.raises(FrozenInstanceError):
             setattr(instance, name, None)
 
@@ -112,7 +112,7 @@ def test_texts_need_a_tokenizer(samples):
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p"])
 def test_a_law_out_of_range_names_its_field(field):
     with pytest.raises(UsageError, match=f"^{field}: -2 "):
-        Law(**{field: -2})
+        SamplingSettings(**{field: -2})
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

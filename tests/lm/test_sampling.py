@@ -13,10 +13,10 @@ import torch
 from enumerable import FLOAT32_ONLY, LAWS, POSITIONS, PROMPTS, SIZES, TOKENS, tiny_model
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.exact import enumerate_completions
-from tiltlm.lm import Law, Samples, sampling
+from tiltlm.lm import Samples, SamplingSettings, sampling
 
 
-def settings(law: Law) -> dict[str, float]:
+def settings(law: SamplingSettings) -> dict[str, float]:
     return {"temperature": law.temperature, "top_k": law.top_k, "top_p": law.top_p}
 
 
@@ -77,7 +77,7 @@ def test_sampled_logprobs_equal_rescored_ones_for_every_kind_of_cache(architectu
 def test_frequencies_follow_the_enumerated_law(architecture, tokens, law, prompts):
     model = tiny_model(architecture, tokens)
     samples = model.sample(4000, PROMPTS[prompts], seed=4, max_completion_length=4, **settings(LAWS[law]))
-    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, law=LAWS[law])
+    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, settings=LAWS[law])
     assert chi_squared(samples, truth) > 1e-4
 
 
@@ -219,7 +219,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     generator = torch.Generator().manual_seed(0)
     # So coarse that the uniform numbers often meet a boundary between tokens, and 0.
     law = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().half().expand(20_000, 5)
-    drawn, logprob = sampling.draw(law, Law(), generator)
+    drawn, logprob = sampling.draw(law, SamplingSettings(), generator)
     torch.testing.assert_close(logprob, torch.full_like(logprob, math.log(0.5)), rtol=0, atol=1e-3)
     assert set(drawn.tolist()) == {1, 3}
     assert abs(float((drawn == 1).double().mean()) - 0.5) < 0.02

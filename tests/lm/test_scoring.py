@@ -10,7 +10,7 @@ import torch
 
 from enumerable import LAWS, PROMPTS, tiny_model
 from tiltlm.errors import UsageError
-from tiltlm.lm import LanguageModel, Law, Samples
+from tiltlm.lm import LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.memory import Memory, even_pieces
 
 
@@ -20,7 +20,7 @@ def naive_logprob(model: LanguageModel, samples: Samples) -> list[torch.Tensor]:
     for i, completion in zip(samples.prompt_index.tolist(), samples.completion_ids, strict=True):
         prompt = samples.prompts.tokens[i][samples.prompts.mask[i]].tolist()
         logits = model.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        rows.append(samples.law.log_probabilities(logits)[range(len(completion)), completion])
+        rows.append(samples.settings.log_probabilities(logits)[range(len(completion)), completion])
     return rows
 
 
@@ -115,13 +115,13 @@ def test_samples_are_scored_under_their_own_law_or_another():
     model = tiny_model("gpt2", "several_eos")
     samples = model.sample(50, seed=2, max_completion_length=5, temperature=0.5, top_k=2)
     with torch.no_grad():
-        own, plain = model.logprob(samples), model.logprob(samples, law=Law())
-        torch.testing.assert_close(plain, model.logprob(replace(samples, law=Law())), rtol=0, atol=0)
+        own, plain = model.logprob(samples), model.logprob(samples, settings=SamplingSettings())
+        torch.testing.assert_close(plain, model.logprob(replace(samples, settings=SamplingSettings())), rtol=0, atol=0)
     torch.testing.assert_close(own, samples.proposal_logprob, rtol=0, atol=1e-12)
     assert plain.sum() < own.sum() - 10
     untruncated = model.sample(50, seed=2, max_completion_length=5)
     with torch.no_grad():
-        narrow = model.logprob(untruncated, law=Law(top_k=1)).sum(-1)
+        narrow = model.logprob(untruncated, settings=SamplingSettings(top_k=1)).sum(-1)
     assert narrow.isneginf().any(), "a token outside of the law has probability zero"
 
 

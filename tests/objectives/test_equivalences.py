@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.exact import ExactTarget, exact_target, expected_gradient, weighted_gradient
-from tiltlm.lm import LanguageModel, Law
+from tiltlm.lm import LanguageModel, SamplingSettings
 from tiltlm.objectives import (
     BUILT_IN,
     FDPG,
@@ -100,7 +100,7 @@ def divergence(name: str, target: Tensor, law: Tensor) -> Tensor:
 @pytest.mark.parametrize("law", ["policy", "base"])
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "js", "tv", "chi2", "reverse_chi2"])
 def test_f_dpg_descends_its_divergence(world: World, policy: LanguageModel, name: str, law: str) -> None:
-    logprob = policy.logprob(world.samples, law=Law()).sum(-1)
+    logprob = policy.logprob(world.samples, settings=SamplingSettings()).sum(-1)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     truth = torch.autograd.grad(divergence(name, world.truth.logprob, logprob), parameters, allow_unused=True)
     truth_flat = torch.cat([g.flatten() for g in truth if g is not None])
@@ -113,7 +113,7 @@ def test_f_dpg_descends_its_divergence(world: World, policy: LanguageModel, name
 def test_f_dpg_reaches_a_target_with_filters(name: str) -> None:
     world = tiny_world()
     policy = near(world.base, 0.03, seed=1)
-    logprob = policy.logprob(world.samples, law=Law()).sum(-1)
+    logprob = policy.logprob(world.samples, settings=SamplingSettings()).sum(-1)
     p, pi = world.truth.logprob, logprob
     inside = p > -math.inf
     outside = pi[~inside].exp().sum()
@@ -205,7 +205,7 @@ def test_over_all_completions_a_constant_baseline_adds_nothing(world: World, pol
 
 def test_a_baseline_changes_the_variance_as_the_formula_says(world: World, policy: LanguageModel) -> None:
     """Var[(R − B) s] − Var[R s] = B² E[s²] − 2 B E[R s²] for one direction s of ∇ log π, as E[s] = 0."""
-    logprob = policy.logprob(world.samples, law=Law()).sum(-1)
+    logprob = policy.logprob(world.samples, settings=SamplingSettings()).sum(-1)
     weight = next(p for p in policy.model.parameters() if p.requires_grad)
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     each = torch.eye(len(logprob), dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_rloo_with_two_samples_is_its_closed_form() -> None:
 
 def token_record(world: World, policy: LanguageModel) -> tuple[Record, TokenRecord]:
     with torch.no_grad():
-        pi, a = (m.logprob(world.samples, law=Law()) for m in (policy, world.base))
+        pi, a = (m.logprob(world.samples, settings=SamplingSettings()) for m in (policy, world.base))
     tokens = TokenRecord(pi, a, pi, world.samples.mask)
     truth = world.truth
     record = Record(

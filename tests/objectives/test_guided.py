@@ -13,7 +13,7 @@ from torch import Tensor
 from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.exact import weighted_gradient
-from tiltlm.lm import Guide, LanguageModel, Law, Samples
+from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, forms, prefix_weights
 from tiltlm.training import scoring
 from tiltlm.training.rollout_batch import Batch
@@ -31,7 +31,7 @@ def world() -> World:
 @torch.no_grad()
 def drawn_from(model: LanguageModel, samples: Samples, guide: Guide | None = None) -> Samples:
     """The same completions as if this model, with this guide, had drawn them."""
-    guided = replace(samples, guide=guide, law=Law())
+    guided = replace(samples, guide=guide, settings=SamplingSettings())
     return replace(guided, proposal_logprob=model.logprob(guided))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from tiltlm.estimation import effective_sample_size
 from tiltlm.exact import expected_gradient
 from tiltlm.objectives import BUILT_IN, GDC, Guided, Objective
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.proposal_rules import RULES
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.surrogate import ignores_the_impossible
 from tiltlm.training.trainer import Trainer
 from tiny_world import KL_METHODS, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from enumerable import tiny_model
+from tiltlm.app.tune import tune_config
 from tiltlm.config.run import parse_config
 from tiltlm.errors import UnreachableTargetError, UsageError
-from tiltlm.app.tune import tune_config
 from whole_runs import metrics
 
 PACKAGES = Path(__file__).parent

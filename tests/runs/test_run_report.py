@@ -15,9 +15,9 @@ import pytest
 
 from tiltlm.errors import UsageError
 from tiltlm.reports.charts import how_to_read, positions
-from tiltlm.runs.directory import RunDirectory
 from tiltlm.reports.report import duration, write_report
 from tiltlm.reports.summary import summarize
+from tiltlm.runs.directory import RunDirectory
 
 MakeRun = Callable[..., RunDirectory]
 

@@ -12,17 +12,17 @@ import pytest
 from scipy import stats
 
 from tiltlm.errors import UsageError
+from tiltlm.reports.summary import Measured
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.of_runs import study_of_runs
 from tiltlm.study.record import Entry, Method, Row, Study, StudyDirectory, Task
 from tiltlm.study.report.drawing import styles
 from tiltlm.study.report.figures import study_figures
 from tiltlm.study.report.page import render_page
+from tiltlm.study.report.tables import latex, markdown, study_tables
 from tiltlm.study.report.write import write_study
 from tiltlm.study.rows import read_study, write_results
 from tiltlm.study.statistics import all_pairs, best_of, last_values, over_seeds, paired
-from tiltlm.study.report.tables import latex, markdown, study_tables
-from tiltlm.reports.summary import Measured
 
 HOSTILE = '<img src=x onerror="alert(1)"> & 50% of_$it | {all}'
 # KL(p‖π) at the end, by task and method, for the seeds 0, 1, 2.

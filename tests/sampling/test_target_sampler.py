@@ -28,7 +28,7 @@ from tiltlm.estimation import (
 )
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_target, kl_gradient
 from tiltlm.features import build_feature, feature, length
-from tiltlm.lm import LanguageModel, Law, Roles, Samples
+from tiltlm.lm import LanguageModel, Roles, Samples, SamplingSettings
 from tiltlm.sampling import (
     SAMPLERS,
     Draws,
@@ -98,7 +98,7 @@ def law_of(source: str) -> Tensor:
     if source == "guided":
         guided = replace(listed(), guide=proposal("guided").guide)
         return base().logprob(guided).sum(-1)
-    return {"base": base(), "policy": policy()}[source].logprob(listed(), law=Law()).sum(-1)
+    return {"base": base(), "policy": policy()}[source].logprob(listed(), settings=SamplingSettings()).sum(-1)
 
 
 def exact_weights(source: str, target: TiltedTarget = TARGET) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,7 @@ def test_each_prompt_has_texts_of_its_own_target(sampler: Sampler) -> None:
         law = p.exp()
         if isinstance(sampler, QuasiRejection):
             with torch.no_grad():
-                q = policy().logprob(listed(prompt), law=Law()).sum(-1)
+                q = policy().logprob(listed(prompt), settings=SamplingSettings()).sum(-1)
             log_w = truth(TARGET, prompt).target_logscore - q
             law = q.exp() * log_w.clamp_max(1.0).exp()
         own = result.samples.select(result.samples.prompt_index == place)
@@ -407,7 +407,7 @@ def test_adapters_on_shared_weights_are_the_same_three_laws() -> None:
     work = TargetSampler(made, QuasiRejection(2.0), 2_000, seed=0, pilot=512)
     texts = Draws.concatenate(list(work.texts()))
     with torch.no_grad():
-        q = roles.policy.logprob(listed(), law=Law()).sum(-1)
+        q = roles.policy.logprob(listed(), settings=SamplingSettings()).sum(-1)
     assert float((q - law_of("base")).abs().max()) > 0.1
     log_w = truth().target_logscore - q
     assert chi_squared(texts.samples, q.exp() * log_w.clamp_max(2.0).exp()) > 1e-3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
-from tiltlm.lm import Guide, Law, sampling
+from tiltlm.lm import Guide, SamplingSettings, sampling
 from tiltlm.objectives import BatchObjective, GuideRecord, Objective, Record, TokenRecord
 from tiltlm.objectives import prefix_weights as weights_of_prefixes
 from tiltlm.targets import TiltedTarget, moments
@@ -78,7 +78,7 @@ def prefix_weights(guide_tokens: Float[Tensor, "N T"], proposal_tokens: Float[Te
 
 
 @shaped
-def log_probabilities(law: Law, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
+def log_probabilities(law: SamplingSettings, logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
     return law.log_probabilities(logits)
 
 
@@ -123,5 +123,5 @@ def log_weights_at(
 
 
 @shaped
-def draw(logits: Float[Tensor, "N V"], law: Law, seed: int) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+def draw(logits: Float[Tensor, "N V"], law: SamplingSettings, seed: int) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
     return sampling.draw(logits, law, torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from tiltlm.features import build_feature
-from tiltlm.lm import Guide, Law
+from tiltlm.lm import Guide, SamplingSettings
 from tiltlm.objectives import BUILT_IN, guided
 from tiltlm.targets import Term, TiltedTarget
 from tiltlm.targets.target import Kind
@@ -51,8 +51,8 @@ CASES: dict[str, Callable[[], Any]] = {
         for name, objective in BUILT_IN.items()
     },
     "prefix_weights": lambda: shaped.prefix_weights(logs(N, T), logs(N, T)),
-    "the model's own law": lambda: shaped.log_probabilities(Law(), logs(N, T, V)),
-    "a warped law": lambda: shaped.log_probabilities(Law(0.7, top_k=5, top_p=0.9), logs(N, V)),
+    "the model's own law": lambda: shaped.log_probabilities(SamplingSettings(), logs(N, T, V)),
+    "a warped law": lambda: shaped.log_probabilities(SamplingSettings(0.7, top_k=5, top_p=0.9), logs(N, V)),
     "log_score": lambda: shaped.log_score(target(), logs(N), torch.ones(N, K)),
     "fit_moments": lambda: shaped.fit_moments(logs(101, K), logs(101), [-1.5, -1.4, -1.6]),
     "begin": lambda: shaped.begin(Guide(*guide()), N),
@@ -60,7 +60,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "log_weights, fewer rows than states": lambda: shaped.log_weights(whole(2 * S, 2), 1, *guide()),
     "log_weights, more rows than states": lambda: shaped.log_weights(whole(2 * S, N), T, *guide()),
     "log_weights_at": lambda: shaped.log_weights_at(whole(2 * S, N), whole(T, N), *guide()),
-    "draw": lambda: shaped.draw(logs(N, V), Law(), 0),
+    "draw": lambda: shaped.draw(logs(N, V), SamplingSettings(), 0),
 }
 
 

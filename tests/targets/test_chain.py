@@ -10,9 +10,9 @@ from tiltlm.exact import enumerate_completions
 from tiltlm.features import Feature
 from tiltlm.features.automaton import Automaton, Phrases
 from tiltlm.features.batch import Batch
-from tiltlm.lm import LanguageModel, Samples, Transitions
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.token_states import PrefixStates, prefix_states
+from tiltlm.lm import LanguageModel, Samples, Transitions
 
 LENGTH = 5
 

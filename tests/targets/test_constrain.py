@@ -13,7 +13,7 @@ from enumerable import tiny_model
 from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
 from tiltlm.exact import enumerate_completions, exact_kl, exact_target
 from tiltlm.features import Feature, build_feature, callable_feature, length, measure
-from tiltlm.lm import LanguageModel, Law, Prompts, Samples
+from tiltlm.lm import LanguageModel, Prompts, Samples, SamplingSettings
 from tiltlm.targets import (
     BaseSample,
     FittedTarget,
@@ -59,7 +59,7 @@ def written(values: Tensor) -> BaseSample:
     n = len(values)
     zeros = torch.zeros(n, 1)
     prompts = Prompts(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), (None,))
-    samples = Samples(zeros.long(), zeros.bool(), zeros.double(), zeros[:, 0].long(), prompts, Law(), None)
+    samples = Samples(zeros.long(), zeros.bool(), zeros.double(), zeros[:, 0].long(), prompts, SamplingSettings(), None)
     return BaseSample(samples, values.double(), LENGTH)
 
 
@@ -191,7 +191,7 @@ def test_the_report_is_the_target_section_of_run_json(fitted: FittedTarget) -> N
 def test_short_forms_mappings_and_pairs_state_the_same_target(base: LanguageModel, everything: Samples) -> None:
     arguments = {"samples": 300, "max_completion_length": LENGTH, "seed": 1}
     one = constrain(base, {"contains:a": 0.5}, **arguments)
-    two = base.constrain([("contains:a", 0.5)], **arguments)
+    two = constrain(base, [("contains:a", 0.5)], **arguments)
     assert isinstance(two, FittedTarget)
     assert one.terms[0].coefficient == two.terms[0].coefficient
     assert one.terms[0].feature == two.terms[0].feature == build_feature({"contains": "a"})

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tiltlm.exact import MarkovModel, markov_target, phrase
 from tiltlm.features import contains
-from tiltlm.lm import Transitions
-from tiltlm.targets import Term
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.context_classes import ENOUGH_PREFIXES, LastTokens, with_contexts
 from tiltlm.guides.token_states import PrefixStates
+from tiltlm.lm import Transitions
+from tiltlm.targets import Term
 
 VOCABULARY, LENGTH, TEXTS = 60, 12, 2000
 WANTED = [7, 8]

@@ -14,13 +14,13 @@ from tiltlm.errors import UsageError
 from tiltlm.estimation import Estimate
 from tiltlm.exact import enumerate_completions, exact_target
 from tiltlm.features import Feature, build_feature, contains, length, measure
-from tiltlm.lm import LanguageModel, Law
-from tiltlm.targets import BaseSample, draw_base_sample, fit_target, state_terms
-from tiltlm.guides import Twist
+from tiltlm.guides import ValueFunction
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
 from tiltlm.guides.token_states import prefix_states
 from tiltlm.guides.value import guide_of
+from tiltlm.lm import LanguageModel, SamplingSettings
+from tiltlm.targets import BaseSample, draw_base_sample, fit_target, state_terms
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 
 LENGTH = 4
@@ -82,18 +82,18 @@ def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp
     assert torch.equal(own.samples.tokens, few.samples.tokens)
     torch.testing.assert_close(own.samples.proposal_logprob, few.samples.proposal_logprob, rtol=0, atol=1e-5)
     # A guide made of it is nearer than one of the base's samples alone.
-    kept = Twist.of(base, fitted, sample)
+    kept = ValueFunction.of(base, fitted, sample)
     assert kept.states.values is not None
     guide = kept.guide(sample.log_weights(fitted), sample.log_ratio, fitted.log_tilt(kept.states.values))
     with torch.no_grad():
-        law = base.logprob(replace(listed, guide=guide, law=Law())).sum(-1)
+        law = base.logprob(replace(listed, guide=guide, settings=SamplingSettings())).sum(-1)
     assert float((truth.logprob.exp() * (truth.logprob - law)).nan_to_num(0.0).sum()) < 0.3 * kl
     # And it survives a checkpoint.
     save_base_sample(tmp_path, sample)
     again = load_base_sample(tmp_path, base)
     assert again is not None
     assert torch.equal(again.log_weights(fitted), sample.log_weights(fitted))
-    assert (again.plain, again.readings) == (sample.plain, sample.readings)
+    assert (again.plain, again.forward_passes) == (sample.plain, sample.forward_passes)
 
 
 def test_weights_of_the_mixture_have_mean_one_and_a_bound(base: LanguageModel) -> None:
@@ -125,7 +125,7 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     chain.learn(base, many)
     promise = chain.promise(states.passing())
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
-    law = replace(listed, guide=guide_of(states, promise, states.passing()), law=Law())
+    law = replace(listed, guide=guide_of(states, promise, states.passing()), settings=SamplingSettings())
     with torch.no_grad():
         assert float(base.logprob(law).sum(-1).exp().sum()) == pytest.approx(1, abs=1e-6)
 
@@ -140,7 +140,7 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
     guide = base.placed(guide_of(states, plain.promise(states.passing()), states.passing()))
     drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
-        log_ratio = (base.logprob(drawn, law=Law()) - drawn.proposal_logprob).double()
+        log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double()
     guided.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
     often = (plain.visits > 300) & (guided.visits > 300)
     assert int(often.sum()) >= 2

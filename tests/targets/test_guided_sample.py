@@ -10,9 +10,9 @@ import torch
 from enumerable import tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains, measure
+from tiltlm.guides.refit import look_again, needs_a_second_look
 from tiltlm.lm import LanguageModel
 from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, state_terms
-from tiltlm.guides.refit import look_again, needs_a_second_look
 
 LENGTH = 5
 

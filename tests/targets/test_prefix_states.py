@@ -27,7 +27,6 @@ from tiltlm.features import (
     wordlist,
 )
 from tiltlm.features.automaton import Automaton, State, together
-from tiltlm.lm import LanguageModel, Samples
 from tiltlm.guides.token_states import (
     MOST_PLACES,
     Moving,
@@ -37,6 +36,7 @@ from tiltlm.guides.token_states import (
     prefix_states,
     token_texts,
 )
+from tiltlm.lm import LanguageModel, Samples
 
 # What a byte that is only part of a character decodes to; its state is a guess.
 PART = "\ufffd"

@@ -14,11 +14,11 @@ from torch import Tensor
 from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import contains, length, negation, wordlist
-from tiltlm.lm import Guide, LanguageModel, Law
-from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
-from tiltlm.guides import Twist
+from tiltlm.guides import ValueFunction
 from tiltlm.guides.token_states import PrefixStates
 from tiltlm.guides.value import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
+from tiltlm.lm import Guide, LanguageModel, SamplingSettings
+from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
 
 LENGTH = 5
 MANY = 20_000
@@ -55,20 +55,20 @@ def truth(name: str) -> ExactTarget:
 
 
 @cache
-def twist(name: str) -> Twist:
-    return Twist.of(base(), TARGETS[name], drawn(name))
+def twist(name: str) -> ValueFunction:
+    return ValueFunction.of(base(), TARGETS[name], drawn(name))
 
 
 def guide(name: str, sample: BaseSample | None = None) -> Guide:
     sample = sample or drawn(name)
     log_tilt = TARGETS[name].log_tilt(sample.features)
-    return Twist.of(base(), TARGETS[name], sample).guide(log_tilt)
+    return ValueFunction.of(base(), TARGETS[name], sample).guide(log_tilt)
 
 
 @torch.no_grad()
 def guided(name: str, with_guide: Guide) -> Tensor:
     """log g [N] of every completion."""
-    listed = replace(truth(name).samples, guide=with_guide, law=Law())
+    listed = replace(truth(name).samples, guide=with_guide, settings=SamplingSettings())
     return base().logprob(listed).sum(-1)
 
 
@@ -174,7 +174,7 @@ def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> No
         visited[row, t] += 1
         visited[row, t + 1 :] = nothing
     tilt = torch.tensor([0.4, 0.8, 2.0, 0.8], dtype=torch.float64)
-    own = Twist(PrefixStates.of(transitions), visited, 3).guide(tilt.log())
+    own = ValueFunction(PrefixStates.of(transitions), visited, 3).guide(tilt.log())
     counts, sums = [4, 2, 1], [4.0, 2.8, 0.8]
     anywhere = (sum(sums) + 1) / (sum(counts) + 1)
     for t in range(3):
@@ -218,7 +218,7 @@ def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
     target = TiltedTarget((Term(contains("a"), "filter"), Term(length("characters"), "reward", coefficient=0.1)))
     sample = draw_base_sample(base(), target.features, MANY, None, LENGTH, seed=0)
     known = exact_target(base(), target, truth("filter").samples)
-    own = Twist.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    own = ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
     with torch.no_grad():
         law = base().logprob(replace(known.samples, guide=own)).sum(-1)
     assert exact_kl(known.logprob, law) < 0.4 * exact_kl(known.logprob, known.base_logprob)
@@ -231,7 +231,7 @@ def test_an_automaton_that_leaves_out_a_rule_is_believed_as_far_as_samples_bear_
     visited = torch.stack([torch.zeros_like(ended), 8 + ended], 1)
     weights = torch.tensor([1.0] * 10 + [0.0] * 90 + [1.0] * 100, dtype=torch.float64)
     told = torch.tensor([-math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
-    guide = Twist(states, visited, 1).guide(weights.log(), None, told)
+    guide = ValueFunction(states, visited, 1).guide(weights.log(), None, told)
     worth = (guide.log_twist[-1, 4:] + guide.log_scale).exp()
     torch.testing.assert_close(worth[:2], torch.tensor([0.1, 0.1], dtype=torch.float64), atol=0.01, rtol=0)
     torch.testing.assert_close(worth[2:], torch.tensor([1.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)

@@ -14,8 +14,8 @@ import accelerate  # noqa: F401
 import peft  # noqa: F401
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401
 
-from tiltlm.config.run import load_config
 from tiltlm.app.tune import tune_config
+from tiltlm.config.run import load_config
 
 
 def wait_for_steps(child: int, metrics: Path, began: int) -> None:

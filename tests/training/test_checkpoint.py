@@ -177,7 +177,7 @@ def test_the_base_sample_comes_back_with_its_texts_and_values(world: World, tmp_
     assert again.samples.texts == kept.samples.texts
     assert again.samples.prompt_texts == kept.samples.prompt_texts
     assert again.max_completion_length == kept.max_completion_length
-    assert again.samples.law == kept.samples.law
+    assert again.samples.settings == kept.samples.settings
 
 
 @pytest.mark.parametrize("damage", [truncate, empty])

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from enumerable import tiny_model
 from tiltlm.config.run import MethodConfig
+from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import UnreachableTargetError
 from tiltlm.estimation import Estimate, Partition, PromptPartition
+from tiltlm.evaluation.evaluate import Evaluation, evaluate_base, evaluate_policy
 from tiltlm.exact import ExactConditional, enumerate_completions, exact_conditional, exact_kl
 from tiltlm.features import Feature, build_feature, callable_feature, length
-from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples
+from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings
 from tiltlm.objectives import BUILT_IN
 from tiltlm.targets import (
     BaseSample,
@@ -32,11 +34,9 @@ from tiltlm.targets import (
     measure_samples,
     report_fit,
 )
-from tiltlm.config.training import TrainingArguments
-from tiltlm.training.rollout_batch import Batch
-from tiltlm.evaluation.evaluate import Evaluation, evaluate_base, evaluate_policy
 from tiltlm.training.metrics import step_metrics
 from tiltlm.training.proposal_rules import proposal_rule
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import as_if_uniform, flat, gradient, near
 
@@ -110,7 +110,7 @@ def trainer_of(
 
 def true_gradient(world: Conditional, policy: LanguageModel, weights: Tensor | None = None) -> dict[str, Tensor]:
     """∇ Σ_c weight_c KL(p_c‖π_c) by differentiating the exact divergences; the weights are 1/C if none are given."""
-    logprob = policy.logprob(world.samples, law=Law()).sum(-1).reshape(len(TEXTS), -1)
+    logprob = policy.logprob(world.samples, settings=SamplingSettings()).sum(-1).reshape(len(TEXTS), -1)
     p = torch.stack([truth.logprob for truth in world.truth.prompts])
     kl = (p.exp() * torch.where(p.isfinite(), p - logprob, 0.0)).sum(-1)
     weights = torch.full((len(TEXTS),), 1 / len(TEXTS)) if weights is None else weights

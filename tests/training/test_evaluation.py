@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tiltlm.estimation import Estimate
+from tiltlm.evaluation.evaluate import Evaluation, evaluate_base, evaluate_policy
 from tiltlm.exact import exact_kl, exact_moments
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.targets import draw_base_sample
-from tiltlm.evaluation.evaluate import Evaluation, evaluate_base, evaluate_policy
 from tiny_world import LENGTH, World, near
 
 SAMPLES = 4000

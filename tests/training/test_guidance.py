@@ -15,10 +15,10 @@ from torch import Tensor
 
 from enumerable import random_guide
 from tiltlm.features import build_feature
-from tiltlm.lm import Law
+from tiltlm.guides import ValueFunction
+from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import Guided
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample, fit_target
-from tiltlm.guides import Twist
 from tiltlm.training.guidance import MOST_LEANING, Guidance
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, near
@@ -34,7 +34,7 @@ def guidance(trainer: Trainer) -> Guidance:
 @torch.no_grad()
 def guided_mean(world: World, trainer: Trainer, column: int = 1) -> float:
     """E_g[φ] of the guided base, exactly; column 1 is the moment."""
-    listed = replace(world.samples, guide=guidance(trainer).guide, law=Law())
+    listed = replace(world.samples, guide=guidance(trainer).guide, settings=SamplingSettings())
     return float(world.base.logprob(listed).sum(-1).exp() @ world.truth.features[:, column])
 
 
@@ -170,7 +170,7 @@ def test_a_step_leans_by_its_batch_before_the_update(world: World) -> None:
 @torch.no_grad()
 def policy_mean(world: World, trainer: Trainer) -> float:
     """E_π[φ] of the moment, exactly, with a policy that keeps its guide."""
-    logprob = trainer.roles.policy.logprob(replace(world.samples, guide=None, law=Law())).sum(-1)
+    logprob = trainer.roles.policy.logprob(replace(world.samples, guide=None, settings=SamplingSettings())).sum(-1)
     return float(logprob.exp() @ world.truth.features[:, 1])
 
 
@@ -203,7 +203,7 @@ def test_the_trainer_lets_any_policy_keep_its_guide(world: World) -> None:
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
     target = TiltedTarget(world.target.terms[:1])
     sample = replace(world.base_sample, features=world.base_sample.features[:, :1])
-    own = Guidance(world.base, target, sample, Twist.of(world.base, target, sample), 0.5)
+    own = Guidance(world.base, target, sample, ValueFunction.of(world.base, target, sample), 0.5)
     assert own.leaning.tolist() == []
     assert own.moments == []
     batch_guide = own.guide

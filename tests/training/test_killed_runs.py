@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tiltlm.config.run import load_config
 from tiltlm.app.tune import tune_config
+from tiltlm.config.run import load_config
 from whole_runs import assert_same_run, metrics
 
 STEPS = 60

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.exact import weighted_gradient
 from tiltlm.features import Feature
-from tiltlm.lm import Law
+from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import (
     BUILT_IN,
     GRPO,
@@ -51,8 +51,8 @@ def coefficients(trainer: Trainer, batch: Batch, world: World, log_z: float) -> 
     objective, samples = trainer.scorer.objective, batch.samples
     with torch.no_grad():
         with trainer.roles.use("base") as base:
-            a = base.logprob(samples, law=Law())
-        pi = trainer.roles.policy.logprob(samples, law=Law())
+            a = base.logprob(samples, settings=SamplingSettings())
+        pi = trainer.roles.policy.logprob(samples, settings=SamplingSettings())
     score = trainer.target.log_score(a.sum(-1), batch.features)
     record = Record(
         pi.sum(-1),

@@ -13,13 +13,13 @@ from torch import Tensor
 from enumerable import random_guide
 from tiltlm.exact import expected_gradient, weighted_gradient
 from tiltlm.features import contains
-from tiltlm.lm import Law
+from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import BUILT_IN, Objective, Pooled, Record
 from tiltlm.objectives.pooled import best_kappa
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.replay.mixture_pool import MixedPool
 from tiltlm.training.replay.weights import BASE, mixture_logprob
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, true_gradient
 
@@ -140,7 +140,7 @@ def exact_laws(trainer: Trainer) -> Tensor:
         weights = pool.laws.earlier.get(name)
         role = trainer.roles.use("base") if weights is None else trainer.roles.earlier(weights)
         with torch.no_grad(), role as model:
-            found.append(model.logprob(pool.samples, law=Law()).double().sum(-1))
+            found.append(model.logprob(pool.samples, settings=SamplingSettings()).double().sum(-1))
     return torch.stack(found, -1)
 
 
@@ -185,7 +185,9 @@ def test_the_oldest_leave_but_for_the_bases_share_and_laws_without_sequences_are
     assert drawn.mixture is not None
     assert drawn.base_logprob is not None
     with torch.no_grad():
-        assert torch.allclose(drawn.base_logprob, world.base.logprob(drawn.samples, law=Law()), atol=1e-9)
+        assert torch.allclose(
+            drawn.base_logprob, world.base.logprob(drawn.samples, settings=SamplingSettings()), atol=1e-9
+        )
 
 
 def test_an_update_on_the_pool_costs_one_pass_and_each_law_reads_each_sequence_once(world: World) -> None:

@@ -13,11 +13,11 @@ import torch
 from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.estimation import mixture
-from tiltlm.lm import Law, Prompts
+from tiltlm.lm import Prompts, SamplingSettings
 from tiltlm.objectives import Guided
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.replay.guided_pool import Pool
 from tiltlm.training.replay.schedule import Falling
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
 
@@ -26,9 +26,9 @@ SETTINGS: dict[str, Any] = {"method": "guided", "rule": "guided", "num_iteration
 
 def laws(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the tokens of all completions under base and a guided base [N, T]."""
-    guided = replace(world.samples, guide=random_guide(world.base, seed=3), law=Law())
+    guided = replace(world.samples, guide=random_guide(world.base, seed=3), settings=SamplingSettings())
     with torch.no_grad():
-        return world.base.logprob(world.samples, law=Law()), world.base.logprob(guided)
+        return world.base.logprob(world.samples, settings=SamplingSettings()), world.base.logprob(guided)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import LanguageModel
 from tiltlm.objectives import Record
 from tiltlm.training.acceleration import build_accelerator
-from tiltlm.config.training import TrainingArguments
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer
 

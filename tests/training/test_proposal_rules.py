@@ -10,7 +10,15 @@ import torch
 from tiltlm.errors import UsageError
 from tiltlm.estimation import Estimate
 from tiltlm.lm import LanguageModel
-from tiltlm.training.proposal_rules import RULES, UNKNOWN_DISTANCES, Closer, Constant, Distances, Interval, proposal_rule
+from tiltlm.training.proposal_rules import (
+    RULES,
+    UNKNOWN_DISTANCES,
+    Closer,
+    Constant,
+    Distances,
+    Interval,
+    proposal_rule,
+)
 from tiny_world import World, build_trainer, near
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from tiltlm.features import Feature, contains, length
 from tiltlm.objectives import GDC, GDCPlusPlus, Guided, Objective, Record
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.surrogate import ignores_the_impossible
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, gradient, near

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiltlm.lm import Law
+from tiltlm.lm import SamplingSettings
 from tiltlm.training.gradient_noise import measure_spread
 from tiny_world import World, build_trainer, gradient, near, tiny_world
 
@@ -23,9 +23,9 @@ def test_it_is_the_trace_of_the_covariance_of_single_gradients(world: World) -> 
     batch = trainer.draw()
     log_z = trainer.partition.log_z.value
     parameters = list(trainer.parameters.values())
-    logprob = policy.logprob(batch.samples, law=Law()).sum(-1)
+    logprob = policy.logprob(batch.samples, settings=SamplingSettings()).sum(-1)
     with torch.no_grad():
-        base = world.base.logprob(batch.samples, law=Law()).double().sum(-1)
+        base = world.base.logprob(batch.samples, settings=SamplingSettings()).double().sum(-1)
     weight = (world.target.log_score(base, batch.features) - log_z - logprob.detach().double()).exp()
     coefficients = weight - 1
     rows = []

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 
 from tiltlm.app.build import load_policy, load_run
+from tiltlm.app.tune import Run, tune_config
 from tiltlm.config.run import parse_config
 from tiltlm.errors import CheckpointError, NumericalError, RunExistsError, UsageError
-from tiltlm.app.tune import Run, tune_config
 from tiltlm.lm import LanguageModel
 from tiltlm.runs.directory import RunDirectory
 from whole_runs import assert_same_run, metrics

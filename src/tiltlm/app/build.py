@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tiltlm.config.prompt_data import PromptData, prompt_dataset, prompt_file, stated_prompts
 from tiltlm.config.run import ConstraintConfig, MethodConfig, PromptsConfig, RewardConfig, RunConfig, parse_config
 from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
@@ -19,7 +20,6 @@ from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.objectives import BUILT_IN, Objective
-from tiltlm.config.prompt_data import PromptData, prompt_dataset, prompt_file, stated_prompts
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base
 from tiltlm.targets import Target, Term, TiltedTarget, state_terms
@@ -27,8 +27,8 @@ from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.proposal_rules import ProposalRule, proposal_rule
-from tiltlm.training.surrogate import updates_per_batch
 from tiltlm.training.replay.schedule import check_pool
+from tiltlm.training.surrogate import updates_per_batch
 
 DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided", "pooled": "interval"}
 # Their clipping is around the law of the samples, token by token: it must be the policy's.

@@ -7,13 +7,9 @@ import shutil
 
 from safetensors import SafetensorError
 
+from tiltlm.app.display import Display
 from tiltlm.config.run import RunConfig
 from tiltlm.errors import TiltError
-from tiltlm.lm import Prompts, Roles
-from tiltlm.runs.directory import RunDirectory
-from tiltlm.app.display import Display
-from tiltlm.reports.model_card import model_card
-from tiltlm.targets import BaseSample, FitReport, Target
 from tiltlm.evaluation.evaluate import (
     HELD_OUT,
     TRAINING,
@@ -22,6 +18,10 @@ from tiltlm.evaluation.evaluate import (
     evaluate_base,
     evaluate_policy,
 )
+from tiltlm.lm import Prompts, Roles
+from tiltlm.reports.model_card import model_card
+from tiltlm.runs.directory import RunDirectory
+from tiltlm.targets import BaseSample, FitReport, Target
 
 
 def evaluate(

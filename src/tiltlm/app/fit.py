@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiltlm.app.build import build_own_target, build_terms, encode_prompts, read_prompts
+from tiltlm.app.display import Display
 from tiltlm.config.run import RunConfig
 from tiltlm.errors import UnreachableTargetError
+from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
+from tiltlm.guides.refit import look_again, needs_a_second_look
 from tiltlm.lm import LanguageModel
-from tiltlm.app.display import Display
 from tiltlm.targets import (
     BaseSample,
     FitReport,
@@ -21,8 +23,6 @@ from tiltlm.targets import (
     fit_target,
     report_fit,
 )
-from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
-from tiltlm.guides.refit import look_again, needs_a_second_look
 from tiltlm.training.checkpoint import load_base_sample
 
 # Each use of randomness has a stream of its own, so that no two of them draw the same numbers.

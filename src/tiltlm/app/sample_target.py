@@ -9,15 +9,15 @@ from typing import Any
 from rich.table import Table
 
 from tiltlm.app.build import build_base, check_names, encode_prompts, load_run, read_prompts
+from tiltlm.app.display import Display
+from tiltlm.app.fit import state_target
 from tiltlm.config.run import RunConfig, load_config
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Roles
-from tiltlm.runs.directory import RunDirectory
-from tiltlm.app.display import Display
 from tiltlm.reports.tables import estimate
+from tiltlm.runs.directory import RunDirectory
 from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
 from tiltlm.sampling.target_proposal import CALLED
-from tiltlm.app.fit import state_target
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.checkpoint import load_base_sample
 

@@ -21,22 +21,22 @@ from tiltlm.app.build import (
     method_notes,
     read_prompts,
 )
+from tiltlm.app.display import Display, plain_console
+from tiltlm.app.finish import evaluate, publish
+from tiltlm.app.fit import Stated, goals, state_target, stream
 from tiltlm.config.run import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
+from tiltlm.evaluation.evaluate import Evaluation
 from tiltlm.features import run_file_form
 from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.lm.fingerprint import fingerprint
-from tiltlm.app.finish import evaluate, publish
-from tiltlm.runs.directory import RunDirectory
-from tiltlm.app.display import Display, plain_console
 from tiltlm.reports.report import write_report
+from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
-from tiltlm.app.fit import Stated, goals, state_target, stream
 from tiltlm.targets import FitReport, FittedTarget
 from tiltlm.training.acceleration import Trackers, build_accelerator
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import save_base_sample
-from tiltlm.evaluation.evaluate import Evaluation
 from tiltlm.training.interrupt import sigterm_interrupts
 from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.trainer import Trainer

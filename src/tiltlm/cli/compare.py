@@ -67,12 +67,12 @@ def _study(
 
     stated = load_study(file, overrides)
     folder = output_dir or Path(stated.output_dir or Path("runs") / file.stem)
-    from tiltlm.study.record import StudyDirectory
-    from tiltlm.study.rows import read_study
     from tiltlm.study.dry_run import show_grid
     from tiltlm.study.execute import Execution, new_record
     from tiltlm.study.grid import expand
     from tiltlm.study.progress import StudyProgress
+    from tiltlm.study.record import StudyDirectory
+    from tiltlm.study.rows import read_study
 
     quiet()
     grid, directory, console = expand(stated, strict=not dry_run), StudyDirectory(folder), terminal()

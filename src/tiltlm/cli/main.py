@@ -13,8 +13,8 @@ import typer
 
 from tiltlm.cli.common import AsJson, ConfigFile, Device, Overrides, Source, quiet, run_of, terminal
 from tiltlm.cli.compare import compare
-from tiltlm.errors import TiltError, UsageError
 from tiltlm.cli.sample import sample
+from tiltlm.errors import TiltError, UsageError
 
 if TYPE_CHECKING:
     from tiltlm.evaluation.evaluate import Evaluation
@@ -78,8 +78,8 @@ def fit(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False
     parsed = load_config(config, overrides or [])
     from tiltlm.app.build import build_base, check_names
     from tiltlm.app.display import Display
-    from tiltlm.reports.tables import fit_table
     from tiltlm.app.fit import state_target
+    from tiltlm.reports.tables import fit_table
 
     quiet()
     check_names(parsed)
@@ -123,8 +123,8 @@ def evaluate(
         result: Evaluation
         if run is None:
             from tiltlm.app.build import encode_prompts, other_prompts
-            from tiltlm.lm import LanguageModel
             from tiltlm.evaluation.evaluate import evaluate_model
+            from tiltlm.lm import LanguageModel
 
             others = other_prompts(None, prompts) if prompts is not None else None
             model = LanguageModel.from_pretrained(source, device=device)

@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from tiltlm.errors import UsageError, nearest
 from tiltlm.config.training import TrainingArguments
+from tiltlm.errors import UsageError, nearest
 
 FeatureSpec = str | dict[str, Any]
 

@@ -11,10 +11,10 @@ import torch
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, partition_for
-from tiltlm.lm import LanguageModel, Law, Prompts, Roles, Samples, next_token
+from tiltlm.evaluation.by_prompt import PromptEvaluation, evaluate_prompts
+from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings, next_token
 from tiltlm.targets import Target
 from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.evaluation.by_prompt import PromptEvaluation, evaluate_prompts
 from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
 
 # Which prompts an evaluation is on: those that the policy was trained on, others, or those of a file by its name.
@@ -135,7 +135,7 @@ def evaluate_policy(
 def _under_top_p(roles: Roles, samples: Samples) -> dict[str, Estimate]:
     """How a law of top-p sampling writes, and how far it is from the base's own law, on its samples."""
     with roles.use("base") as base:
-        base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
     tokens, own = samples.completion_ids, samples.sequence_logprob.cpu()
     return {
         "kl_pi_a": estimation.mean(own - base_logprob),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UnreachableTargetError, UsageError
-from tiltlm.lm import LanguageModel, Law, Prompts, Samples
+from tiltlm.lm import LanguageModel, Prompts, Samples, SamplingSettings
 from tiltlm.objectives import BatchObjective, Objective, Record
 from tiltlm.targets import Target, measure_samples, target_reward
 
@@ -28,11 +28,11 @@ def enumerate_completions(
     prompts: str | Sequence[str] | Prompts | None = None,
     *,
     max_completion_length: int,
-    law: Law | None = None,
+    settings: SamplingSettings | None = None,
 ) -> Samples:
     """Every completion of every prompt, once: ended by an EOS, or of full length; prompt after prompt.
 
-    ``proposal_logprob`` holds the model's log-probabilities under ``law`` (default: the model's own), so that
+    ``proposal_logprob`` holds the model's log-probabilities under ``settings`` (default: the model's own), so that
     exp(``sequence_logprob``) is the exact law of ``model.sample``. Raises UsageError for a vocabulary of more than 8
     tokens or a length outside 1 to 6.
     """
@@ -52,7 +52,7 @@ def enumerate_completions(
         proposal_logprob=torch.zeros(m * n, max_completion_length, dtype=torch.float64, device=model.device),
         prompt_index=torch.arange(m, device=model.device).repeat_interleave(n),
         prompts=prompts,
-        law=law or Law(),
+        settings=settings or SamplingSettings(),
         tokenizer=model.tokenizer,
     )
     with torch.no_grad():
@@ -90,7 +90,7 @@ class ExactTarget:
     def under(self, model: LanguageModel) -> Tensor:
         """log-probability [N] of the completions under a model."""
         with torch.no_grad():
-            return model.logprob(self.samples, law=Law()).double().sum(-1).cpu()
+            return model.logprob(self.samples, settings=SamplingSettings()).double().sum(-1).cpu()
 
 
 def exact_target(base: LanguageModel, target: Target, samples: Samples) -> ExactTarget:
@@ -99,7 +99,7 @@ def exact_target(base: LanguageModel, target: Target, samples: Samples) -> Exact
     Raises UnreachableTargetError when no completion lies in the support.
     """
     with torch.no_grad():
-        base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
     features = measure_samples(target.features, samples)
     score = target.log_score(base_logprob, features)
     if not bool((score > -math.inf).any()):
@@ -162,7 +162,7 @@ def weighted_gradient(policy: LanguageModel, samples: Samples, weights: Tensor) 
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for rows in policy.chunks(samples):
-        logprob = policy.logprob(samples.select(rows), law=Law())
+        logprob = policy.logprob(samples.select(rows), settings=SamplingSettings())
         weight = weights[rows.cpu()].to(logprob)
         weight = weight if weight.ndim == 2 else weight[:, None]
         pull = torch.where(weight != 0, weight * logprob, 0.0).sum()
@@ -192,7 +192,7 @@ def expected_gradient(
     no place here.
     """
     with torch.no_grad():
-        policy_logprob = policy.logprob(truth.samples, law=Law()).double().sum(-1).cpu()
+        policy_logprob = policy.logprob(truth.samples, settings=SamplingSettings()).double().sum(-1).cpu()
     proposal = proposal_logprob.double().cpu()
     drawn = proposal > -math.inf  # the rest is never sampled, and its ratios are not defined
     record = Record(

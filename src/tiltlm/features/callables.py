@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from tiltlm.errors import FeatureError, TiltError, UsageError, nearest
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
+from tiltlm.features.feature import Feature, remembers
 
 TRL_NAMES = ("prompts", "completions", "completion_ids")
 

@@ -31,7 +31,9 @@ def checked_values(output: Any, batch: Batch, *, name: str, binary: bool) -> Ten
     for row, number in enumerate(numbers):
         if number is None or not math.isfinite(number):
             hint = "; TRL would skip that text, a target needs a number for each" if entries[row] is None else ""
-            raise FeatureError(f"{complaint} {_shortened(entries[row])} for {described_row(batch, row)}; {EXPECTED}{hint}")
+            raise FeatureError(
+                f"{complaint} {_shortened(entries[row])} for {described_row(batch, row)}; {EXPECTED}{hint}"
+            )
         if binary and number not in (0.0, 1.0):
             raise FeatureError(
                 f"{complaint} {number:g} for {described_row(batch, row)}; it is declared binary, so 0 or 1 was expected"

@@ -21,8 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
+from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.fields import check_reads, read_texts
 
 CHECKS = ("compiles",)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tiltlm.errors import FeatureError, UsageError, nearest
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
+from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.fields import check_reads, read_texts
 
 CHECKS = ("valid",)

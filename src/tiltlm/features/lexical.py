@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.automaton import Automaton, Phrases, WordCount
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch, Span
+from tiltlm.features.feature import Feature, remembers
 
 FEMALE = ("she", "her", "herself")
 MALE = ("he", "him", "himself")

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tiltlm.errors import ModelError, UsageError, nearest
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
-from tiltlm.features.models import LoadedModel, Row, TextModel
+from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.fields import read_prompts
+from tiltlm.features.models import LoadedModel, Row, TextModel
 
 VALUES = ("perplexity", "logprob")
 

@@ -10,8 +10,7 @@ from tiltlm.errors import UsageError, nearest
 from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, python_feature
 from tiltlm.features.classifier import classifier, reward_model
 from tiltlm.features.code import code_feature
-from tiltlm.features.feature import Combination, Negation, Threshold, all_of, any_of, negation, threshold
-from tiltlm.features.feature import Feature
+from tiltlm.features.feature import Combination, Feature, Negation, Threshold, all_of, any_of, negation, threshold
 from tiltlm.features.json_schema import json_feature
 from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
 from tiltlm.features.perplexity import perplexity

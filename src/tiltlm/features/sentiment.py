@@ -8,8 +8,8 @@ from typing import Any
 
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.automaton import Automaton, WordSum
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
+from tiltlm.features.feature import Feature, remembers
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05

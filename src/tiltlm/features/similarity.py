@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.batch import Batch
+from tiltlm.features.feature import Feature, remembers
 from tiltlm.features.models import TextModel
 
 

@@ -1,5 +1,5 @@
 """Guides: value functions of prefixes that reweight the base's next token."""
 
-from tiltlm.guides.value import Twist, guide_toward
+from tiltlm.guides.value import ValueFunction, guide_toward
 
-__all__ = ["Twist", "guide_toward"]
+__all__ = ["ValueFunction", "guide_toward"]

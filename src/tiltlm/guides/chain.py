@@ -17,10 +17,10 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 from tiltlm.guides.context_classes import LastTokens
-from tiltlm.guides.token_states import PrefixStates
 from tiltlm.guides.edges import Slots, Steps, shrunk_mean
+from tiltlm.guides.token_states import PrefixStates
+from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 
 # Ends are averaged over the positions of a stretch, and there are at most so many; many steps over several stretches.
 MOST_STRETCHES, MOST_STEPS = 40, 2**25

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.lm import Transitions
 from tiltlm.guides.token_states import MOST_STATES, MOST_TRANSITIONS, PrefixStates
+from tiltlm.lm import Transitions
 
 # Cells that splitting may add; each costs a row of the vocabulary.
 MOST_CELLS = 2048

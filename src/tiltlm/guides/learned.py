@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tiltlm.lm import Guide, Transitions
 from tiltlm.guides.token_states import MOST_STATES, PrefixStates
+from tiltlm.lm import Guide, Transitions
 
 if TYPE_CHECKING:
-    from tiltlm.guides.value import Twist
+    from tiltlm.guides.value import ValueFunction
 
 # Levels of the sum, over the range that the samples show.
 LEVELS = 64
@@ -144,7 +144,7 @@ class Scale:
 
 
 def learned_states(
-    twist: Twist, tokens: Tensor, mask: Tensor, log_weights: Tensor, log_ratio: Tensor
+    twist: ValueFunction, tokens: Tensor, mask: Tensor, log_weights: Tensor, log_ratio: Tensor
 ) -> LearnedStates | None:
     """Levels beside the states of ``twist``; None where two halves of the samples tell nothing of one another.
 
@@ -217,7 +217,7 @@ def _fit(prefixes: Prefixes, start: Tensor, shrinkage: float) -> Tensor:
 
 
 def _with_levels(
-    twist: Twist, tokens: Tensor, mask: Tensor, weights: Tensor, step: float, sums: Tensor, share: Tensor
+    twist: ValueFunction, tokens: Tensor, mask: Tensor, weights: Tensor, step: float, sums: Tensor, share: Tensor
 ) -> LearnedStates:
     """Each state at each level of the sum: levels count along with what the automata count."""
     table, whole = twist.states.transitions, (weights / step).round().long()

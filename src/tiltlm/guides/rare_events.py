@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tiltlm.estimation import Estimate, Strata, effective_sample_size, log_partition
 from tiltlm.features import Feature
-from tiltlm.lm import Guide, LanguageModel, Law, Samples
 from tiltlm.guides.chain import Chain
-from tiltlm.targets.constrain import BaseSample, measure_samples
 from tiltlm.guides.refit import as_mixture
 from tiltlm.guides.token_states import prefix_states
-from tiltlm.targets.target import Term
 from tiltlm.guides.value import guide_of
+from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
+from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.target import Term
 
 # Below so many effective samples an estimate of Z is no estimate.
 TRUSTED = 10.0
@@ -115,7 +115,7 @@ def foresee(
         drawn = base.sample(n, plain.prompts, seed + i, max_completion_length=length, guide=guides[-1])
         values = measure_samples(features, drawn)
         with torch.no_grad():
-            log_ratio = (base.logprob(drawn, law=Law()) - drawn.proposal_logprob).double().cpu()
+            log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double().cpu()
         log_weights = torch.where((values[:, wanted] > 0).all(1), log_ratio.sum(-1), -math.inf)
         if i + 1 < rounds:
             chain.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
@@ -124,8 +124,8 @@ def foresee(
         if progress is not None:
             progress((i + 1) * n, rounds * n)
     # Those of the chain, one for each round, and those of the mixture.
-    readings = len(plain) + (2 * rounds - 1) * n
-    mixed = as_mixture(base, texts, torch.cat(measured), guides, length, readings)
+    forward_passes = len(plain) + (2 * rounds - 1) * n
+    mixed = as_mixture(base, texts, torch.cat(measured), guides, length, forward_passes)
     passed = torch.where((mixed.features[:, wanted] > 0).all(1), mixed.log_ratio, -math.inf)
     log_z = log_partition(passed) if bool((passed > -math.inf).any()) else Estimate(-math.inf, math.nan)
     return Foresight(guides[-1], drawn, log_weights, mixed, log_z)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tiltlm.estimation import mixture
-from tiltlm.lm import Guide, LanguageModel, Law, Samples
+from tiltlm.guides.value import guide_toward
+from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.forward import token_logprobs
 from tiltlm.targets.constrain import BaseSample, FittedTarget, fit_target, measure_samples
-from tiltlm.guides.value import guide_toward
 
 # Where the error of the ESS is more than this share of it, a few texts carry most of the weight.
 UNSURE = 0.15
@@ -74,7 +74,7 @@ def _joined(parts: Sequence[BaseSample]) -> BaseSample:
         parts[0].max_completion_length,
         torch.cat(of_base),
         sum(firsts),
-        sum(part.readings for part in parts),
+        sum(part.forward_passes for part in parts),
     )
 
 
@@ -84,18 +84,18 @@ def as_mixture(
     features: Tensor,
     guides: Sequence[Guide],
     length: int,
-    readings: int,
+    forward_passes: int,
 ) -> BaseSample:
     """Texts of the base and, after them, of each guide, with ``features`` [N, K], as drawn from the mixture of all.
 
-    ``readings`` were made before; those of the mixture, one of each text under each law, come to them.
+    ``forward_passes`` were made before; those of the mixture, one of each text under each law, come to them.
     """
     together = Samples.concatenate(texts)
     under = _under(base, together, guides)
     shares = [_share(part, together) for part in texts]
     everything = replace(together, proposal_logprob=mixture(under, shares).to(together.tokens.device))
-    readings += len(under) * len(together)
-    return BaseSample(everything, features, length, under[0].to(together.tokens.device), len(texts[0]), readings)
+    forward_passes += len(under) * len(together)
+    return BaseSample(everything, features, length, under[0].to(together.tokens.device), len(texts[0]), forward_passes)
 
 
 def _share(part: Samples, together: Samples) -> Tensor:
@@ -114,7 +114,7 @@ def _under(base: LanguageModel, samples: Samples, guides: Sequence[Guide]) -> li
         for chunk in (samples.select(r).trimmed() for r in rows):
             reading = base.read(chunk)
             for scores, guide in zip(found, laws, strict=True):
-                scored = token_logprobs(chunk, reading, Law(), guide).double()
+                scored = token_logprobs(chunk, reading, SamplingSettings(), guide).double()
                 scores.append(pad(scored, (0, width - scored.shape[1])))
     back = torch.cat(rows).argsort()
     return [torch.cat(scores)[back] for scores in found]

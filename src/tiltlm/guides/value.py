@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import Strata
-from tiltlm.lm import Guide, LanguageModel
 from tiltlm.guides.chain import Chain
-from tiltlm.targets.constrain import BaseSample
 from tiltlm.guides.context_classes import LastTokens, with_contexts
 from tiltlm.guides.learned import LearnedStates, learned_states
 from tiltlm.guides.token_states import PrefixStates, one_state, prefix_states
+from tiltlm.lm import Guide, LanguageModel
+from tiltlm.targets.constrain import BaseSample
 from tiltlm.targets.target import Target
 
 # What a position tells of its neighbours: the weight of a state's samples falls by this factor with each token.
@@ -28,13 +28,13 @@ FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class Twist:
+class ValueFunction:
     """ψ(s, t) = E_a[P(x)/a(x) | state s after t tokens], estimated from samples.
 
     ``visited`` [N, T + 1] is the cell of each sample after t tokens, t · 2S + state, in the states of a ``Guide``; a
     row that had ended before points to the cell behind the last. ``length`` is T. With a ``chain`` ψ follows from its
     steps and from what ended texts are worth; without, it is an average over the samples that pass each cell.
-    ``learned`` are states for features that no automaton reads. The model has read all samples ``readings`` times.
+    ``learned`` are states for features that no automaton reads. It took ``forward_passes`` of all samples.
     """
 
     states: PrefixStates
@@ -42,10 +42,10 @@ class Twist:
     length: int
     chain: Chain | None = None
     learned: LearnedStates | None = None
-    readings: int = 0
+    forward_passes: int = 0
 
     @staticmethod
-    def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> Twist:
+    def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> ValueFunction:
         """Follow the samples that the target was fitted on through the states of its features; the model reads them.
 
         Features without an automaton have learned states, if there is enough to learn.
@@ -58,10 +58,10 @@ class Twist:
             promise = twist.toward(target, base_sample).log_twist[:, : len(twist.states.transitions)].exp()
             finer = with_contexts(twist.states, last_tokens, promise, tokens, twist.states_before(mask))
             if finer is not twist.states:
-                twist = replace(_with_chain(model, finer, base_sample), readings=2)
+                twist = replace(_with_chain(model, finer, base_sample), forward_passes=2)
         else:
             states, length = one_state(model), base_sample.max_completion_length
-            twist = Twist(states, cells_visited(states, tokens, mask, length), length)
+            twist = ValueFunction(states, cells_visited(states, tokens, mask, length), length)
         if all(feature.automaton() is not None for feature in target.features):
             return twist
         log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio
@@ -148,18 +148,18 @@ class Twist:
 
 def _with_chain(
     model: LanguageModel, states: PrefixStates, base_sample: BaseSample, last_tokens: LastTokens | None = None
-) -> Twist:
+) -> ValueFunction:
     """The twist of these states, with the chain that the model's laws at the samples' prefixes make of them."""
     samples, length = base_sample.samples, base_sample.max_completion_length
     chain = Chain.empty(states, length, model.device)
     chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
     visited = cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length)
-    return Twist(states, visited, length, chain, readings=1)
+    return ValueFunction(states, visited, length, chain, forward_passes=1)
 
 
 def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample) -> Guide:
     """The guide toward a target, made of the samples of the base that it was fitted on."""
-    return Twist.of(base, target, base_sample).toward(target, base_sample)
+    return ValueFunction.of(base, target, base_sample).toward(target, base_sample)
 
 
 def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:
@@ -173,7 +173,7 @@ def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor 
 
 
 def cells_visited(states: PrefixStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
-    """The cells [N, length + 1] of samples with these tokens [N, T]; see ``Twist``."""
+    """The cells [N, length + 1] of samples with these tokens [N, T]; see ``ValueFunction``."""
     count = 2 * len(states.transitions)
     guide = states.guide(torch.zeros(1, count))
     state, visited = guide.begin(len(tokens)), torch.full((len(tokens), length + 1), (length + 1) * count)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltlm.lm.guide import Guide, Lift
 from tiltlm.lm.precision import original_of
-from tiltlm.lm.samples import Law, Samples
+from tiltlm.lm.samples import Samples, SamplingSettings
 
 # A strip of logits stays in a CPU's cache; a piece is as much, but of rows enough for a fast matrix product.
 PIECE_BYTES = {"cpu": 4 * 2**20}
@@ -28,7 +28,7 @@ HELD_BYTES = 31 * 2**20
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardPass:
     """What a model makes of P positions: ``hidden`` [P, H], and ``weight`` [V, H], ``bias`` [V] of its output layer.
 
     Without a weight ``hidden`` holds the logits [P, V] themselves. ``compute`` is the dtype of the product; ``lift`` is
@@ -42,7 +42,7 @@ class Reading:
     lift: Lift | None = None
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, lift: Lift | None = None) -> Reading:
+    def of(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, lift: Lift | None = None) -> ForwardPass:
         """With the dtype in which the output layer would compute here, under autocast or not."""
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -84,11 +84,11 @@ class Reading:
         found = found if found.dtype == torch.float64 else found.float()
         return found if self.lift is None else found + self.lift.at(piece).to(found)
 
-    def cast(self) -> Reading:
+    def cast(self) -> ForwardPass:
         """The same with everything in the dtype in which the product is taken."""
         weight = self.weight.to(self.compute) if self.weight is not None else None
         bias = self.bias.to(self.compute) if self.bias is not None else None
-        return Reading(self.hidden.to(self.compute), weight, bias, self.compute, self.lift)
+        return ForwardPass(self.hidden.to(self.compute), weight, bias, self.compute, self.lift)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ class NextToken:
     gram: Tensor | None = None
 
 
-def next_token(samples: Samples, policy: Reading, base: Reading | None = None, guide: Guide | None = None) -> NextToken:
+def next_token(
+    samples: Samples, policy: ForwardPass, base: ForwardPass | None = None, guide: Guide | None = None
+) -> NextToken:
     """Read the laws of policy and base at every sampled token; a ``guide`` reweights the base and needs one."""
     job = _Job(samples, base, guide, policy, torch.is_grad_enabled())
     found = _Laws.apply(  # type: ignore[no-untyped-call]
@@ -122,9 +124,11 @@ def next_token(samples: Samples, policy: Reading, base: Reading | None = None, g
     return NextToken(*tables)
 
 
-def token_logprobs(samples: Samples, reading: Reading, law: Law, guide: Guide | None = None) -> Tensor:
+def token_logprobs(
+    samples: Samples, reading: ForwardPass, settings: SamplingSettings, guide: Guide | None = None
+) -> Tensor:
     """Log-probabilities of the sampled tokens [N, T] under ``law`` and ``guide``, 0 where masked, with gradient."""
-    if law == Law() and guide is None:
+    if settings == SamplingSettings() and guide is None:
         return next_token(samples, reading).policy
     tokens, lift, reading = samples.flat_tokens, _lift(samples, guide), reading.cast()
 
@@ -132,7 +136,7 @@ def token_logprobs(samples: Samples, reading: Reading, law: Law, guide: Guide | 
         logits = reading.logits(piece)
         if lift is not None:
             logits = logits + lift.at(piece).to(logits)
-        return law.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
+        return settings.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
 
     found = [checkpoint(piece_logprobs, piece, use_reentrant=False) for piece in reading.pieces()]
     return _spread(torch.cat(found), samples)
@@ -152,15 +156,15 @@ class _Job:
     """What a pass over the positions reads beside the policy; it carries no gradient."""
 
     def __init__(
-        self, samples: Samples, base: Reading | None, guide: Guide | None, policy: Reading, gradient: bool
+        self, samples: Samples, base: ForwardPass | None, guide: Guide | None, policy: ForwardPass, gradient: bool
     ) -> None:
         self.tokens, self.guide = samples.flat_tokens, _lift(samples, guide)
         self.base, self.gradient = base.cast() if base else None, gradient
         self.compute, self.lift = policy.compute, policy.lift
 
-    def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Reading:
+    def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> ForwardPass:
         """The policy's reading, of the tensors that autograd knows."""
-        return Reading(hidden, weight, bias, self.compute, self.lift)
+        return ForwardPass(hidden, weight, bias, self.compute, self.lift)
 
     def guide_law(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
         """log g [p, V]; ``base_logits`` are lost."""
@@ -177,7 +181,7 @@ class _Scratch:
     Freed and allocated anew for each strip, it would fall apart into several times as much on a CPU.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ForwardPass) -> None:
         self.dtype = torch.float64 if reading.hidden.dtype == torch.float64 else torch.float32
         self.device, self.width, self.held = reading.hidden.device, reading.width, dict[str, Tensor]()
         self.rows = 0
@@ -195,7 +199,7 @@ class _Scratch:
 class _Logits:
     """Logits of a reading, strip by strip; the product is taken for a piece at once."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ForwardPass) -> None:
         self.reading = reading
         self.room: Tensor | None = None
         self.product = reading.hidden
@@ -227,7 +231,7 @@ class _Logits:
 class _Rows:
     """Rows [r, V] of several strips, gathered for one product in its dtype."""
 
-    def __init__(self, reading: Reading, most: int) -> None:
+    def __init__(self, reading: ForwardPass, most: int) -> None:
         self.table = reading.hidden.new_empty(min(most, len(reading)), reading.width)
         self.start = self.stop = 0
 
@@ -351,7 +355,7 @@ class _Gradients:
     multiplied with some words at a time. ``of_weight`` may start from a sum.
     """
 
-    def __init__(self, policy: Reading, hidden: torch.dtype | None, weight: torch.dtype | None, many: bool) -> None:
+    def __init__(self, policy: ForwardPass, hidden: torch.dtype | None, weight: torch.dtype | None, many: bool) -> None:
         self.policy, self.hidden_dtype, self.weight_dtype = policy, hidden, weight
         self.of_hidden: list[Tensor] = []
         self.of_weight: Tensor | None = None

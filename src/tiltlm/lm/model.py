@@ -18,20 +18,18 @@ from tiltlm.errors import ModelError, UsageError
 from tiltlm.lm.cross import Source, decoder_states
 from tiltlm.lm.decoding import accepts, positions, unwrapped
 from tiltlm.lm.fingerprint import fingerprint
+from tiltlm.lm.forward import ForwardPass, token_logprobs
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
 from tiltlm.lm.memory import Memory, even_pieces
 from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
-from tiltlm.lm.forward import Reading, token_logprobs
-from tiltlm.lm.samples import Law, Samples
+from tiltlm.lm.samples import Samples, SamplingSettings
 from tiltlm.lm.sampling import sample_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tiltlm.targets import Target
 
 # What a model's own guide is called beside its weights.
 GUIDE_FILE = "guide.safetensors"
@@ -224,7 +222,7 @@ class LanguageModel:
         once (default: what fits a fixed memory bound); ``guide`` reweights each next token, before the law's settings;
         ``progress`` is told the number drawn so far and ``n``. Raises UsageError for settings out of range.
         """
-        law = Law(temperature, top_k, top_p)
+        settings = SamplingSettings(temperature, top_k, top_p)
         for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
             _check_whole(name, value, least)
         _check_whole("batch_size", batch_size, 1)
@@ -251,12 +249,12 @@ class LanguageModel:
                     eos_ids=torch.tensor(self.eos_ids, device=self.device, dtype=torch.long),
                     pad_id=self.pad_id,
                     start_id=self.start_id,
-                    law=law,
+                    settings=settings,
                     generator=generator,
                     guide=guide if guide is not None else self.guide,
                     cache_dtype=cache_dtype(self.device, self.compute_dtype),
                 )
-                parts.append(Samples(tokens, mask, logprob, rows, prompts, law, self.tokenizer, guide))
+                parts.append(Samples(tokens, mask, logprob, rows, prompts, settings, self.tokenizer, guide))
                 if progress is not None:
                     progress(sum(map(len, parts)), n)
         return Samples.concatenate(parts)
@@ -274,7 +272,7 @@ class LanguageModel:
         lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
         return list(torch.split(order, even_pieces(lengths, self.memory.bound // self._token_bytes)))
 
-    def read(self, samples: Samples) -> Reading:
+    def read(self, samples: Samples) -> ForwardPass:
         """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
 
         For one chunk at a time: the caller bounds N. ``next_token`` makes log-probabilities of it.
@@ -285,7 +283,7 @@ class LanguageModel:
             own = self.guide
             lift = own.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if own is not None else None
             weight, bias = (layer.weight, layer.bias) if layer is not None else (None, None)
-            return Reading.of(last, weight, bias, lift)
+            return ForwardPass.of(last, weight, bias, lift)
 
     def _read_on(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
         """Hidden states of prompt and completion and the layer after them, or logits and None."""
@@ -329,21 +327,23 @@ class LanguageModel:
                 held.enter_context(sparse_lookups(self.model))
             yield
 
-    def logprob(self, samples: Samples, *, law: Law | None = None, batch_size: int | None = None) -> Tensor:
+    def logprob(
+        self, samples: Samples, *, settings: SamplingSettings | None = None, batch_size: int | None = None
+    ) -> Tensor:
         """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
 
-        Another ``law`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
+        Other ``settings`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
         memory; under ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
         """
         if not len(samples):
             return torch.zeros_like(samples.proposal_logprob)
-        guide = self.placed(samples.guide) if law is None and samples.guide is not None else None
+        guide = self.placed(samples.guide) if settings is None and samples.guide is not None else None
         pieces, order = [], self.chunks(samples, batch_size)
         width = samples.tokens.shape[1]
         with contextlib.nullcontext() if torch.is_grad_enabled() else self.cast_once():
             for rows in order:
                 chunk = samples.select(rows).trimmed()
-                scores = token_logprobs(chunk, self.read(chunk), law or samples.law, guide)
+                scores = token_logprobs(chunk, self.read(chunk), settings or samples.settings, guide)
                 pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
         return torch.cat(pieces)[torch.cat(order).argsort()]
 
@@ -363,12 +363,6 @@ class LanguageModel:
     def _inner(self) -> PreTrainedModel:
         """The model without PEFT around it."""
         return unwrapped(self.model)
-
-    def constrain(self, constraints: Any, **settings: Any) -> Target:
-        """The target with these moments that is closest to this model; see ``tiltlm.targets.constrain``."""
-        from tiltlm.targets import constrain
-
-        return constrain(self, constraints, **settings)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain Hugging Face checkpoint, or a PEFT adapter, with the tokenizer, as safetensors."""

@@ -26,7 +26,7 @@ TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 
 
 @dataclass(frozen=True)
-class Law:
+class SamplingSettings:
     """How next-token logits become the law that is sampled from: temperature, then top-k, then top-p.
 
     ``temperature`` divides the logits; ``top_k`` keeps the k likeliest tokens (0: all); ``top_p`` keeps the smallest
@@ -54,7 +54,7 @@ class Law:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
-        if self != Law():
+        if self != SamplingSettings():
             return self.log_probabilities(logits).exp()
         return _precise(logits).softmax(-1)
 
@@ -90,7 +90,7 @@ class Samples:
 
     ``tokens`` [N, T] are right-padded; ``mask`` [N, T] marks the sampled ones, EOS included; ``proposal_logprob``
     [N, T] is the log-probability (nats) of each sampled token under the law that it was drawn from, 0 where masked;
-    ``prompt_index`` [N] points into ``prompts``. ``law`` and ``guide`` (None: unguided) made the law of each token.
+    ``prompt_index`` [N] points into ``prompts``. ``settings`` and ``guide`` (None: unguided) define its distribution.
     """
 
     tokens: Tensor
@@ -98,7 +98,7 @@ class Samples:
     proposal_logprob: Tensor
     prompt_index: Tensor
     prompts: Prompts
-    law: Law
+    settings: SamplingSettings
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False, compare=False)
     guide: Guide | None = field(default=None, repr=False, compare=False)
 

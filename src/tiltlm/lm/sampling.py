@@ -14,7 +14,7 @@ from tiltlm.lm.cache import reserve
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.prefill import prefill
 from tiltlm.lm.prompts import Prompts
-from tiltlm.lm.samples import Law
+from tiltlm.lm.samples import SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,11 +32,11 @@ BLOCK = 64
 
 def draw(
     logits: Tensor,
-    law: Law,
+    settings: SamplingSettings,
     generator: torch.Generator,
     log_weights: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token [N] per row of logits [N, V] under ``law``, and its log-probability [N], in float32 or better.
+    """One token [N] per row of logits [N, V] under ``settings``, and its log-probability [N], in float32 or better.
 
     ``log_weights`` of a slice of rows are added to their logits first. The cumulative distribution is inverted, much
     cheaper than ``torch.multinomial`` on a CPU; a token of probability zero is never drawn.
@@ -49,7 +49,7 @@ def draw(
     for start in range(0, n, rows):
         piece = slice(start, start + rows)
         weighted = logits[piece] if log_weights is None else logits[piece] + log_weights(piece)
-        probabilities = law.probabilities(weighted)
+        probabilities = settings.probabilities(weighted)
         drawn = invert(probabilities, uniform[piece])
         tokens.append(drawn.squeeze(-1))
         masses.append(probabilities.gather(-1, drawn).squeeze(-1))
@@ -91,14 +91,14 @@ def sample_batch(
     eos_ids: Tensor,
     pad_id: int,
     start_id: int,
-    law: Law,
+    settings: SamplingSettings,
     generator: torch.Generator,
     guide: Guide | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one completion for each entry of ``prompt_index`` [N].
 
-    Returns tokens [N, T], mask [N, T] and token log-probabilities [N, T] (nats) under ``law``; a row ends with the
+    Returns tokens [N, T], mask [N, T] and token log-probabilities [N, T] (nats) under ``settings``; a row ends with the
     first EOS, which belongs to it, or after ``max_new_tokens``. Rows that have ended leave the batch. Raises
     NumericalError when the model's probabilities are not numbers.
     """
@@ -114,10 +114,10 @@ def sample_batch(
     reserve(decoder.cache, decoder.mask.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:
-            drawn, found = draw(logits, law, generator, partial(_weights, guide, states, t))
+            drawn, found = draw(logits, settings, generator, partial(_weights, guide, states, t))
             states = guide.advance(states, drawn)
         else:
-            drawn, found = draw(logits, law, generator)
+            drawn, found = draw(logits, settings, generator)
         if logprob is None:
             logprob = torch.zeros((n, max_new_tokens), dtype=found.dtype, device=device)
         tokens[alive, t] = torch.where(open_rows, drawn, pad_id)

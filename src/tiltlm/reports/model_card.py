@@ -10,8 +10,8 @@ import yaml
 from tiltlm.reports.summary import prompts_in_words
 
 if TYPE_CHECKING:
-    from tiltlm.targets import FitReport
     from tiltlm.evaluation.evaluate import Evaluation
+    from tiltlm.targets import FitReport
 
 # Whoever loads the weights alone has another law than the one that was measured.
 KEPT_GUIDE = """These figures are of the weights **together with `guide.safetensors`**, which reweights each next token.

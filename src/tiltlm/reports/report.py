@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiltlm.runs import storage
 from tiltlm.reports.charts import distance_charts, how_to_read, moment_charts
-from tiltlm.runs.directory import RUN_FIELDS, RunDirectory
 from tiltlm.reports.plots import PALETTE_SIZE, compact_count
 from tiltlm.reports.samples_view import pair_samples
 from tiltlm.reports.summary import MET_WITHIN, FeatureSummary, Measured, plain_number, summarize
+from tiltlm.runs import storage
+from tiltlm.runs.directory import RUN_FIELDS, RunDirectory
 
 if TYPE_CHECKING:
     import jinja2

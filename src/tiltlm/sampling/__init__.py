@@ -1,7 +1,6 @@
 """Sampling from the target itself, exactly or nearly, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
-from tiltlm.sampling.target_proposal import Draws, Proposal, build_proposal
 from tiltlm.sampling.sampler import (
     SAMPLERS,
     Guided,
@@ -13,6 +12,7 @@ from tiltlm.sampling.sampler import (
     build_sampler,
     known_bound,
 )
+from tiltlm.sampling.target_proposal import Draws, Proposal, build_proposal
 from tiltlm.sampling.target_sampler import TargetSampler, TargetSamples, sample_target
 
 __all__ = [

@@ -22,8 +22,8 @@ from tiltlm.estimation import (
     pareto_k_threshold,
     proposal_law,
 )
-from tiltlm.sampling.target_proposal import Proposal, Source
 from tiltlm.sampling.sampler import Metropolis, QuasiRejection, Rejection, Sampler
+from tiltlm.sampling.target_proposal import Proposal, Source
 from tiltlm.targets.constrain import ENOUGH_SAMPLES
 
 # Chains that repeat themselves this often are worth a word.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import effective_sample_size, log_importance_weights
-from tiltlm.lm import Guide, Law, Prompts, Roles, Samples
-from tiltlm.targets import BaseSample, Target, measure_samples
 from tiltlm.guides import guide_toward
+from tiltlm.lm import Guide, Prompts, Roles, Samples, SamplingSettings
+from tiltlm.targets import BaseSample, Target, measure_samples
 
 Source = Literal["base", "guided", "policy"]
 SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
@@ -80,7 +80,7 @@ class Proposal:
         features = measure_samples(self.target.features, samples)
         if self.source != "base":
             with self.roles.use("base") as base:
-                base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+                base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
         log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)
         among_all = torch.tensor(places, device=samples.tokens.device)[samples.prompt_index]
         return Draws(replace(samples, prompts=self.prompts, prompt_index=among_all), log_weights)

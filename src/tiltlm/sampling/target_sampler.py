@@ -12,10 +12,10 @@ from torch import Tensor
 from tiltlm.errors import UnreachableTargetError, UsageError
 from tiltlm.estimation import no_hit
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples
-from tiltlm.sampling.forecast import CurvePoint, Forecast, foretell, qrs_curve
 from tiltlm.sampling.acceptance import Intake
-from tiltlm.sampling.target_proposal import CALLED, Draws, Proposal, build_proposal
+from tiltlm.sampling.forecast import CurvePoint, Forecast, foretell, qrs_curve
 from tiltlm.sampling.sampler import Sampler, build_sampler
+from tiltlm.sampling.target_proposal import CALLED, Draws, Proposal, build_proposal
 from tiltlm.targets import BaseSample, FittedTarget, Target
 
 PILOT = 2_048

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tiltlm.reports.report import duration
-from tiltlm.study.record import StudyDirectory
 from tiltlm.study.grid import Grid, PlannedRun
+from tiltlm.study.record import StudyDirectory
 
 
 def show_grid(

@@ -19,11 +19,11 @@ from typing import IO, Any
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.runs import storage
 from tiltlm.runs.resuming import check_same_config, has_ended
-from tiltlm.study.record import StudyDirectory
-from tiltlm.study.rows import kept_rows
 from tiltlm.study.grid import Grid, PlannedRun, run_name, with_fit
 from tiltlm.study.progress import StudyProgress
+from tiltlm.study.record import StudyDirectory
 from tiltlm.study.reference import RECORD, has_reference, reference_key
+from tiltlm.study.rows import kept_rows
 from tiltlm.study.watch import is_measured
 from tiltlm.training.interrupt import sigterm_interrupts
 

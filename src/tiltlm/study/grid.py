@@ -10,8 +10,8 @@ from typing import Any
 
 from tiltlm.app.build import build_method, build_own_target, build_terms, check_expressible, check_names
 from tiltlm.config.run import RunConfig, parse_config
-from tiltlm.errors import ModelError, UsageError
 from tiltlm.config.study import MethodSection, StudyConfig, TaskSection
+from tiltlm.errors import ModelError, UsageError
 from tiltlm.targets import TiltedTarget
 from tiltlm.training.proposal_rules import ProposalRule
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tiltlm.errors import UsageError
+from tiltlm.reports.summary import plain_number
 from tiltlm.runs.directory import RunDirectory, git_commit, installed_versions
 from tiltlm.study.record import Entry, Method, Study, Task
 from tiltlm.study.rows import goals_of, run_rows
-from tiltlm.reports.summary import plain_number
 
 # What makes a task of a run's config; the fit's samples and their seed only say how well it is known.
 OF_TASK = ("model", "revision", "prompts", "max_completion_length")

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.text import Text
 
 from tiltlm.reports.report import duration
-from tiltlm.study.record import StudyDirectory
 from tiltlm.study.grid import PlannedRun
+from tiltlm.study.record import StudyDirectory
 
 # Of a run's time; the rest is its evaluation.
 TRAINING_SHARE = 0.8

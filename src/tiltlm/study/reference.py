@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from tiltlm.app.build import build_base, encode_prompts, read_prompts
+from tiltlm.app.display import Display
+from tiltlm.app.fit import Stated, state_target, stream
 from tiltlm.config.run import RunConfig
+from tiltlm.config.study import ReferenceSection
 from tiltlm.errors import CheckpointError, UsageError
 from tiltlm.estimation import (
     Estimate,
@@ -26,14 +29,11 @@ from tiltlm.estimation import (
     pareto_k_threshold,
     weighted_mean,
 )
-from tiltlm.lm import Guide, LanguageModel, Law, Samples
+from tiltlm.guides import guide_toward
+from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
-from tiltlm.app.display import Display
-from tiltlm.app.fit import Stated, state_target, stream
-from tiltlm.config.study import ReferenceSection
 from tiltlm.targets import BaseSample, measure_samples
-from tiltlm.guides import guide_toward
 from tiltlm.training.checkpoint import save_base_sample
 
 # With fewer effective samples than this share of those drawn from the base, the guided base is tried as well.
@@ -86,7 +86,7 @@ class Reference:
     def kl_of(self, policy: LanguageModel, most: int | None = None) -> Estimate:
         """KL(p‖π) of a model, on the first ``most`` samples."""
         few = self.samples if most is None or most >= len(self) else self.samples.select(torch.arange(most))
-        return self.kl(policy.logprob(few, law=Law()).double().sum(-1).cpu())
+        return self.kl(policy.logprob(few, settings=SamplingSettings()).double().sum(-1).cpu())
 
 
 def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
@@ -152,7 +152,7 @@ def load_reference(folder: Path, model: LanguageModel, config: RunConfig) -> Ref
         samples = Samples(
             **{name: state[name] for name in TENSORS},
             prompts=prompts.select(state["prompts"]),
-            law=Law(),
+            settings=SamplingSettings(),
             tokenizer=model.tokenizer,
         )
         weights, target, base = (state[name].cpu() for name in ("weights", "target_logprob", "base_logprob"))
@@ -236,7 +236,7 @@ def _draw(
             done += n
             told(done, settings.samples)
         samples = Samples.concatenate(parts)
-        base_logprob = base.logprob(samples, law=Law()).double().sum(-1).cpu()
+        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
         proposal = base_logprob
         if guide is not None:
             guided = base.logprob(replace(samples, guide=guide)).double().sum(-1).cpu()

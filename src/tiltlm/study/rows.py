@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tiltlm.errors import CheckpointError
+from tiltlm.reports.summary import Measured
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.record import Entry, Method, Row, Study, StudyDirectory, Task
-from tiltlm.reports.summary import Measured
 
 # What an evaluation holds of a model's writing, by full sampling and, under the key ``top_p``, by top-p.
 FIGURES = ("kl_pi_a", "distinct_1", "distinct_1_corpus", "self_bleu_5", "entropy", "perplexity_base")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from tiltlm.study.record import Study
 from tiltlm.reports.summary import Measured
+from tiltlm.study.record import Study
 
 # Which way is better: −1 lower, +1 higher. Entropy has no better side by itself, and is compared with the base's.
 BETTER = {"kl_p_pi": -1, "moment_error": -1, "kl_pi_a": -1, "distinct_1": 1, "self_bleu_5": -1, "perplexity_base": -1}

@@ -15,16 +15,16 @@ from typing import Any
 
 from tiltlm.cli.common import quiet
 from tiltlm.config.run import parse_config
-from tiltlm.errors import TiltError
 from tiltlm.config.study import CurveSection, ReferenceSection
+from tiltlm.errors import TiltError
 
 
 def work(job: dict[str, Any]) -> str:
     """Do one job; returns ``done`` or ``interrupted``. Raises TiltError for what the user can mend."""
     from tiltlm.app.build import load_policy
+    from tiltlm.app.display import Display, plain_console
     from tiltlm.app.tune import finished, tune_config
     from tiltlm.runs.directory import RunDirectory
-    from tiltlm.app.display import Display, plain_console
     from tiltlm.study.reference import make_reference
     from tiltlm.study.watch import Watch, is_measured, measure_end
 

@@ -29,7 +29,7 @@ class BaseSample:
 
     ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from. Where
     not all were drawn by the base itself, ``base_logprob`` [N, T] is log a of their tokens beside the log q of the
-    samples, and the ``plain`` first rows are the base's own; ``readings`` counts the passes that this took.
+    samples, and the ``plain`` first rows are the base's own; ``forward_passes`` counts the passes that this took.
     """
 
     samples: Samples
@@ -37,7 +37,7 @@ class BaseSample:
     max_completion_length: int
     base_logprob: Tensor | None = None
     plain: int | None = None
-    readings: int = 0
+    forward_passes: int = 0
 
     @property
     def log_ratio(self) -> Tensor:

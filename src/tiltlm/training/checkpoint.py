@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tiltlm.errors import CheckpointError
-from tiltlm.lm import LanguageModel, Law, Prompts, Samples
+from tiltlm.lm import LanguageModel, Prompts, Samples, SamplingSettings
 from tiltlm.targets import BaseSample
 
 TENSORS, NUMBERS, BASE_SAMPLE = "tensors.pt", "state.json", "base_sample.pt"
@@ -79,7 +79,9 @@ def save_base_sample(folder: Path, sample: BaseSample) -> None:
         **{name: getattr(samples, name) for name in ("tokens", "mask", "proposal_logprob", "prompt_index")},
         "prompts": {name: _plain(value) for name, value in vars(samples.prompts).items()},
         "features": sample.features,
-        **{name: getattr(sample, name) for name in ("max_completion_length", "base_logprob", "plain", "readings")},
+        **{
+            name: getattr(sample, name) for name in ("max_completion_length", "base_logprob", "plain", "forward_passes")
+        },
     }
     partial = folder / f"{BASE_SAMPLE}.partial"
     try:
@@ -109,12 +111,16 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
             proposal_logprob=state["proposal_logprob"],
             prompt_index=state["prompt_index"],
             prompts=prompts,
-            law=Law(),
+            settings=SamplingSettings(),
             tokenizer=base.tokenizer,
         )
         drawn = {name: state.get(name) for name in ("base_logprob", "plain")}
         return BaseSample(
-            samples, state["features"].cpu(), state["max_completion_length"], **drawn, readings=state.get("readings", 0)
+            samples,
+            state["features"].cpu(),
+            state["max_completion_length"],
+            **drawn,
+            forward_passes=state.get("forward_passes", state.get("readings", 0)),
         )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"

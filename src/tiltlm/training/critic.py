@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.lm import LanguageModel, Reading, Samples
+from tiltlm.lm import ForwardPass, LanguageModel, Samples
 
 
 class Critic:
@@ -31,7 +31,7 @@ class Critic:
         """Its parameters by name, for the optimizer and for checkpoints."""
         return {f"critic.{name}": parameter for name, parameter in self.head.named_parameters()}
 
-    def values(self, samples: Samples, reading: Reading) -> Tensor:
+    def values(self, samples: Samples, reading: ForwardPass) -> Tensor:
         """The value before each sampled token [N, T], 0 where masked, with gradient."""
         with torch.autocast(reading.hidden.device.type, enabled=False):
             found = self.head(reading.hidden.to(self.head.weight.dtype)).squeeze(-1)

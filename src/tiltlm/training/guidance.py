@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import moment_under_policy
+from tiltlm.guides import ValueFunction
 from tiltlm.lm import Guide, LanguageModel
 from tiltlm.targets import BaseSample, Target, TiltedTarget
-from tiltlm.guides import Twist
 from tiltlm.training.metrics import Scores
 
 # Nats that a coefficient may lean: a guide too far from the target gives weights that teach nothing.
@@ -29,7 +29,7 @@ class Guidance:
         base: LanguageModel,
         target: Target,
         base_sample: BaseSample,
-        twist: Twist,
+        twist: ValueFunction,
         feedback: float,
         log_z: float | Tensor = 0.0,
     ) -> None:

@@ -16,8 +16,8 @@ from tiltlm.lm import NextToken, Samples
 from tiltlm.objectives import Record
 from tiltlm.targets import Target
 from tiltlm.training.callbacks import Progress
-from tiltlm.training.replay.weights import PoolMetrics
 from tiltlm.training.proposal_rules import Distances
+from tiltlm.training.replay.weights import PoolMetrics
 
 if TYPE_CHECKING:
     from tiltlm.training.gradient_noise import Spread

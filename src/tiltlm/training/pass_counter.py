@@ -28,8 +28,8 @@ class Passes:
     def found(self, sample: BaseSample) -> None:
         """A target was fitted on this; sequences that were read beside are counted with the sample's mean length."""
         self.drew(sample.samples)
-        self.forward_passes += sample.readings
-        self.tokens += round(sample.readings * float(sample.samples.mask.sum()) / len(sample.samples))
+        self.forward_passes += sample.forward_passes
+        self.tokens += round(sample.forward_passes * float(sample.samples.mask.sum()) / len(sample.samples))
 
     def read(self, samples: Samples) -> None:
         """These went through base or policy."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import mixture
-from tiltlm.lm import Guide, NextToken, Reading, Roles, Samples, next_token
+from tiltlm.lm import ForwardPass, Guide, NextToken, Roles, Samples, next_token
 from tiltlm.objectives import (
     AdaptiveObjective,
     Balance,
@@ -25,10 +25,10 @@ from tiltlm.objectives import (
     forms,
 )
 from tiltlm.targets import Target, target_reward
-from tiltlm.training.rollout_batch import Assessment, Batch
 from tiltlm.training.critic import Critic
 from tiltlm.training.metrics import Scores
 from tiltlm.training.pass_counter import Passes
+from tiltlm.training.rollout_batch import Assessment, Batch
 from tiltlm.training.surrogate import (
     finite,
     follows_its_advantage,
@@ -217,7 +217,7 @@ class Scorer:
                     found["values"] = self.critic.values(chunk, reading)
         return found
 
-    def _critic_loss(self, batch: Batch, rows: Tensor, chunk: Samples, reading: Reading) -> Tensor:
+    def _critic_loss(self, batch: Batch, rows: Tensor, chunk: Samples, reading: ForwardPass) -> Tensor:
         assert isinstance(self.objective, CriticObjective)
         assert self.critic is not None
         assert batch.assessment is not None
@@ -239,12 +239,12 @@ class Scorer:
             promises, expected = promises - log_z, expected - log_z
         return GuideRecord(laws.guide.double(), promises, expected, self.balance.shares(chunk.tokens.shape[1]))
 
-    def _read_base(self, chunk: Samples) -> Reading:
+    def _read_base(self, chunk: Samples) -> ForwardPass:
         self.passes.read(chunk)
         with self.timed("base"), torch.no_grad(), self.roles.use("base") as model, self.accelerator.autocast():
             return model.read(chunk)
 
-    def _read_policy(self, chunk: Samples) -> Reading:
+    def _read_policy(self, chunk: Samples) -> ForwardPass:
         self.passes.read(chunk)
         with self.accelerator.autocast():
             return self.roles.policy.read(chunk)

@@ -13,31 +13,31 @@ from typing import Literal
 
 from torch import Tensor
 
+from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition, PromptPartition, partition_for
+from tiltlm.guides import ValueFunction
 from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import CriticObjective, Guided, Objective
 from tiltlm.targets import Target
-from tiltlm.guides import Twist
 from tiltlm.targets.constrain import BaseSample
 from tiltlm.training.acceleration import build_accelerator
-from tiltlm.config.training import TrainingArguments
-from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.callbacks import Callback, Progress
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tiltlm.training.critic import Critic
 from tiltlm.training.drawing import Drawer
+from tiltlm.training.gradient_noise import measure_spread
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
 from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.pass_counter import Passes
 from tiltlm.training.proposal_rules import UNKNOWN_DISTANCES, ProposalRule
-from tiltlm.training.surrogate import updates_per_batch
 from tiltlm.training.replay.schedule import build_reuse
+from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.scoring import Scorer
-from tiltlm.training.gradient_noise import measure_spread
 from tiltlm.training.state import pack, unpack
+from tiltlm.training.surrogate import updates_per_batch
 
 # Seconds of waiting for features in the last step.
 WORTH_DRAWING_AHEAD = 0.05
@@ -108,7 +108,7 @@ class Trainer:
         self.guidance: Guidance | None = None
         if self.distills or self.source == "guided" or self.keeps:
             with roles.use("base") as base:
-                twist = Twist.of(base, target, base_sample)
+                twist = ValueFunction.of(base, target, base_sample)
                 if self.distills or self.source == "guided":
                     log_z = self.partition.at(base_sample.samples.prompt_ids)
                     feedback = getattr(objective, "feedback", 0.0)
@@ -116,7 +116,7 @@ class Trainer:
             if self.keeps and self.guidance is None:
                 roles.policy.keep(twist.toward(target, base_sample))
             self.keep_guide()
-            for _ in range(twist.readings):
+            for _ in range(twist.forward_passes):
                 self.passes.read(base_sample.samples)
         self.reuse = build_reuse(args, iterations, rule, seed, base_sample.samples, self.scorer, self.guidance)
         self.step = 0

@@ -8,12 +8,12 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
+from tiltlm.reports.summary import Measured, plain_number
 from tiltlm.study.record import Row, Study, Task
 from tiltlm.study.report.drawing import INK, Panel, StudyFigure, draw_figure, styles
+from tiltlm.study.report.tables import TITLES
 from tiltlm.study.rows import SPREADS
 from tiltlm.study.statistics import last_values, over_seeds
-from tiltlm.study.report.tables import TITLES
-from tiltlm.reports.summary import Measured, plain_number
 
 SIZED = {"kl_p_pi": TITLES["kl_p_pi"], "moment_error": "distance of moments from goals", "kl_pi_a": TITLES["kl_pi_a"]}
 # Of these one method may go far beyond what others do; an axis is logarithmic from so many times the median on.

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tiltlm.reports.summary import Measured, plain_number
 from tiltlm.study.record import Study
 from tiltlm.study.statistics import BETTER, all_pairs, base_value, best_of, last_values, over_seeds
-from tiltlm.reports.summary import Measured, plain_number
 
 # Metrics in the order and with the words in which they are shown.
 TITLES = {

@@ -8,8 +8,8 @@ from tiltlm.runs import storage
 from tiltlm.study.record import Study
 from tiltlm.study.report.figures import study_figures
 from tiltlm.study.report.page import render_page
-from tiltlm.study.rows import write_results
 from tiltlm.study.report.tables import latex, markdown, study_tables
+from tiltlm.study.rows import write_results
 
 
 def write_study(study: Study, folder: Path) -> list[Path]:

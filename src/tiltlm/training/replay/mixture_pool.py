@@ -11,10 +11,10 @@ from tiltlm.estimation import Partition, PromptPartition, partition_for
 from tiltlm.lm import Samples
 from tiltlm.lm.samples import TENSORS
 from tiltlm.targets import Target
-from tiltlm.training.rollout_batch import Assessment, Batch
+from tiltlm.training.replay.guided_pool import POOLED, Rows
 from tiltlm.training.replay.proposals import Laws
 from tiltlm.training.replay.weights import BASE, PoolMetrics, mixture_logprob
-from tiltlm.training.replay.guided_pool import POOLED, Rows
+from tiltlm.training.rollout_batch import Assessment, Batch
 
 # At least so many of a full pool are the base's: that bounds every weight by P/(DEFENSIVE_SHARE · a).
 DEFENSIVE_SHARE = 0.1

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import UsageError
 from tiltlm.estimation import Partition, PromptPartition
 from tiltlm.lm import Samples
 from tiltlm.objectives import BatchObjective, Guided, Objective
-from tiltlm.config.training import TrainingArguments
-from tiltlm.training.rollout_batch import MIXTURE, Batch
 from tiltlm.training.guidance import Guidance
-from tiltlm.training.replay.proposals import Laws
-from tiltlm.training.replay.mixture_pool import MixedPool
-from tiltlm.training.replay.weights import PoolMetrics
-from tiltlm.training.replay.guided_pool import Pool
 from tiltlm.training.proposal_rules import ProposalRule
+from tiltlm.training.replay.guided_pool import Pool
+from tiltlm.training.replay.mixture_pool import MixedPool
+from tiltlm.training.replay.proposals import Laws
+from tiltlm.training.replay.weights import PoolMetrics
+from tiltlm.training.rollout_batch import MIXTURE, Batch
 
 if TYPE_CHECKING:
     from tiltlm.training.scoring import Scorer
