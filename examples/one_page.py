@@ -12,7 +12,7 @@ import torch
 import tiltlm
 from tiltlm.features import pronouns
 from tiltlm.lm import Roles
-from tiltlm.targets.constrain import measure_samples
+from tiltlm.targets.base_sample import measure_samples
 
 
 def main(steps: int = 40, batch_size: int = 256, fit_samples: int = 4096) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tiltlm._version import __version__
 
 if TYPE_CHECKING:
     from tiltlm.app.tune import Run, tune
@@ -51,6 +51,7 @@ __all__ = [
     "Target",
     "TiltError",
     "TiltedTarget",
+    "__version__",
     "constrain",
     "feature",
     "sample_target",

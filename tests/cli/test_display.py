@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tiltlm.app.display import Display, plain_console
 from tiltlm.estimation import Estimate
-from tiltlm.training.callbacks import Progress
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 
 NAME = "matches '[a-c][/x]'"
 

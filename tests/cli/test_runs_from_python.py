@@ -13,7 +13,7 @@ import torch
 from command_line import Command, assert_one_error
 
 import tiltlm
-from tiltlm.app.build import load_run
+from tiltlm.app.load import load_run
 from tiltlm.evaluation.evaluate import evaluate_policy
 
 MEASURES = """

@@ -14,7 +14,8 @@ from tiltlm.app.build import build_terms, check_names
 from tiltlm.config.run import load_config
 from tiltlm.features import build_feature, measure, sentiment
 from tiltlm.lm import LanguageModel, Samples
-from tiltlm.targets.constrain import BaseSample, fit_target, measure_samples
+from tiltlm.targets.base_sample import BaseSample, measure_samples
+from tiltlm.targets.constrain import fit_target
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples" / "features").glob("*.yaml"))

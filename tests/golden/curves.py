@@ -26,9 +26,10 @@ from tiltlm.app.fit import state_target, stream
 from tiltlm.config.run import parse_config
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets import fit_target
-from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.targets.base_sample import BaseSample, measure_samples
+from tiltlm.training.callbacks import Callback
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.trainer import Trainer
 

@@ -11,7 +11,7 @@ import yaml
 from scipy import stats
 
 from enumerable import CROSSING, LAWS, PROMPTS, TOKENS, random_guide, tiny_model
-from tiltlm.app.build import load_run
+from tiltlm.app.load import load_run
 from tiltlm.app.tune import tune_config
 from tiltlm.config.run import load_config
 from tiltlm.errors import ModelError, UsageError

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.callbacks import Callback
 from tiltlm.training.checkpoint import load_checkpoint
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 from tiny_world import World, build_trainer
 
 

@@ -359,7 +359,7 @@ def _log_weights(world: Conditional, sample: BaseSample) -> Tensor:
 
 
 def _scores(world: Conditional, sample: BaseSample) -> Any:
-    from tiltlm.training.metrics import Scores
+    from tiltlm.evaluation.scores import Scores
 
     logprob = sample.samples.sequence_logprob
     score = world.target.log_score(logprob, sample.features)

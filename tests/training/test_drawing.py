@@ -24,7 +24,7 @@ from tiltlm.features.batch import Batch as Texts
 from tiltlm.lm import LanguageModel
 from tiltlm.objectives import Guided
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.targets.constrain import measure_samples
+from tiltlm.targets.base_sample import measure_samples
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tiltlm.evaluation.evaluate import evaluate_base, evaluate_policy, score_against_base
+from tiltlm.evaluation.scores import LARGEST_MEAN_MISMATCH, Mismatch, Scores
 from tiltlm.lm import LanguageModel, Roles, Samples
 from tiltlm.objectives import Guided
-from tiltlm.training.metrics import LARGEST_MEAN_MISMATCH, Mismatch, Scores
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, LORA, World, build_trainer, near
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.callbacks import Callback
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer
 

@@ -12,10 +12,11 @@ import torch
 from test_accounting import Passes, spent
 from torch import Tensor
 
+from tiltlm.evaluation.scores import Scores
 from tiltlm.features import Feature, contains, length
 from tiltlm.objectives import GDC, GDCPlusPlus, Guided, Objective, Record
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
+from tiltlm.training.metrics import StepMetrics, distances, step_metrics
 from tiltlm.training.rollout_batch import Batch
 from tiltlm.training.surrogate import ignores_the_impossible
 from tiltlm.training.trainer import Trainer

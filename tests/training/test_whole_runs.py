@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltlm.app.build import load_policy, load_run
+from tiltlm.app.load import load_policy, load_run
 from tiltlm.app.tune import Run, tune_config
 from tiltlm.config.run import parse_config
 from tiltlm.errors import CheckpointError, NumericalError, RunExistsError, UsageError

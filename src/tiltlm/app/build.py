@@ -5,23 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tiltlm.config.prompt_data import PromptData, prompt_dataset, prompt_file, stated_prompts
-from tiltlm.config.run import ConstraintConfig, MethodConfig, PromptsConfig, RewardConfig, RunConfig, parse_config
+from tiltlm.config.run import ConstraintConfig, MethodConfig, PromptsConfig, RewardConfig, RunConfig
 from tiltlm.errors import TiltError, UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.callables import load_object
 from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
-from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.objectives import BUILT_IN, Objective
-from tiltlm.runs.directory import RunDirectory
-from tiltlm.runs.resuming import check_same_base
 from tiltlm.targets import Target, Term, TiltedTarget, state_terms
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
@@ -243,43 +239,3 @@ def _check_peft(settings: dict[str, Any]) -> None:
     for key in settings:
         if key not in valid:
             raise UsageError(f"peft: unknown setting '{key}' of peft.LoraConfig; {nearest(key, valid)}")
-
-
-def load_policy(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, LanguageModel]:
-    """Config and tuned model of a finished run; the target is not built. Raises CheckpointError, UsageError."""
-    record = directory.read_run()
-    if not directory.policy_dir.is_dir():
-        raise UsageError(
-            f"{directory.path}: it has no tuned model yet (status: {record['status']}); finish it with --resume"
-        )
-    config = parse_config({**record["config"], "device": device})
-    if config.peft is not None:
-        return config, _unchanged_base(directory, config).with_adapter(directory.policy_dir)
-    return config, LanguageModel.from_pretrained(directory.policy_dir, device=device, dtype=config.dtype)
-
-
-def load_run(
-    directory: RunDirectory | str | Path, device: str = "auto", features: Sequence[Feature] = ()
-) -> tuple[RunConfig, Roles, Target]:
-    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError.
-
-    ``features`` are those that the run was given as objects which its record cannot name; their own names find them.
-    """
-    directory = directory if isinstance(directory, RunDirectory) else RunDirectory.open(directory)
-    config, policy = load_policy(directory, device)
-    base = _unchanged_base(directory, config).freeze() if config.peft is None else None
-    roles = Roles(policy, base)
-    if config.target.python is not None:
-        return config, roles, build_own_target(config)
-    fitted = [entry["coefficient"] for entry in directory.read_run()["target"]["features"]]
-    terms = [
-        replace(term, coefficient=known["value"] if known else 0.0)
-        for term, known in zip(build_terms(config, features), fitted, strict=True)
-    ]
-    return config, roles, TiltedTarget(tuple(terms))
-
-
-def _unchanged_base(directory: RunDirectory, config: RunConfig) -> LanguageModel:
-    base = build_base(config)
-    check_same_base(directory, fingerprint(base))
-    return base

@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tiltlm.training.callbacks import Callback
-from tiltlm.training.callbacks import Progress as RunProgress
+from tiltlm.training.progress import Progress as RunProgress
 
 if TYPE_CHECKING:
     from tiltlm.estimation import Estimate
-    from tiltlm.training.metrics import Mismatch, StepMetrics
+    from tiltlm.evaluation.scores import Mismatch
+    from tiltlm.training.metrics import StepMetrics
 
 PLAIN_LINE_EVERY = 5.0
 # Wide enough that a table in a file or a pipe keeps a row on a line.

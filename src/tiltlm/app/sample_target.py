@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from tiltlm.app.build import build_base, check_names, encode_prompts, load_run, read_prompts
+from tiltlm.app.build import build_base, check_names, encode_prompts, read_prompts
 from tiltlm.app.display import Display
 from tiltlm.app.fit import state_target
+from tiltlm.app.load import load_run
 from tiltlm.config.run import RunConfig, load_config
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Roles

@@ -35,10 +35,11 @@ from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
 from tiltlm.targets import FitReport, FittedTarget
 from tiltlm.training.acceleration import Trackers, build_accelerator
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.callbacks import Callback
 from tiltlm.training.checkpoint import save_base_sample
 from tiltlm.training.interrupt import sigterm_interrupts
 from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 from tiltlm.training.trainer import Trainer
 
 

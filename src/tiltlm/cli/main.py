@@ -138,8 +138,9 @@ def evaluate(
                 progress=progress,
             )
         else:
-            from tiltlm.app.build import encode_prompts, load_run, other_prompts, read_prompts
+            from tiltlm.app.build import encode_prompts, other_prompts, read_prompts
             from tiltlm.app.fit import stream
+            from tiltlm.app.load import load_run
             from tiltlm.evaluation.evaluate import HELD_OUT, TRAINING, evaluate_policy
 
             config, roles, target = load_run(run, device)

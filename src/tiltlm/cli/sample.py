@@ -123,7 +123,7 @@ def _sample_model(
             f"--sampler draws texts of the target without tuning"
         )
     run = run_of(source)
-    from tiltlm.app.build import load_policy
+    from tiltlm.app.load import load_policy
     from tiltlm.lm import LanguageModel
 
     quiet()

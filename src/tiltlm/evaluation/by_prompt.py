@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
+from tiltlm.evaluation.pooled import Pooled
+from tiltlm.evaluation.scores import Scores
 from tiltlm.lm import Samples
-from tiltlm.training.metrics import Scores
-
-if TYPE_CHECKING:
-    from tiltlm.evaluation.evaluate import Pooled
 
 # So many prompts are told apart in a report; the means are over all.
 MOST_PROMPTS = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, partition_for
 from tiltlm.evaluation.by_prompt import PromptEvaluation, evaluate_prompts
+from tiltlm.evaluation.pooled import Pooled
+from tiltlm.evaluation.scores import Mismatch, Scores, kl_policy_base
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings, next_token
 from tiltlm.targets import Target
-from tiltlm.targets.constrain import BaseSample, measure_samples
-from tiltlm.training.metrics import Mismatch, Scores, kl_policy_base
+from tiltlm.targets.base_sample import BaseSample, measure_samples
 
 # Which prompts an evaluation is on: those that the policy was trained on, others, or those of a file by its name.
 TRAINING, HELD_OUT = "training", "held out"
@@ -66,21 +66,6 @@ class Evaluation:
         result["prompts"], result["prompts_from"] = self.prompts, self.prompts_from
         result["per_prompt"] = [prompt.to_json() for prompt in self.per_prompt]
         return result
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Scores and features [N, K] of samples from several laws, with the log-probability [N] of their mixture."""
-
-    scores: Scores
-    features: torch.Tensor
-    mixture_logprob: torch.Tensor
-
-    @staticmethod
-    def of(scores: Scores, features: torch.Tensor) -> Pooled:
-        """Policy and base in equal numbers: every row counts as drawn from their mixture (Owen & Zhou 2000)."""
-        mixture = torch.logaddexp(scores.policy_logprob, scores.base_logprob) - math.log(2)
-        return Pooled(scores, features, mixture)
 
 
 def evaluate_policy(

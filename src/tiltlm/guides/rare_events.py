@@ -22,7 +22,7 @@ from tiltlm.guides.refit import as_mixture
 from tiltlm.guides.token_states import prefix_states
 from tiltlm.guides.value import guide_of
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
-from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.target import Term
 
 # Below so many effective samples an estimate of Z is no estimate.

@@ -18,7 +18,8 @@ from tiltlm.estimation import mixture
 from tiltlm.guides.value import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.forward import token_logprobs
-from tiltlm.targets.constrain import BaseSample, FittedTarget, fit_target, measure_samples
+from tiltlm.targets.base_sample import BaseSample, measure_samples
+from tiltlm.targets.constrain import FittedTarget, fit_target
 
 # Where the error of the ESS is more than this share of it, a few texts carry most of the weight.
 UNSURE = 0.15

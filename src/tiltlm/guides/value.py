@@ -14,7 +14,7 @@ from tiltlm.guides.context_classes import LastTokens, with_contexts
 from tiltlm.guides.learned import LearnedStates, learned_states
 from tiltlm.guides.token_states import PrefixStates, one_state, prefix_states
 from tiltlm.lm import Guide, LanguageModel
-from tiltlm.targets.constrain import BaseSample
+from tiltlm.targets.base_sample import BaseSample
 from tiltlm.targets.target import Target
 
 # What a position tells of its neighbours: the weight of a state's samples falls by this factor with each token.

@@ -221,7 +221,7 @@ class RunDirectory:
 
 def installed_versions() -> dict[str, str]:
     """Versions of tiltlm, of Python and of the installed packages that decide a run's numbers; imports none of them."""
-    from tiltlm import __version__
+    from tiltlm._version import __version__
 
     versions = {"tiltlm": __version__, "python": platform.python_version()}
     for package in _PACKAGES:

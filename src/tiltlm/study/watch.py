@@ -13,14 +13,16 @@ from tiltlm.config.run import RunConfig
 from tiltlm.config.study import CurveSection
 from tiltlm.estimation import Estimate
 from tiltlm.evaluation.evaluate import score_against_base
+from tiltlm.evaluation.scores import kl_policy_base
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.reference import RECORD, Reference, load_reference
 from tiltlm.study.rows import curve_path, read_curve, reference_kl_path
 from tiltlm.targets import Target, measure_samples
-from tiltlm.training.callbacks import Callback, Progress
-from tiltlm.training.metrics import StepMetrics, kl_policy_base
+from tiltlm.training.callbacks import Callback
+from tiltlm.training.metrics import StepMetrics
+from tiltlm.training.progress import Progress
 
 
 class Watch(Callback):

@@ -21,8 +21,8 @@ from tiltlm.errors import TiltError
 
 def work(job: dict[str, Any]) -> str:
     """Do one job; returns ``done`` or ``interrupted``. Raises TiltError for what the user can mend."""
-    from tiltlm.app.build import load_policy
     from tiltlm.app.display import Display, plain_console
+    from tiltlm.app.load import load_policy
     from tiltlm.app.tune import finished, tune_config
     from tiltlm.runs.directory import RunDirectory
     from tiltlm.study.reference import make_reference

@@ -1,16 +1,7 @@
 """Targets: what distribution we want."""
 
-from tiltlm.targets.constrain import (
-    BaseSample,
-    FitReport,
-    FittedTarget,
-    constrain,
-    draw_base_sample,
-    fit_target,
-    measure_samples,
-    report_fit,
-    state_terms,
-)
+from tiltlm.targets.base_sample import BaseSample, draw_base_sample, measure_samples
+from tiltlm.targets.constrain import FitReport, FittedTarget, constrain, fit_target, report_fit, state_terms
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError, UnreachableTargetError, UsageError
 from tiltlm.estimation import Estimate, Strata, effective_sample_size, weighted_mean
-from tiltlm.features import Batch, Feature, build_feature, measure_batch
-from tiltlm.lm import LanguageModel, Prompts, Samples
+from tiltlm.features import Feature, build_feature
+from tiltlm.lm import LanguageModel, Prompts
+from tiltlm.targets.base_sample import BaseSample, draw_base_sample
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
 from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
 
@@ -21,59 +22,6 @@ from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
 ENOUGH_SAMPLES = 100
 # Weights that are normalized on fewer samples of a prompt are noticeably biased.
 ENOUGH_OF_A_PROMPT = 16
-
-
-@dataclass(frozen=True)
-class BaseSample:
-    """N samples of the base with the values [N, K] of the target's features: what λ was fitted on.
-
-    ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from. Where
-    not all were drawn by the base itself, ``base_logprob`` [N, T] is log a of their tokens beside the log q of the
-    samples, and the ``plain`` first rows are the base's own; ``forward_passes`` counts the passes that this took.
-    """
-
-    samples: Samples
-    features: Tensor
-    max_completion_length: int
-    base_logprob: Tensor | None = None
-    plain: int | None = None
-    forward_passes: int = 0
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """log a(x) − log q(x) [N] in float64: 0 for samples of the base."""
-        if self.base_logprob is None:
-            return torch.zeros(len(self.samples), dtype=torch.float64)
-        return (self.base_logprob - self.samples.proposal_logprob).double().sum(-1).cpu()
-
-    @property
-    def prefix_log_ratio(self) -> Tensor | None:
-        """log a(x_<t) − log q(x_<t) [N, T] before each token; None for samples of the base."""
-        if self.base_logprob is None:
-            return None
-        log_ratio = (self.base_logprob - self.samples.proposal_logprob).double().cpu()
-        return log_ratio.cumsum(-1) - log_ratio
-
-    def log_weights(self, target: Target) -> Tensor:
-        """log P(x) − log q(x) [N] in float64, −inf outside the target's support."""
-        base_logprob = self.samples.sequence_logprob.cpu() + self.log_ratio
-        return target.log_score(base_logprob, self.features).double() - base_logprob + self.log_ratio
-
-    def select(self, rows: Tensor) -> BaseSample:
-        """These rows."""
-        here = rows.to(self.samples.tokens.device)
-        base_logprob = self.base_logprob[here] if self.base_logprob is not None else None
-        return replace(self, samples=self.samples.select(here), features=self.features[rows], base_logprob=base_logprob)
-
-    def of_the_base(self) -> BaseSample:
-        """The samples that the base itself drew, which weigh alike."""
-        if self.base_logprob is None:
-            return self
-        rows = torch.arange(self.plain or 0)
-        own = self.select(rows)
-        assert own.base_logprob is not None
-        samples = replace(own.samples, proposal_logprob=own.base_logprob)
-        return BaseSample(samples, own.features, self.max_completion_length)
 
 
 @dataclass(frozen=True)
@@ -178,52 +126,6 @@ def state_terms(
         if names.count(name) > 1:
             raise UsageError(f"target: two features are called '{name}'; give one of them another name")
     return terms
-
-
-def draw_base_sample(
-    base: LanguageModel,
-    features: Sequence[Feature],
-    n: int,
-    prompts: str | Sequence[str] | Prompts | None = None,
-    max_completion_length: int = 40,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    samples_per_prompt: int = 1,
-) -> BaseSample:
-    """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them.
-
-    ``samples_per_prompt`` are drawn of one before it is the next one's turn.
-    """
-    prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
-    base.check_length(prompts, max_completion_length)
-    prompts = prompts.select(prompts.fair_order(n, seed, samples_per_prompt))
-    drawn = base.sample(
-        n,
-        prompts,
-        seed,
-        max_completion_length=max_completion_length,
-        samples_per_prompt=samples_per_prompt,
-        progress=progress,
-    )
-    return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
-
-
-def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:
-    """Feature values [N, K] of completions, float64 on the CPU; raises FeatureError."""
-    return measure_batch(features, feature_batch(samples))
-
-
-def feature_batch(samples: Samples) -> Batch:
-    """What features may read of completions: their text and tokens, their prompts, and the columns of these."""
-    chats = samples.prompts.messages
-    return Batch(
-        samples.texts,
-        [prompt or "" for prompt in samples.prompt_texts],
-        samples.completion_ids,
-        samples.columns,
-        [chats[i] for i in samples.prompt_index.tolist()] if chats is not None else None,
-    )
 
 
 def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:

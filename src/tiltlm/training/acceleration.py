@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tiltlm.errors import UsageError, nearest
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.callbacks import Callback
+from tiltlm.training.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

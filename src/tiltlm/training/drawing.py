@@ -12,7 +12,7 @@ import torch
 
 from tiltlm.lm import Guide, Roles
 from tiltlm.targets import Target
-from tiltlm.targets.constrain import BaseSample, measure_samples
+from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.training.rollout_batch import Batch, FitSampleQueue, in_turn
 
 

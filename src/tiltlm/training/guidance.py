@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import moment_under_policy
+from tiltlm.evaluation.scores import Scores
 from tiltlm.guides import ValueFunction
 from tiltlm.lm import Guide, LanguageModel
 from tiltlm.targets import BaseSample, Target, TiltedTarget
-from tiltlm.training.metrics import Scores
 
 # Nats that a coefficient may lean: a guide too far from the target gives weights that teach nothing.
 MOST_LEANING = 2.0

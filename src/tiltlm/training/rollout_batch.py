@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.lm import Prompts, Samples
-from tiltlm.targets.constrain import BaseSample
+from tiltlm.targets.base_sample import BaseSample
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import mixture
+from tiltlm.evaluation.scores import Scores
 from tiltlm.lm import ForwardPass, Guide, NextToken, Roles, Samples, next_token
 from tiltlm.objectives import (
     AdaptiveObjective,
@@ -26,7 +27,6 @@ from tiltlm.objectives import (
 )
 from tiltlm.targets import Target, target_reward
 from tiltlm.training.critic import Critic
-from tiltlm.training.metrics import Scores
 from tiltlm.training.pass_counter import Passes
 from tiltlm.training.rollout_batch import Assessment, Batch
 from tiltlm.training.surrogate import (
@@ -36,6 +36,7 @@ from tiltlm.training.surrogate import (
     needs_the_base,
     pull_chunk,
     record_of,
+    sequence_record,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Scorer:
             scores = self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
         # One that looks at whole batches moves after all updates on one; others with what they have just seen.
         if not isinstance(self.objective, BatchObjective):
-            self.adapt(scores.record(log_z))
+            self.adapt(sequence_record(scores, log_z))
         return scores
 
     def adapt(self, record: Record | None) -> None:

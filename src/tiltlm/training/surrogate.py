@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import NumericalError, UsageError
+from tiltlm.evaluation.scores import Scores
 from tiltlm.lm import NextToken, Samples
 from tiltlm.objectives import AdaptiveObjective, BatchObjective, Guided, GuideRecord, Objective, Record, TokenRecord
-from tiltlm.training.metrics import Scores
 
 
 def updates_per_batch(objective: Objective, wanted: int | None) -> int:
@@ -27,6 +27,11 @@ def updates_per_batch(objective: Objective, wanted: int | None) -> int:
             f"batch before any update on it; leave it out"
         )
     return wanted if wanted is not None else getattr(objective, "num_iterations", 1)
+
+
+def sequence_record(scores: Scores, log_z: float | Tensor) -> Record:
+    """What an objective reads of whole sequences."""
+    return Record(scores.policy_logprob, scores.base_logprob, scores.proposal_logprob, scores.target_logscore, log_z)
 
 
 def record_of(

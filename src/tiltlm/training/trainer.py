@@ -16,22 +16,24 @@ from torch import Tensor
 from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import Partition, PromptPartition, partition_for
+from tiltlm.evaluation.scores import Scores
 from tiltlm.guides import ValueFunction
 from tiltlm.lm import Guide, Roles
 from tiltlm.objectives import CriticObjective, Guided, Objective
 from tiltlm.targets import Target
-from tiltlm.targets.constrain import BaseSample
+from tiltlm.targets.base_sample import BaseSample
 from tiltlm.training.acceleration import build_accelerator
-from tiltlm.training.callbacks import Callback, Progress
+from tiltlm.training.callbacks import Callback
 from tiltlm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from tiltlm.training.critic import Critic
 from tiltlm.training.drawing import Drawer
 from tiltlm.training.gradient_noise import measure_spread
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
-from tiltlm.training.metrics import Scores, StepMetrics, distances, step_metrics
+from tiltlm.training.metrics import StepMetrics, distances, step_metrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.pass_counter import Passes
+from tiltlm.training.progress import Progress
 from tiltlm.training.proposal_rules import UNKNOWN_DISTANCES, ProposalRule
 from tiltlm.training.replay.schedule import build_reuse
 from tiltlm.training.rollout_batch import Batch
