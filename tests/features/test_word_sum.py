@@ -60,13 +60,16 @@ def test_the_plain_sentences_are_of_all_three_signs() -> None:
     assert {sign(float(value)) for value in sentiment()(PLAIN)} == {-1, 0, 1}
 
 
+# Without a bound, which makes the order of the words count.
+UNBOUNDED = replace(sentiment().automaton(), most=100)
+
+
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.sampled_from(WORDS), max_size=5), gap=st.sampled_from([" ", "\n", ", "]))
 def test_on_words_at_random_the_sum_follows_vader_unless_it_is_nearly_even(words: list[str], gap: str) -> None:
     text = gap.join(words)
     compound = float(sentiment()([text]))
-    # Without a bound, which makes the order of the words count.
-    reached = read(replace(sentiment().automaton(), most=100), text + " ")[0]
+    reached = read(UNBOUNDED, text + " ")[0]
     if abs(compound) > 0.6:
         assert sign(reached) == sign(compound)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from enumerable import PROMPTS, random_guide, tiny_model
-from tiltlm.lm import LanguageModel, Samples, next_token, reading
+from tiltlm.lm import LanguageModel, Samples, forward, next_token
 from tiltlm.lm.forward import ForwardPass, NextToken
 
 GRADIENTS = ("policy", "taught")
@@ -23,8 +23,8 @@ NAMES = (*GRADIENTS, "base", "kl", "guide", "gram")
 
 @pytest.fixture(autouse=True, params=[1, 7, 1000])
 def rows_of_a_piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PIECE_BYTES", {"cpu": 1})
-    monkeypatch.setattr(reading, "FEWEST_ROWS", request.param)
+    monkeypatch.setattr(forward, "PIECE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(forward, "FEWEST_ROWS", request.param)
 
 
 @pytest.fixture
@@ -210,6 +210,7 @@ def peak(vocabulary: int, how: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.parametrize("rows_of_a_piece", [1], indirect=True)  # it is measured in another process
 def test_memory_does_not_hold_the_logits_of_all_positions(rows_of_a_piece: None) -> None:
     """At 20,000 words the logits of 2,048 positions are 156 MiB, and a plain log-softmax holds several of them."""
     logits = 2048 * 20_000 * 4 / 2**20

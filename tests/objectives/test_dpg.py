@@ -124,7 +124,7 @@ def test_near_the_target_the_baseline_lowers_the_variance_of_the_gradient() -> N
     logprob = policy.logprob(world.samples).sum(-1)
     each = torch.autograd.grad(
         logprob,
-        list(policy.model.transformer.h[-1].parameters()),
+        list(policy.model.transformer.ln_f.parameters()),
         torch.eye(len(logprob)).double(),
         is_grads_batched=True,
     )
