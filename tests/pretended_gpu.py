@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tiltlm.app import tune as job
-from tiltlm.lm import decoding, reading
+from tiltlm.lm import decoding, forward
 from tiltlm.training import acceleration, trainer
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -30,7 +30,7 @@ RealGenerator = torch.Generator
 class Generator(torch.Generator):
     """A generator of random numbers that says it is on the pretended GPU; for any other device a real one."""
 
-    device = GPU  # type: ignore[assignment]
+    device = GPU
 
     def __new__(cls, device: Any = "cpu") -> Any:
         if torch.device(device).type != "cuda":
@@ -58,10 +58,10 @@ class PretendedGPU(TorchFunctionMode):
         """Take all tensors of a result for the GPU's own."""
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not self.is_there(tensor):
-                reference = StorageWeakRef(tensor.untyped_storage())
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
                 self.held[reference.cdata] = reference
         if len(self.held) > self.limit:
-            self.held = {place: one for place, one in self.held.items() if not one.expired()}
+            self.held = {place: one for place, one in self.held.items() if not one.expired()}  # type: ignore[no-untyped-call]
             self.limit = 1000 + 2 * len(self.held)
         return found
 
@@ -82,13 +82,13 @@ class PretendedGPU(TorchFunctionMode):
         if wanted is not None and torch.device(wanted).type == "meta":
             return func(*args, **kwargs)
         if wanted is not None:
-            there = torch.device(wanted).type == "cuda"
+            wants_gpu = torch.device(wanted).type == "cuda"
             found = func(*args, **{**kwargs, "device": CPU})
             first = args[0] if args and isinstance(args[0], Tensor) else None
             # torch.as_tensor may give what it was given.
-            if first is not None and found is first and self.is_there(first) != there:
+            if first is not None and found is first and self.is_there(first) != wants_gpu:
                 found = found.clone()
-            return self.put(found) if there else found
+            return self.put(found) if wants_gpu else found
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         there = [self.is_there(one) for one in tensors]
         if torch._C._current_graph_task_id() != -1:
@@ -123,7 +123,8 @@ class PretendedGPU(TorchFunctionMode):
         return self.put(found) if attribute == "grad" and self.is_there(args[0]) else found
 
     def _moved(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
-        tensor, rest = args[0], list(args[1:])
+        rest = list(args[1:])
+        tensor: Tensor = args[0]
         there = func is Tensor.cuda
         if func is Tensor.to:
             wanted = kwargs.pop("device", None)
@@ -139,7 +140,9 @@ class PretendedGPU(TorchFunctionMode):
         if self.is_there(found) == there:
             return found
         found = found.clone()
-        return self.put(found) if there else found
+        if there:
+            self.put(found)
+        return found
 
 
 @contextmanager
@@ -149,10 +152,11 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**30, 2**30))
-        patch.setattr(reading, "PIECE_BYTES_ELSEWHERE", reading.PIECE_BYTES["cpu"])
+        patch.setattr(forward, "PIECE_BYTES_ELSEWHERE", forward.PIECE_BYTES["cpu"])
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
         patch.setattr(decoding.StaticDecoder, "_capture", lambda self, logits: None)
-        load, build = torch.load, acceleration.build_accelerator
+        load: Callable[..., Any] = torch.load
+        build = acceleration.build_accelerator
 
         def loaded(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
             found = load(*args, map_location=CPU, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from command_line import Answer, Command, type_command, write_config
 
 WORDS = ["she", "her", "he", "him", "the", "a", "team", "game", "wins", "plays", "was", "is", "good", "bad", "old", "."]

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Command, assert_one_error, write_config
 
+from command_line import Command, assert_one_error, write_config
 from tiltlm.config.run import parse_config
 from tiltlm.config.study import load_study, parse_study
 from tiltlm.errors import UsageError

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Command, write_config
 
+from command_line import Command, write_config
 from tiltlm.objectives import BUILT_IN
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

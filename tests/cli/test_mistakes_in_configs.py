@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Command, assert_one_error, files_under, write_config
 
 import tiltlm
+from command_line import Command, assert_one_error, files_under, write_config
 from tiltlm.errors import UsageError
 
 FEMALE = {"pronouns": "female"}

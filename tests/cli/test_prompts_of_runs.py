@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Command, assert_one_error, write_config
 
 import tiltlm as package
+from command_line import Command, assert_one_error, write_config
 from tiltlm.app.build import read_prompts
 from tiltlm.config.run import load_config
 from tiltlm.training.drawing import Drawer
@@ -152,7 +152,7 @@ def test_python_states_the_same(tiny: Path, here: Path, tiltlm: Command, no_pict
     from tiltlm.features import build_feature
 
     feature = build_feature({"python": "measures:holds_word", "binary": True}).renamed("its word")
-    target = tiltlm.constrain(
+    target = package.constrain(
         base, {feature: 0.4}, samples=300, prompts=prompts, samples_per_prompt=5, max_completion_length=10
     )
     held_out = [{"prompt": "her game", "word": "good"}, {"prompt": "him", "word": "old"}]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Command, assert_one_error
 
 import tiltlm
+from command_line import Command, assert_one_error
 from tiltlm.app.load import load_run
 from tiltlm.evaluation.evaluate import evaluate_policy
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Answer, Command, assert_one_error, files_under, write_config
 
+from command_line import Answer, Command, assert_one_error, files_under, write_config
 from tiltlm.sampling import Draws, Proposal
 
 QUICK = ("--pilot", 256, "--device", "cpu")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import classifier_model, embedding_model
 
 import tiltlm.features
 from tiltlm.features import (
@@ -24,6 +23,7 @@ from tiltlm.features import (
     reward_model,
     similarity,
 )
+from tiny_models import classifier_model, embedding_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\{.+?\})` \| `(.+?)` \|", PAGE, flags=re.MULTILINE)

@@ -11,22 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    POSITIONS,
-    PROMPTS,
-    TEXTS,
-    bert_config,
-    causal_reward_model,
-    causal_tokenizer,
-    classifier_model,
-    embedding_model,
-    labels,
-    language_model,
-    llama_config,
-    saved,
-    spread,
-    tokenizer,
-)
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -50,6 +34,22 @@ from tiltlm.features import (
     similarity,
 )
 from tiltlm.features import models as models_module
+from tiny_models import (
+    POSITIONS,
+    PROMPTS,
+    TEXTS,
+    bert_config,
+    causal_reward_model,
+    causal_tokenizer,
+    classifier_model,
+    embedding_model,
+    labels,
+    language_model,
+    llama_config,
+    saved,
+    spread,
+    tokenizer,
+)
 
 TOPICS = ("sports", "music", "other")
 
