@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Command, files_under, metrics_of, without_times, write_config, write_stops
 
+from command_line import Command, files_under, metrics_of, without_times, write_config, write_stops
 from tiltlm.runs.directory import RUN_FIELDS
 from tiltlm.training.trainer import Trainer
 
@@ -412,6 +412,7 @@ def test_a_target_of_ones_own(tiltlm: Command, here: Path, settings: dict[str, A
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.serial
 def test_an_interrupted_run_says_how_to_go_on_and_does(
     tiltlm: Command, here: Path, finished_run: Path, name: str
 ) -> None:
@@ -438,6 +439,7 @@ PHASES = {"sampling the base": "tiltlm.app.fit.draw_base_sample", "evaluating": 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.serial
 def test_a_run_that_is_stopped_outside_of_training_goes_on_from_there(
     tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: int
 ) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from command_line import Command
 
 PROMISED = {
@@ -42,6 +43,7 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 
 
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in PROMISED)], ids=" ".join)
+@pytest.mark.serial
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run([sys.executable, "-c", ASK, json.dumps([words])], capture_output=True, text=True)

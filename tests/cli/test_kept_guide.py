@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from command_line import Command, metrics_of, write_config, write_stops
 
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -74,6 +75,7 @@ def test_a_run_that_names_no_method_is_taught_by_the_guide_that_it_keeps(
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("changes", [{}, {"peft": LORA, "method": {"name": "gdc", "proposal": "kl"}}])
+@pytest.mark.serial
 def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
     tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from command_line import Command, assert_one_error, files_under, write_config
 
 TUNE_AGAIN = ("tune", "run.yaml", "--output-dir", "runs/done")
@@ -357,6 +358,7 @@ def test_a_feature_that_fails_in_training_leaves_a_failed_run(
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.serial
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(
     tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +390,7 @@ def pages(*files: Path) -> int:
 
 
 @pytest.mark.parametrize("full_at", ["base_sample.pt", "tensors.pt", "model.safetensors", "report.html"])
+@pytest.mark.serial
 def test_a_disk_that_is_really_full(
     tiltlm: Command, here: Path, finished_run: Path, full_at: str, request: pytest.FixtureRequest
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Command, write_config, write_stops
 
+from command_line import Command, write_config, write_stops
 from pretended_gpu import PretendedGPU, pretended_gpu
 from tiltlm.config.study import load_study
 from tiltlm.objectives import BUILT_IN
@@ -61,6 +61,7 @@ def test_every_method_runs(tiltlm: Command, tiny: Path, here: Path, gpu: Pretend
     assert (record["status"], record["device"]) == ("done", "cuda:0")
 
 
+@pytest.mark.serial
 def test_a_run_goes_on_from_a_checkpoint(
     tiltlm: Command, here: Path, settings: dict[str, Any], gpu: PretendedGPU
 ) -> None:

@@ -213,6 +213,7 @@ def test_truncate_keeps_the_steps_that_the_checkpoint_has(run: RunDirectory) -> 
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3, 4]
 
 
+@pytest.mark.serial
 def test_full_disk_loses_nothing_that_was_there(run: RunDirectory, full_disk: Callable[[], None]) -> None:
     run.append_metrics({"step": 1})
     run.write_samples([{"text": "kept"}])
@@ -230,6 +231,7 @@ def test_full_disk_loses_nothing_that_was_there(run: RunDirectory, full_disk: Ca
     assert not list(run.path.glob(".*.tmp"))
 
 
+@pytest.mark.serial
 def test_a_failure_on_a_full_disk_does_not_hide_the_first_error(
     run: RunDirectory, full_disk: Callable[[], None]
 ) -> None:
@@ -238,6 +240,7 @@ def test_a_failure_on_a_full_disk_does_not_hide_the_first_error(
     assert run.read_run()["status"] == "running"
 
 
+@pytest.mark.serial
 def test_a_run_killed_while_it_writes_stays_readable(tmp_path: Path) -> None:
     script = (
         "import sys\n"

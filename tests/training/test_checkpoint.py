@@ -107,6 +107,7 @@ def test_a_checkpoint_of_another_model_is_a_checkpoint_error(world: World, tmp_p
         build_trainer(world, folder=tmp_path, lora=True).resume()
 
 
+@pytest.mark.serial
 def test_a_full_disk_leaves_the_checkpoints_before_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,7 @@ def files_up_to(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.serial
 def test_a_file_that_the_system_stops_half_way_leaves_the_checkpoints_before_it(world: World, tmp_path: Path) -> None:
     trainer = build_trainer(world, folder=tmp_path, batch_size=20)
     trainer.train_step()

@@ -244,6 +244,7 @@ class Sleepy(Feature):
         return self.inner.compute(batch)
 
 
+@pytest.mark.serial
 def test_a_feature_that_sleeps_has_a_batch_drawn_meanwhile(
     world: World, tmp_path: Path, eager: Callable[[bool], None]
 ) -> None:

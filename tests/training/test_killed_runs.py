@@ -20,6 +20,8 @@ from tiltlm.app.tune import tune_config
 from tiltlm.config.run import load_config
 from whole_runs import assert_same_run, metrics
 
+pytestmark = pytest.mark.serial
+
 STEPS = 60
 PATIENCE = 200
 

@@ -163,6 +163,7 @@ class Signal(Callback):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [3, STEPS])
+@pytest.mark.serial
 def test_a_signal_finishes_the_step_and_saves(world: World, tmp_path: Path, number: int, step: int) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     whole_lines, lines = Lines(), Lines()
@@ -181,6 +182,7 @@ def test_a_signal_finishes_the_step_and_saves(world: World, tmp_path: Path, numb
     assert_same(state(resumed), state(whole))
 
 
+@pytest.mark.serial
 def test_a_second_ctrl_c_stops_at_once(world: World, tmp_path: Path) -> None:
     lines = Lines()
     trainer = build(world, tmp_path, lines, {"save_steps": 2}, Signal(signal.SIGINT, 3, times=2))
@@ -190,6 +192,7 @@ def test_a_second_ctrl_c_stops_at_once(world: World, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
+@pytest.mark.serial
 def test_a_second_sigterm_waits_like_the_first(world: World, tmp_path: Path) -> None:
     trainer = build(world, tmp_path, Lines(), {}, Signal(signal.SIGTERM, 3, times=3))
     assert trainer.train().status == "interrupted"

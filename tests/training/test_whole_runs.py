@@ -75,6 +75,7 @@ def stopper(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, step: int)
     return f"{name}:Stopper"
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("kind", "step", "status"),
     [
