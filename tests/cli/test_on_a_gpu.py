@@ -1,4 +1,4 @@
-"""Commands on a GPU that is pretended: nothing that lies on it meets what lies on the CPU."""
+"""Commands on a pretended GPU: every method runs by its name, and no tensor on the GPU meets one on the CPU."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def test_every_method_runs(tiltlm: Command, tiny: Path, here: Path, gpu: Pretend
     assert answer.code == 0, answer.err
     record = json.loads((here / "out" / "run.json").read_text())
     assert (record["status"], record["device"]) == ("done", "cuda:0")
+    lines = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    maximizes = case in ("reinforce", "kl_control", "rloo", "ppo", "grpo")
+    assert ("cannot be told to stop at a moment" in answer.err) == maximizes
+    assert not any("critic" in path.name for path in (here / "out" / "policy").iterdir())
 
 
 @pytest.mark.serial
