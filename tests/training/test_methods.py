@@ -196,7 +196,11 @@ def test_a_method_that_compares_a_batch_takes_it_once(world: World) -> None:
 def test_it_lowers_what_it_is_meant_to(name: str) -> None:
     """Reward maximizers raise the reward, the others lower KL(p‖π), on the world's own truth."""
     world = tiny_world(strength=1.0)
-    trainer = build_trainer(world, method=name, batch_size=300, learning_rate=0.003, max_steps=30)
+    # A policy that keeps its guide begins near its target, where smaller steps are needed.
+    pace = (
+        {"learning_rate": 0.003, "max_steps": 30} if name == "kept_guide" else {"learning_rate": 0.006, "max_steps": 12}
+    )
+    trainer = build_trainer(world, method=name, batch_size=300, **pace)
     reward = world.truth.reward
     before = float(world.logprob(trainer.roles.policy).exp() @ reward), world.kl(trainer.roles.policy)
     trainer.train()
@@ -204,7 +208,6 @@ def test_it_lowers_what_it_is_meant_to(name: str) -> None:
     if name in ("reinforce", "kl_control", "rloo", "ppo", "grpo"):
         assert after[0] > before[0] + 0.1
     elif name != "reinforce_p":
-        # A policy that keeps its guide begins near its target.
         assert after[1] < before[1] - min(0.05, before[1] / 2)
 
 
