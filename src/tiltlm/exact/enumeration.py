@@ -203,7 +203,7 @@ def expected_gradient(
         log_z=truth.log_z if log_z is None else log_z,
         reward=truth.reward[drawn],
     )
-    if isinstance(objective, BatchObjective):
+    if objective.batchwise:
         record = replace(record, advantage=objective.advantages(record))
     coefficients = objective.coefficients(record)
     mass = proposal[drawn].exp().reshape(-1, *[1] * (coefficients.ndim - 1))

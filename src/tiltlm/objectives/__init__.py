@@ -1,40 +1,37 @@
-"""Objectives: how hard each sample pulls."""
+"""Objectives: rules for the coefficient of each sample."""
 
-from tiltlm.objectives.balance import Balance
 from tiltlm.objectives.dpg import DPG, GDC, GDCPlusPlus
 from tiltlm.objectives.fdivergence import FDPG, AlphaDPG
 from tiltlm.objectives.groupwise import BRAIn, VarGrad
-from tiltlm.objectives.guided import Forms, Guided, KeptGuide, forms, prefix_weights
-from tiltlm.objectives.objective import (
-    AdaptiveObjective,
-    BatchObjective,
-    CriticObjective,
-    GuideRecord,
-    Objective,
-    Record,
-    TokenRecord,
-)
+from tiltlm.objectives.guided import Guided, KeptGuide, estimators, prefix_weights
+from tiltlm.objectives.minimum_variance import MinimumVariance
+from tiltlm.objectives.objective import Estimators, Objective
 from tiltlm.objectives.pooled import Pooled
 from tiltlm.objectives.ppo import GRPO, PPO
+from tiltlm.objectives.record import GuideRecord, Record, TokenRecord
 from tiltlm.objectives.reinforce import RLOO, KLControl, Reinforce, ReinforceP
 
+# The methods of a run file: each class declares its own name.
 BUILT_IN: dict[str, type[Objective]] = {
-    "dpg": DPG,
-    "gdc": GDC,
-    "gdc++": GDCPlusPlus,
-    "pooled": Pooled,
-    "guided": Guided,
-    "kept_guide": KeptGuide,
-    "f_dpg": FDPG,
-    "alpha_dpg": AlphaDPG,
-    "brain": BRAIn,
-    "vargrad": VarGrad,
-    "reinforce": Reinforce,
-    "reinforce_p": ReinforceP,
-    "kl_control": KLControl,
-    "rloo": RLOO,
-    "ppo": PPO,
-    "grpo": GRPO,
+    objective.name: objective
+    for objective in (
+        DPG,
+        GDC,
+        GDCPlusPlus,
+        Pooled,
+        Guided,
+        KeptGuide,
+        FDPG,
+        AlphaDPG,
+        BRAIn,
+        VarGrad,
+        Reinforce,
+        ReinforceP,
+        KLControl,
+        RLOO,
+        PPO,
+        GRPO,
+    )
 }
 
 __all__ = [
@@ -45,18 +42,15 @@ __all__ = [
     "GRPO",
     "PPO",
     "RLOO",
-    "AdaptiveObjective",
     "AlphaDPG",
     "BRAIn",
-    "Balance",
-    "BatchObjective",
-    "CriticObjective",
-    "Forms",
+    "Estimators",
     "GDCPlusPlus",
     "GuideRecord",
     "Guided",
     "KLControl",
     "KeptGuide",
+    "MinimumVariance",
     "Objective",
     "Pooled",
     "Record",
@@ -64,6 +58,6 @@ __all__ = [
     "ReinforceP",
     "TokenRecord",
     "VarGrad",
-    "forms",
+    "estimators",
     "prefix_weights",
 ]

@@ -1,7 +1,7 @@
-"""f-DPG and α-DPG: from one divergence to the next, from samples of a proposal.
+"""f-DPG and α-DPG: minimize other divergences from samples of a proposal.
 
-D_f(π‖p) = E_p[f(t)] with t = π/p has the gradient E_π[f′(t) ∇ log π]. So c = (−f′(t) − B) π/q, and with B = −f′(1)
-nothing pulls at π = p (Go et al. 2023, 2302.08215). Ratios are taken from logs, and in their limit where P = 0.
+D_f(π‖p) = E_p[f(t)] with t = π/p has the gradient E_π[f′(t) ∇ log π]. So c = (−f′(t) − B) π/q. With B = −f′(1) the
+coefficient is 0 at π = p (Go et al. 2023, 2302.08215). Ratios are computed from logs. Where P = 0 their limit is used.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from tiltlm.objectives.dpg import policy_weight, target_weight
-from tiltlm.objectives.objective import Record
+from tiltlm.objectives.objective import Objective
+from tiltlm.objectives.record import Record
 from tiltlm.objectives.settings import choice, number
 
-UNBOUNDED = "its pull is infinite on a text that the target rules out"
+UNBOUNDED = "its coefficient is infinite on a text outside the target's support"
 
 
 def log_ratio(record: Record) -> Tensor:
@@ -65,14 +67,14 @@ DIVERGENCES: dict[str, Callable[[Record], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class FDPG:
+class FDPG(Objective):
     """c = (−f′(t) + f′(1)) π/q for a ``divergence``.
 
     ``kl`` KL(p‖π), which is GDC++; ``reverse_kl`` KL(π‖p); ``js`` twice the Jensen–Shannon divergence; ``tv`` total
     variation; ``chi2`` χ²(p‖π) = Σ (p − π)²/π; ``reverse_chi2`` χ²(π‖p).
     """
 
-    name: str = "f_dpg"
+    name: ClassVar[str] = "f_dpg"
     divergence: str = "js"
 
     def __post_init__(self) -> None:
@@ -80,23 +82,23 @@ class FDPG:
 
     @property
     def needs_full_support(self) -> str | None:
-        """Why a target with filters cannot be had; None where it can."""
+        """Why this divergence cannot match a target with P = 0 on some texts; None where it can."""
         infinite = self.divergence in ("reverse_kl", "reverse_chi2")
         return f"with divergence {self.divergence} {UNBOUNDED}; choose kl, js, tv or chi2" if infinite else None
 
     def coefficients(self, record: Record) -> Tensor:
-        """The pull of the divergence [N]."""
+        """The coefficient of the divergence [N]."""
         return DIVERGENCES[self.divergence](record)
 
 
 @dataclass(frozen=True)
-class AlphaDPG:
+class AlphaDPG(Objective):
     """c = (t^(α−1) − 1)/(1 − α) · π/q (2512.05962): from GDC++ at ``alpha`` 0 to reverse KL, −log t, at 1.
 
-    ``clip`` bounds the pseudo-reward (t^(α−1) − 1)/(1 − α) from above; null: not.
+    ``clip`` is an upper bound of the pseudo-reward (t^(α−1) − 1)/(1 − α); null: none.
     """
 
-    name: str = "alpha_dpg"
+    name: ClassVar[str] = "alpha_dpg"
     alpha: float = 0.5
     clip: float | None = None
 
@@ -107,11 +109,11 @@ class AlphaDPG:
 
     @property
     def needs_full_support(self) -> str | None:
-        """Why a target with filters cannot be had; None where it can."""
+        """Why this divergence cannot match a target with P = 0 on some texts; None where it can."""
         return f"with alpha 1 {UNBOUNDED}; choose an alpha below 1" if self.alpha == 1 else None
 
     def coefficients(self, record: Record) -> Tensor:
-        """The pull [N]."""
+        """The coefficient [N]."""
         ratio, left = policy_weight(record), 1 - self.alpha
         log_t = log_ratio(record)
         if self.clip is not None:

@@ -1,4 +1,4 @@
-"""Statistics over the samples of one prompt: sums, means and deviations, given back to each row."""
+"""Sums, means and standard deviations over the samples of one prompt, repeated for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASELINES: tuple[Baseline, ...] = ("none", "mean", "leave_one_out")
 
 
 def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
-    """Σ of the values [N] in each row's group [N]; one group without ``groups`` [N]."""
+    """The sum of the values [N] over each row's group [N]; without ``groups`` [N] all rows are one group."""
     strata = Strata.of(groups, len(values))
     return strata.sum(values)[strata.index]
 
@@ -48,7 +48,7 @@ def others_mean(values: Tensor, groups: Tensor | None) -> Tensor:
 
 
 def baseline(kind: Baseline, rewards: Tensor, groups: Tensor | None = None) -> Tensor:
-    """What is taken off each reward [N]: nothing, the mean of its group, or that of the others in it."""
+    """The baseline of each reward [N]: 0, the mean of its group, or the mean of the others in its group."""
     if kind == "none":
         return torch.zeros_like(rewards)
     return group_mean(rewards, groups) if kind == "mean" else others_mean(rewards, groups)

@@ -1,118 +1,141 @@
-"""The one idea: every method is a rule for how hard each sample pulls on the policy."""
+"""The one idea: every method is a rule for the coefficient of ∇ log π at each sample."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
+from tiltlm.errors import UsageError
+from tiltlm.objectives.record import Record
 
-@dataclass(frozen=True)
-class TokenRecord:
-    """The log-probabilities behind a record token by token, [N, T] in nats, 0 where ``mask`` is False.
-
-    ``values`` [N, T] is what a critic expects of the reward to come, before each token; None without a critic.
-    """
-
-    policy: Tensor
-    base: Tensor
-    proposal: Tensor
-    mask: Tensor
-    values: Tensor | None = None
+Self = TypeVar("Self", bound="Objective")
 
 
 @dataclass(frozen=True)
-class GuideRecord:
-    """A guide g behind a record: its log-probabilities ``tokens`` [N, T] in nats, and what each prefix still promises.
+class Estimators:
+    """K unbiased estimators of one gradient: ``distillation`` and ``residual`` weights [K, N, T], 0 where masked.
 
-    ``promises`` [N, T + 1] is log ψ before each token and at the end of the text, ψ being the guide's estimate of
-    E_a[P/(Z a) | prefix]; ``expected`` [N, T] is log Σ_v a(v|x_<t) ψ(x_<t v). ``shares`` [T, K] says how the K forms of
-    the guided gradient are mixed at each position.
+    Each is Σ_t D_t Σ_v g(v|x_<t) ∇ log π(v|x_<t) + Σ_t R_t ∇ log π(x_t|x_<t) with its own D and R.
     """
 
-    tokens: Tensor
-    promises: Tensor
-    expected: Tensor
-    shares: Tensor | None = None
+    distillation: Tensor
+    residual: Tensor
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known of N sampled sequences when their coefficients are computed; nothing here carries a gradient.
+class Objective(ABC):
+    """A rule for the coefficient c_i in   gradient = Σ_i c_i ∇ log π(x_i),   x_i ~ q.
 
-    All are log-probabilities in nats: of the policy π, the base a, the proposal q that drew the samples, and the
-    target's unnormalized log P, each [N]; ``log_z`` is the current estimate of log Z, a number or one per row [N].
-    ``guide`` is there where a guide is distilled. ``reward`` [N] is the target read as a reward,
-    ``prompt_index`` [N] says which samples share a prompt, ``tokens`` has the same token by token, and ``advantage``,
-    [N] or [N, T], is what ``advantages`` gave for these rows when the batch was drawn.
+    A subclass gives itself a ``name`` and defines ``coefficients``. The class attributes and properties declare what
+    the trainer must know; the defaults are safe for any objective. What depends on a setting is a property.
     """
 
-    policy_logprob: Tensor
-    base_logprob: Tensor
-    proposal_logprob: Tensor
-    target_logscore: Tensor
-    log_z: float | Tensor
-    guide: GuideRecord | None = None
-    reward: Tensor | None = None
-    prompt_index: Tensor | None = None
-    tokens: TokenRecord | None = None
-    advantage: Tensor | None = None
+    # How reports and run files call it.
+    name: ClassVar[str] = ""
+    # The proposal rule of runs that name none, and whether the method allows no other.
+    default_proposal: ClassVar[str] = "on_policy"
+    only_on_policy: ClassVar[bool] = False
+    # Coefficients depend on the whole batch: ``advantages`` is called once, before any update on it.
+    batchwise: ClassVar[bool] = False
+    # Advantages are taken against a critic, a value head on the policy that learns beside it.
+    has_critic: ClassVar[bool] = False
+    # A guide is distilled: every record has one, and ``token_loss`` gets its distillation term.
+    distills: ClassVar[bool] = False
+    # The policy keeps the guide as a part of its own distribution.
+    keeps_guide: ClassVar[bool] = False
+    # The target is read as a reward to maximize, so no moment can be stated.
+    maximizes_reward: ClassVar[bool] = False
+    # Optimizer steps on each batch: what the method does by itself, and the most that it allows (None: no limit).
+    default_iterations: ClassVar[int] = 1
+    max_iterations: ClassVar[int | None] = None
+    # A row with P = 0 has coefficient 0, whatever its log-probabilities: no pass over it is needed.
+    zero_outside_support: ClassVar[bool] = False
+    # A dataclass field that ``adapted`` changes from batch to batch; None: nothing changes.
+    adaptive_field: ClassVar[str | None] = None
 
-
-@runtime_checkable
-class Objective(Protocol):
-    """A rule for the coefficient c_i in   gradient = Σ_i c_i ∇ log π(x_i),   x_i ~ q."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for method, declared in (("advantages", "batchwise"), ("returns", "has_critic"), ("value_loss", "has_critic")):
+            if (getattr(cls, method) is not getattr(Objective, method)) != getattr(cls, declared):
+                raise UsageError(
+                    f"objective {cls.__name__}: {declared} = {getattr(cls, declared)} does not fit its method "
+                    f"{method}(); define the method and set the class attribute to True, or do neither"
+                )
 
     @property
-    def name(self) -> str:
-        """How reports call it."""
+    def needs_full_support(self) -> str | None:
+        """Why this objective cannot match a target with P = 0 on some texts; None where it can."""
+        return None
 
+    @property
+    def zero_without_advantage(self) -> bool:
+        """Whether a row with advantage 0 has coefficient 0, whatever its log-probabilities."""
+        return False
+
+    @property
+    def advantages_read_base(self) -> bool:
+        """Whether ``advantages`` reads log a or log P."""
+        return True
+
+    @property
+    def normalized_by_replay(self) -> bool:
+        """Whether log Z comes from the replay buffer's own samples where there is one."""
+        return False
+
+    @property
+    def moment_feedback(self) -> float:
+        """How strongly the guide's coefficients follow the gap between moments and goals; 0: not at all."""
+        return 0.0
+
+    @abstractmethod
     def coefficients(self, record: Record) -> Tensor:
-        """One coefficient per sequence [N], or per token [N, T]; positive pulls the policy towards the sample.
+        """One coefficient per sequence [N], or per token [N, T]; a positive one raises the sample's probability.
 
-        The N sequences may be part of a batch, as many as fit in memory: a coefficient may depend on its own row alone.
+        The N sequences may be part of a batch, as many as fit in memory: a coefficient depends on its own row and,
+        through ``record.advantage``, on the batch.
         """
 
-
-@runtime_checkable
-class BatchObjective(Objective, Protocol):
-    """An objective with coefficients that depend on the whole batch, by a baseline, a group, or a normalization."""
-
     def advantages(self, record: Record) -> Tensor:
-        """What the whole batch says of each sequence [N], or token [N, T]; asked once, before any update on it."""
-
-
-@runtime_checkable
-class CriticObjective(BatchObjective, Protocol):
-    """An objective whose advantages are taken against a critic, which learns beside the policy."""
+        """What the whole batch says of each sequence [N], or token [N, T]; of a ``batchwise`` objective."""
+        return torch.zeros_like(record.policy_logprob)
 
     def returns(self, record: Record) -> Tensor:
-        """What the critic is to learn for each token [N, T]."""
+        """The critic's goal at each token [N, T]; of an objective that ``has_critic``."""
+        return torch.zeros_like(record.policy_logprob)
 
     def value_loss(self, values: Tensor, before: Tensor, returns: Tensor) -> Tensor:
-        """The critic's error at each token [N, T], from its values, those before any update, and the returns."""
+        """The critic's loss at each token [N, T], with gradient in ``values``; of one that ``has_critic``.
 
+        ``before`` are the values before any update on the batch.
+        """
+        return torch.zeros_like(values)
 
-@runtime_checkable
-class AdaptiveObjective(Objective, Protocol):
-    """A dataclass with a number that moves from batch to batch."""
+    def token_loss(self, record: Record, coefficients: Tensor, policy: Tensor, guide: Tensor | None) -> Tensor:
+        """The surrogate loss of each token [N, T] or sequence [N], whose gradient is −c ∇ log π.
 
-    @property
-    def moving(self) -> str:
-        """The name of that field."""
+        ``policy`` [N, T] is log π of the sampled tokens, with gradient. ``guide`` [N, T] is Σ_v g(v|x_<t) log π(v|x_<t),
+        with gradient, where a guide is distilled.
+        """
+        return -coefficients * (policy.sum(-1) if coefficients.ndim == 1 else policy)
 
-    def adapted(self, record: Record) -> AdaptiveObjective:
-        """The same for the next batch, with that number moved, given the record of this one."""
+    def estimators(self, record: Record) -> Estimators | None:
+        """The unbiased estimators that this objective combines by their variances; None where there is only one."""
+        return None
 
+    def adapted(self: Self, record: Record) -> Self:
+        """The objective for the next batch, with ``adaptive_field`` moved by the record of this one."""
+        return self
 
-def advantage_of(record: Record) -> Tensor:
-    """The record's advantage, which the loop fills in for every objective that has ``advantages``."""
-    assert record.advantage is not None, "objectives with advantages() are asked for them before their coefficients"
-    return record.advantage
+    def state_dict(self) -> dict[str, float]:
+        """What ``adapted`` has changed, for a checkpoint."""
+        return {} if self.adaptive_field is None else {"adaptive_value": getattr(self, self.adaptive_field)}
 
-
-def reward_of(record: Record) -> Tensor:
-    """The record's reward [N]."""
-    assert record.reward is not None, "the loop reads a reward off the target for objectives that maximize one"
-    return record.reward
+    def with_state_dict(self: Self, state: dict[str, float]) -> Self:
+        """The same objective with the state of a checkpoint."""
+        if self.adaptive_field is None:
+            return self
+        changed: Any = self  # a dataclass, as every objective with an adaptive field
+        return replace(changed, **{self.adaptive_field: state["adaptive_value"]})

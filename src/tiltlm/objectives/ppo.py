@@ -1,7 +1,7 @@
-"""Clipped policy gradients: several updates on a batch, none of which moves a token's probability too far.
+"""PPO and GRPO: several updates on a batch with clipped probability ratios.
 
-min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π/q per token has the gradient ρ A ∇ log π where ρ is not clipped, and none where
-it is (Schulman et al. 2017, 1707.06347). So PPO and GRPO are rules for a coefficient, as every method here.
+min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π/q per token has the gradient ρ A ∇ log π where ρ is not clipped, and 0 where it
+is (Schulman et al. 2017, 1707.06347). So PPO and GRPO are rules for a coefficient like every method here.
 """
 
 from __future__ import annotations
@@ -13,35 +13,42 @@ import torch
 from torch import Tensor
 
 from tiltlm.objectives.groups import group_mean, group_std
-from tiltlm.objectives.objective import Record, TokenRecord, advantage_of, reward_of
+from tiltlm.objectives.objective import Objective
+from tiltlm.objectives.record import Record, TokenRecord, advantage_of, reward_of, tokens_of
 from tiltlm.objectives.reinforce import adapted_beta, check_adaptive
 from tiltlm.objectives.settings import flag, number
 
-# What keeps a group of equal rewards from dividing by 0.
+# Added to the standard deviation of a group, so that equal rewards do not divide by 0.
 LEAST_DEVIATION = 1e-4
 
 
 def clipped(advantage: Tensor, tokens: TokenRecord, clip: float | None) -> Tensor:
-    """ρ A [N, T], 0 where moving on would leave 1 ± ``clip``; never clipped if None."""
+    """ρ A [N, T], 0 where the clipped surrogate has no gradient; never clipped if ``clip`` is None."""
     ratio = (tokens.policy - tokens.proposal).double().exp()
-    pull = ratio * advantage
+    coefficient = ratio * advantage
     if clip is None:
-        return pull * tokens.mask
-    too_far = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
-    return torch.where(too_far, 0.0, pull) * tokens.mask
+        return coefficient * tokens.mask
+    outside = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
+    return torch.where(outside, 0.0, coefficient) * tokens.mask
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(Objective):
     """PPO with a value head, as Ziegler et al. 2019 (1909.08593) tune language models.
 
-    Each token costs β (log π − log a), the last one earns r. Advantages are GAE(``gamma``, ``lam``) over a critic's
-    values, whitened over the batch unless ``whiten`` is off. The critic is a linear head on the policy's hidden states;
-    its squared error, with values clipped to ±``clip_value`` of what they were, counts ``value_coef`` times. β adapts
-    with ``target_kl``, as in ``kl_control``; null keeps it fixed.
+    The reward of a token is −β (log π − log a); the last token's adds r. Advantages are GAE(``gamma``, ``lam``) over a
+    critic's values, whitened over the batch unless ``whiten`` is off. The critic is a linear head on the policy's hidden
+    states. Its squared error, with values clipped to ±``clip_value`` of those before the update, has the weight
+    ``value_coef``. β adapts with ``target_kl`` as in ``kl_control``; null keeps it fixed.
     """
 
-    name: str = "ppo"
+    name: ClassVar[str] = "ppo"
+    only_on_policy: ClassVar[bool] = True
+    batchwise: ClassVar[bool] = True
+    has_critic: ClassVar[bool] = True
+    maximizes_reward: ClassVar[bool] = True
+    default_iterations: ClassVar[int] = 4
+    adaptive_field: ClassVar[str | None] = "beta"
     clip: float | None = 0.2
     beta: float = 0.2
     target_kl: float | None = 6.0
@@ -51,9 +58,6 @@ class PPO:
     value_coef: float = 0.1
     clip_value: float = 0.2
     whiten: bool = True
-    num_iterations: ClassVar[int] = 4  # updates on each batch, unless training.num_iterations says otherwise
-    maximizes_reward: ClassVar[bool] = True
-    moving: ClassVar[str] = "beta"
 
     def __post_init__(self) -> None:
         if self.clip is not None:
@@ -66,36 +70,44 @@ class PPO:
         number("clip_value", self.clip_value, 0)
         flag("whiten", self.whiten)
 
+    @property
+    def zero_without_advantage(self) -> bool:
+        return True
+
+    @property
+    def advantages_read_base(self) -> bool:
+        return self.beta != 0
+
     def advantages(self, record: Record) -> Tensor:
         """GAE of each token [N, T], with mean 0 and variance 1 over the batch's tokens if ``whiten``."""
-        advantage, mask = self._gae(record), _tokens(record).mask
+        advantage, mask = self._gae(record), tokens_of(record).mask
         if not self.whiten:
             return advantage
         known = advantage[mask]
         return torch.where(mask, (advantage - known.mean()) / (known.std(correction=0) + 1e-8), 0.0)
 
     def returns(self, record: Record) -> Tensor:
-        """What the critic is to learn [N, T]: the advantage before whitening, on top of the value."""
-        tokens = _tokens(record)
+        """The critic's goal [N, T]: the advantage before whitening plus the value."""
+        tokens = tokens_of(record)
         advantage = self._gae(record)
         return advantage if tokens.values is None else advantage + tokens.values
 
     def coefficients(self, record: Record) -> Tensor:
         """ρ A where it is not clipped [N, T]."""
-        return clipped(advantage_of(record), _tokens(record), self.clip)
+        return clipped(advantage_of(record), tokens_of(record), self.clip)
 
     def value_loss(self, values: Tensor, before: Tensor, returns: Tensor) -> Tensor:
-        """The critic's error at each token, with gradient: the worse of its value and of that value clipped."""
+        """The critic's loss at each token [N, T]: the larger of the errors of its value and of that value clipped."""
         near = before + (values - before).clamp(-self.clip_value, self.clip_value)
         return 0.5 * self.value_coef * torch.maximum((values - returns).square(), (near - returns).square())
 
     def adapted(self, record: Record) -> PPO:
-        """The same with the price for the next batch."""
+        """The objective with the penalty for the next batch."""
         return replace(self, beta=adapted_beta(self.beta, self.target_kl, self.horizon, record))
 
     def _gae(self, record: Record) -> Tensor:
         """A_t = Σ_s (γλ)^s δ_{t+s} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 after the last token."""
-        tokens = _tokens(record)
+        tokens = tokens_of(record)
         rewards = -self.beta * (tokens.policy - tokens.base).double() * tokens.mask
         last = tokens.mask.sum(-1, keepdim=True) - 1
         rewards = rewards.scatter_add(1, last, reward_of(record).double()[:, None].to(rewards.device))
@@ -109,7 +121,7 @@ class PPO:
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(Objective):
     """Group-relative policy optimization (Shao et al. 2024, 2402.03300): rewards standardized within each prompt.
 
     c_t = (ρ_t A [unless clipped] + β (a/π − 1)) / length, the latter from the estimate a/π − 1 − log a/π of KL(π‖a) in
@@ -117,12 +129,14 @@ class GRPO:
     off is Dr. GRPO (2503.20783).
     """
 
-    name: str = "grpo"
+    name: ClassVar[str] = "grpo"
+    only_on_policy: ClassVar[bool] = True
+    batchwise: ClassVar[bool] = True
+    maximizes_reward: ClassVar[bool] = True
     clip: float | None = 0.2
     beta: float = 0.0
     scale_rewards: bool = True
     length_normalized: bool = True
-    maximizes_reward: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.clip is not None:
@@ -130,6 +144,14 @@ class GRPO:
         number("beta", self.beta, 0)
         flag("scale_rewards", self.scale_rewards)
         flag("length_normalized", self.length_normalized)
+
+    @property
+    def zero_without_advantage(self) -> bool:
+        return self.beta == 0
+
+    @property
+    def advantages_read_base(self) -> bool:
+        return False
 
     def advantages(self, record: Record) -> Tensor:
         """(r − mean) / deviation [N] within each prompt."""
@@ -139,13 +161,8 @@ class GRPO:
 
     def coefficients(self, record: Record) -> Tensor:
         """The coefficient of each token [N, T]."""
-        tokens = _tokens(record)
-        pull = clipped(advantage_of(record)[:, None].to(tokens.policy.device), tokens, self.clip)
+        tokens = tokens_of(record)
+        found = clipped(advantage_of(record)[:, None].to(tokens.policy.device), tokens, self.clip)
         if self.beta:
-            pull = pull + self.beta * torch.expm1((tokens.base - tokens.policy).double()) * tokens.mask
-        return pull / tokens.mask.sum(-1, keepdim=True) if self.length_normalized else pull
-
-
-def _tokens(record: Record) -> TokenRecord:
-    assert record.tokens is not None, "an objective of tokens needs them in its record"
-    return record.tokens
+            found = found + self.beta * torch.expm1((tokens.base - tokens.policy).double()) * tokens.mask
+        return found / tokens.mask.sum(-1, keepdim=True) if self.length_normalized else found

@@ -12,6 +12,7 @@ import torch
 from tiltlm.errors import UsageError, nearest
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.progress import Progress
+from tiltlm.training.ranks import check_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,8 +41,7 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
     if precision != "no" and not accelerator.native_amp:
         # Accelerate would go on in full precision without a word.
         raise UsageError(f"training.{precision}: not possible on {device}; leave it out, or try bf16")
-    if accelerator.num_processes > 1:
-        raise UsageError("this version of tiltlm trains in one process; start it without a multi-process launcher")
+    check_processes(accelerator)
     if precision != "no":
         # Accelerate's own asks the shared settings, which may be those of a younger run by now.
         dtype = torch.bfloat16 if args.bf16 else torch.float16

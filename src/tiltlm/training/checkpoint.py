@@ -18,26 +18,29 @@ from tiltlm.errors import CheckpointError
 from tiltlm.lm import LanguageModel, Prompts, Samples, SamplingSettings
 from tiltlm.targets import BaseSample
 
-TENSORS, NUMBERS, BASE_SAMPLE = "tensors.pt", "state.json", "base_sample.pt"
+STATE, HEADER, BASE_SAMPLE = "tensors.pt", "state.json", "base_sample.pt"
+# The layout of a checkpoint. Version 1 (tiltlm 0.1) had one flat table of tensors and one of numbers.
+SCHEMA = 2
 KEPT = 2
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-NNNNNN`` under ``folder``, whole or not at all, and drop all but the last two.
 
-    ``tensors`` may hold tensors, numbers, strings, lists and dicts of these; ``numbers`` goes into JSON beside them.
-    Raises CheckpointError when the disk is full; earlier checkpoints stay.
+    ``state`` may hold tensors, numbers, strings, None, lists and dicts of these. Raises CheckpointError when the disk is
+    full; earlier checkpoints stay.
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f"partial-{step:06d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with (partial / TENSORS).open("wb") as file:
-            torch.save(tensors, file)
+        with (partial / STATE).open("wb") as file:
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        (partial / NUMBERS).write_text(json.dumps({**numbers, "step": step, "sha256": _digest(partial / TENSORS)}))
+        header = {"schema": SCHEMA, "step": step, "sha256": _digest(partial / STATE)}
+        (partial / HEADER).write_text(json.dumps(header))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except (OSError, RuntimeError) as error:
@@ -57,19 +60,55 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors and numbers of a checkpoint, on the CPU. Raises CheckpointError for a damaged one."""
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU. Raises CheckpointError for a damaged one, or one of a later version."""
     try:
-        numbers = json.loads((checkpoint / NUMBERS).read_text())
-        if _digest(checkpoint / TENSORS) != numbers["sha256"]:
+        header = json.loads((checkpoint / HEADER).read_text())
+        if _digest(checkpoint / STATE) != header["sha256"]:
             raise ValueError("its contents do not match its checksum")
-        tensors = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        schema = header.get("schema", 1)
+        if schema == 1:
+            return _from_schema_1(state, header)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} is damaged ({type(error).__name__}: {error}). Delete that folder to resume from "
             f"the one before it, or start anew in another output directory."
         ) from error
-    return tensors, numbers
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has schema {schema}, and this version of tiltlm reads 1 and {SCHEMA}; resume with "
+            f"the version that wrote it"
+        )
+    return state
+
+
+def _from_schema_1(tensors: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint of tiltlm 0.1, with the name that each part has now."""
+    pool, counts, leaning = tensors["pool"], numbers["passes"], tensors["leaning"]
+    if pool is not None:
+        renamed = {"names": "proposals", "score": "target_logscore", "under": "logprobs", "earlier": "past"}
+        pool = {renamed.get(name, name): value for name, value in pool.items()}
+    return {
+        **{name: tensors[name] for name in ("policy", "optimizer", "scheduler", "scaler")},
+        "step": numbers["step"],
+        "seconds": numbers["seconds"],
+        "kept_proposal": tensors["proposal"],
+        "objective": {} if numbers["moving"] is None else {"adaptive_value": numbers["moving"]},
+        "minimum_variance": {"moments": tensors["balance"]},
+        "partition": numbers["partition"],
+        "counter": counts,
+        "drawer": {
+            "queue": {"position": numbers["queue"]},
+            "generator": tensors["generator"],
+            "proposal": numbers["source"],
+        },
+        "guidance": {"offsets": leaning} if leaning is not None else None,
+        "replay": {
+            "buffer": pool,
+            "early_stopping": {"seen": numbers["reuse"]["seen"], "stopped": not numbers["reuse"]["holds"]},
+        },
+    }
 
 
 def save_base_sample(folder: Path, sample: BaseSample) -> None:

@@ -1,4 +1,4 @@
-"""The critic: a linear head on the policy's hidden states that says what reward is still to come."""
+"""The critic: a linear head on the policy's hidden states that estimates the reward to come."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tiltlm.lm import ForwardPass, LanguageModel, Samples
 
 
 class Critic:
-    """V(x_<t) for every sampled token, from the hidden state that the policy makes its next-token law of.
+    """V(x_<t) for every sampled token, from the hidden state before the output layer. It starts at 0.
 
-    It begins at 0. Raises UsageError for a model whose hidden states are not at hand.
+    Raises UsageError for a model whose logits are not a linear layer of its hidden states.
     """
 
     def __init__(self, policy: LanguageModel) -> None:
@@ -31,9 +31,9 @@ class Critic:
         """Its parameters by name, for the optimizer and for checkpoints."""
         return {f"critic.{name}": parameter for name, parameter in self.head.named_parameters()}
 
-    def values(self, samples: Samples, reading: ForwardPass) -> Tensor:
+    def values(self, samples: Samples, read: ForwardPass) -> Tensor:
         """The value before each sampled token [N, T], 0 where masked, with gradient."""
-        with torch.autocast(reading.hidden.device.type, enabled=False):
-            found = self.head(reading.hidden.to(self.head.weight.dtype)).squeeze(-1)
+        with torch.autocast(read.hidden.device.type, enabled=False):
+            found = self.head(read.hidden.to(self.head.weight.dtype)).squeeze(-1)
         table: Tensor = found.new_zeros(samples.tokens.shape)
         return table.index_put((samples.flat_rows, samples.flat_columns), found)

@@ -1,25 +1,25 @@
-"""How far the single samples of a batch disagree: the variance of their gradients, and of what multiplies them."""
+"""Gradient noise: the variance of single samples' gradients and advantages within a batch."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiltlm.lm import Guide
-from tiltlm.objectives import Objective, Record
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.objectives import Record
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.scoring import Scorer
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Of n samples of a batch, each by itself, before the update on it.
+class GradientNoise:
+    """Variances over n samples of a batch, before the update on it.
 
-    ``gradient_variance`` is E‖g‖² − ‖E g‖², the trace of the covariance of one sample's gradient; the advantage is the
-    coefficient of ∇ log π, a mean over a text's tokens where an objective gives one for each.
+    ``gradient_variance`` is E‖g‖² − ‖E g‖², the trace of the covariance of one sample's gradient. The advantage is the
+    coefficient of ∇ log π, averaged over a text's tokens where an objective has one for each token.
     """
 
     gradient_variance: float
@@ -29,80 +29,51 @@ class Spread:
     samples: int
 
     def to_json(self) -> dict[str, Any]:
-        """The ``spread`` of a line of ``metrics.jsonl``."""
+        """The ``spread`` entry of a line of ``metrics.jsonl``."""
         return asdict(self)
 
 
-def measure_spread(scorer: Scorer, batch: Batch, log_z: float | Tensor, guide: Guide | None, most: int) -> Spread:
-    """Pull the first ``most`` samples of a batch one by one; nothing of it stays, in gradients, counts or objective.
+def measure_gradient_noise(
+    scorer: Scorer, batch: RolloutBatch, log_z: float | Tensor, guide: Guide | None, most: int
+) -> GradientNoise:
+    """The noise of the first ``most`` samples of a batch; gradients, counts and the objective stay as they were.
 
     One pass a sample, not torch.func's vmap over all: the log-probabilities come from a fused function that vmap cannot
-    see into, and for a diagnosis of a few samples the time is small.
+    trace, and this diagnosis reads few samples.
     """
     n = min(most, len(batch.samples))
-    objective, passes = scorer.objective, replace(scorer.passes)
     parameters = list(scorer.roles.trainable().values())
     scaler = scorer.accelerator.scaler
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
-    heard: Any = _Heard(objective)
+    advantages: list[float] = []
+
+    def listen(record: Record, coefficients: Tensor) -> None:
+        for row in coefficients.detach().double().cpu():
+            tokens = record.tokens.mask.cpu().sum() if row.ndim and record.tokens is not None else 1
+            advantages.append(float(row.sum() / tokens))
+
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     squares = 0.0
-    for i in range(n):
-        scorer.objective = heard
-        scorer.pull(_only(batch, i), log_z[i : i + 1] if isinstance(log_z, Tensor) else log_z, guide)
-        for total, parameter in zip(sums, parameters, strict=True):
-            if parameter.grad is not None:
-                gradient = parameter.grad.float() / scale
-                squares += float(gradient.square().sum())
-                total += gradient
-                parameter.grad = None
-    scorer.objective = objective
-    scorer.balance.forget()
+    with scorer.passes.counter.paused():
+        for i in range(n):
+            row_log_z = log_z[i : i + 1] if isinstance(log_z, Tensor) else log_z
+            scorer.accumulate(batch.row(i), row_log_z, guide, listener=listen)
+            for total, parameter in zip(sums, parameters, strict=True):
+                if parameter.grad is not None:
+                    gradient = parameter.grad.float() / scale
+                    squares += float(gradient.square().sum())
+                    total += gradient
+                    parameter.grad = None
+    scorer.minimum_variance.discard()
     for parameter in scorer.critic.parameters().values() if scorer.critic is not None else ():
         parameter.grad = None
-    vars(scorer.passes).update(vars(passes))
     mean_squared = sum(float((total / n).square().sum()) for total in sums)
-    # A row that the scorer knows to pull with 0 is not asked about.
-    advantage = torch.tensor([*heard.said, *[0.0] * (n - len(heard.said))], dtype=torch.float64)
-    return Spread(
+    # Rows with a coefficient known to be 0 take no pass, so the listener does not see them.
+    advantage = torch.tensor([*advantages, *[0.0] * (n - len(advantages))], dtype=torch.float64)
+    return GradientNoise(
         gradient_variance=(squares / n - mean_squared) * n / max(n - 1, 1),
         advantage_variance=float(advantage.var()) if n > 1 else 0.0,
         advantage_mean_abs=float(advantage.abs().mean()),
         advantage_max=float(advantage.abs().max()),
         samples=n,
-    )
-
-
-class _Heard:
-    """An objective that is listened to."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.said: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.objective, name)
-
-    def coefficients(self, record: Record) -> Tensor:
-        found = self.objective.coefficients(record)
-        for row in found.detach().double().cpu():
-            tokens = record.tokens.mask.cpu().sum() if row.ndim and record.tokens is not None else 1
-            self.said.append(float(row.sum() / tokens))
-        return found
-
-
-def _only(batch: Batch, row: int) -> Batch:
-    """A batch of one of its samples, which what was found out about the whole batch still holds for."""
-    rows = torch.tensor([row])
-
-    def of(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[rows.to(value.device)]
-
-    known = batch.assessment
-    return replace(
-        batch,
-        samples=batch.samples.select(rows.to(batch.samples.tokens.device)),
-        measured=batch.features[rows],
-        assessment=replace(known, **{name: of(value) for name, value in vars(known).items()}) if known else None,
-        mixture=of(batch.mixture),
     )

@@ -1,9 +1,9 @@
-"""What one batch says of target, policy and proposal, before the policy has trained on it; no extra model pass."""
+"""Estimates from one batch, before the policy has trained on it; they need no further pass of a model."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -11,19 +11,18 @@ from tiltlm import estimation
 from tiltlm.estimation import Estimate, Partition, PromptPartition
 from tiltlm.evaluation.scores import Mismatch, Scores, kl_policy_base
 from tiltlm.targets import Target
+from tiltlm.training.gradient_noise import GradientNoise
 from tiltlm.training.progress import Progress
 from tiltlm.training.proposal_rules import Distances
 from tiltlm.training.replay.weights import PoolMetrics
 
-if TYPE_CHECKING:
-    from tiltlm.training.gradient_noise import Spread
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of ``metrics.jsonl``: estimates in nats (KL, log Z), shares (TV, moments) and samples (ESS).
 
-    ``pool`` is there in steps that trained on a pool of several laws.
+    ``pool`` is set in steps that trained on a replay buffer with several proposals, ``noise`` where it was measured.
     """
 
     log_z: Estimate
@@ -41,7 +40,7 @@ class StepMetrics:
     proposal_updated: bool = False
     seconds: dict[str, float] | None = None
     pool: PoolMetrics | None = None
-    spread: Spread | None = None
+    noise: GradientNoise | None = None
 
     def completed(
         self,
@@ -53,7 +52,7 @@ class StepMetrics:
         seconds: dict[str, float],
         pool: PoolMetrics | None = None,
     ) -> StepMetrics:
-        """These estimates with what is known only after the step."""
+        """These estimates, with what is known only after the step."""
         return replace(
             self,
             progress=progress,
@@ -87,14 +86,14 @@ class StepMetrics:
             "proposal_updated": self.proposal_updated,
             "seconds": self.seconds,
             **({"pool": self.pool.to_json()} if self.pool else {}),
-            **({"spread": self.spread.to_json()} if self.spread else {}),
+            **({"spread": self.noise.to_json()} if self.noise else {}),
         }
 
 
 def step_metrics(
     scores: Scores, features: Tensor, target: Target, partition: Partition | PromptPartition
 ) -> StepMetrics:
-    """Estimates from one batch with feature values [N, K]; π/q weighs what is a mean over the policy.
+    """Estimates from one batch with feature values [N, K]; means over the policy are weighted by π/q.
 
     With several prompts they are means over prompts.
     """

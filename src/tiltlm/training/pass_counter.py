@@ -1,18 +1,22 @@
-"""What a run has cost in passes through a model, in sequences and in tokens."""
+"""What a run has cost: sequences drawn, forward passes, tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from tiltlm.lm import Samples
 from tiltlm.targets import BaseSample
 
 
 @dataclass
-class Passes:
-    """Counts since the start of a run: sequences drawn, and what went through any model, once for each pass.
+class PassCounter:
+    """Counts since the start of a run.
 
-    ``tokens`` are sampled tokens without padding, ``trained`` those of batches that the policy was trained on.
+    ``sequences`` were drawn. ``forward_passes`` are sequences times models, sampling included. ``tokens`` are the
+    sampled tokens of these passes, without padding. ``trained`` are the tokens of batches that the policy trained on.
     """
 
     sequences: int = 0
@@ -20,27 +24,45 @@ class Passes:
     tokens: int = 0
     trained: int = 0
 
-    def drew(self, samples: Samples) -> None:
-        """These were sampled."""
+    def count_drawn(self, samples: Samples) -> None:
+        """Count samples that were drawn: one pass each."""
         self.sequences += len(samples)
-        self.read(samples)
+        self.count_pass(samples)
 
-    def found(self, sample: BaseSample) -> None:
-        """A target was fitted on this; sequences that were read beside are counted with the sample's mean length."""
-        self.drew(sample.samples)
+    def count_fit(self, sample: BaseSample) -> None:
+        """Count the samples of a fit; further passes of the fit count with the samples' mean length."""
+        self.count_drawn(sample.samples)
         self.forward_passes += sample.forward_passes
         self.tokens += round(sample.forward_passes * float(sample.samples.mask.sum()) / len(sample.samples))
 
-    def read(self, samples: Samples) -> None:
-        """These went through base or policy."""
+    def count_pass(self, samples: Samples) -> None:
+        """Count one pass of base or policy over these samples."""
         self.forward_passes += len(samples)
         self.tokens += int(samples.mask.sum())
 
-    def train(self, samples: Samples) -> None:
-        """The policy is trained on these."""
+    def count_trained(self, samples: Samples) -> None:
+        """Count samples that the policy is trained on."""
         self.trained += int(samples.mask.sum())
 
     @property
     def per_trained_token(self) -> float | None:
         """Passes for each token that the policy was trained on; None before the first."""
         return self.tokens / self.trained if self.trained else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing within the block."""
+        before = self.state_dict()
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
+
+    def state_dict(self) -> dict[str, int]:
+        """All counts, for a checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the counts of a checkpoint."""
+        for field in fields(self):
+            setattr(self, field.name, int(state[field.name]))

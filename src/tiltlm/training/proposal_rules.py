@@ -8,11 +8,12 @@ from typing import Protocol
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import Estimate
+from tiltlm.rollouts.proposal import BASE, GUIDED, POLICY, Proposal
 
 
 @dataclass(frozen=True)
 class Distances:
-    """How far policy and proposal are from the target, on samples of the proposal that the policy has not trained on.
+    """How much nearer to the target the policy is than the proposal, on samples that the policy has not trained on.
 
     ``kl_gain`` is KL(p‖q) − KL(p‖π) and ``tv_gain`` TV(p, q) − TV(p, π), paired on the same samples.
     """
@@ -21,7 +22,7 @@ class Distances:
     tv_gain: Estimate
 
 
-# Without samples of the proposal; no gain is above 0 then.
+# Where the batch holds no samples of the proposal: no gain is above 0.
 UNKNOWN_DISTANCES = Distances(Estimate(math.nan, math.nan), Estimate(math.nan, math.nan))
 
 
@@ -29,8 +30,8 @@ class ProposalRule(Protocol):
     """Decides, before each step's update, whether q ← π."""
 
     @property
-    def first(self) -> str:
-        """The proposal that a run begins with: ``policy`` (of each moment), ``base``, or ``guided``."""
+    def first(self) -> Proposal:
+        """The proposal that a run begins with: the policy as it is at each step, the base, or the guided base."""
 
     @property
     def extra_batches(self) -> int:
@@ -45,9 +46,9 @@ class ProposalRule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """Samples are always drawn from the policy as it is, or from the base as the guide leads it; none is kept."""
+    """Samples are always drawn from the policy as it is, or from the guided base; no policy is kept."""
 
-    first: str = "policy"
+    first: Proposal = POLICY
     extra_batches: int = 0
 
     def due(self, step: int) -> bool:
@@ -62,7 +63,7 @@ class Interval:
     """q ← π every ``check_steps`` steps, unconditionally."""
 
     check_steps: int = 10
-    first: str = "base"
+    first: Proposal = BASE
     extra_batches: int = 0
 
     def due(self, step: int) -> bool:
@@ -84,7 +85,7 @@ class Closer:
     metric: str = "kl"
     check_steps: int = 10
     extra_batches: int = 0
-    first: str = "base"
+    first: Proposal = BASE
 
     def due(self, step: int) -> bool:
         return step % self.check_steps == 0
@@ -102,7 +103,7 @@ RULES = ("on_policy", "interval", "kl", "tv", "published", "guided")
 def proposal_rule(name: str, check_steps: int = 10) -> ProposalRule:
     """The rule of this name. Raises UsageError for an unknown one."""
     if name in ("on_policy", "guided"):
-        return Constant("policy" if name == "on_policy" else "guided")
+        return Constant(POLICY if name == "on_policy" else GUIDED)
     if name == "interval":
         return Interval(check_steps)
     if name in ("kl", "tv"):

@@ -1,266 +1,246 @@
-"""Scoring: one pass of the base and one of the policy over a batch, and the pull of its samples on the policy."""
+"""Scoring: one pass of the base and one of the policy over a batch, and the gradient of the surrogate loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tiltlm.estimation import mixture
 from tiltlm.evaluation.scores import Scores
-from tiltlm.lm import ForwardPass, Guide, NextToken, Roles, Samples, next_token
-from tiltlm.objectives import (
-    AdaptiveObjective,
-    Balance,
-    BatchObjective,
-    CriticObjective,
-    Guided,
-    GuideRecord,
-    Objective,
-    Record,
-    forms,
-)
+from tiltlm.lm import ForwardPass, Guide, NextToken, Samples, next_token
+from tiltlm.objectives import MinimumVariance, Objective, Record
+from tiltlm.rollouts.proposal import BASE, GUIDED, POLICY, Proposal
 from tiltlm.targets import Target, target_reward
 from tiltlm.training.critic import Critic
-from tiltlm.training.pass_counter import Passes
-from tiltlm.training.rollout_batch import Assessment, Batch
-from tiltlm.training.surrogate import (
-    finite,
-    follows_its_advantage,
-    ignores_the_impossible,
-    needs_the_base,
-    pull_chunk,
-    record_of,
-    sequence_record,
-)
+from tiltlm.training.forward_passes import ForwardPasses
+from tiltlm.training.ranks import Ranks
+from tiltlm.training.rollout_batch import Assessment, RolloutBatch
+from tiltlm.training.surrogate import finite, guide_record, sequence_record, token_record
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-# As good as −∞, for a log-probability in nats.
+# Practically −∞ for a log-probability in nats.
 LEAST_LOGPROB = -1e4
+# Called with the record of each chunk and its coefficients.
+ChunkListener = Callable[[Record, Tensor], None]
 
 
 class Scorer:
-    """Scores batches in chunks of bounded memory, which do not change the result.
+    """Scores batches in chunks of bounded memory, which do not change the result, and holds the run's objective.
 
-    A row that gets no coefficient, as one with P = 0 in GDC, matters to no gradient: it takes no base pass and no
-    backward, and on-policy, where the sampler has told its log-probability, no pass at all. ``keeps_base`` is for
-    batches that are pulled more than once: the base then reads each once.
+    A row whose coefficient is known to be 0, as a row with P = 0 in GDC, changes no gradient. It gets no base pass and
+    no backward pass, and on-policy, where the sampler has its log-probability, no pass at all. With ``keeps_base`` the
+    base reads a batch once even if there are several updates on it.
     """
 
     def __init__(
         self,
-        roles: Roles,
+        passes: ForwardPasses,
         target: Target,
         objective: Objective,
-        accelerator: Accelerator,
-        rows_at_once: int | None,
-        passes: Passes,
-        timed: Callable[[str], AbstractContextManager[Any]],
+        ranks: Ranks,
         critic: Critic | None = None,
+        *,
         keeps_base: bool = False,
     ) -> None:
-        self.roles, self.target, self.objective, self.accelerator = roles, target, objective, accelerator
-        self.rows_at_once, self.passes, self.timed, self.critic = rows_at_once, passes, timed, critic
-        # The reward of a target that has none of its own is read off log P − log a.
+        self.passes, self.target, self.objective, self.ranks, self.critic = passes, target, objective, ranks, critic
+        self.roles, self.accelerator, self.timer = passes.roles, passes.accelerator, passes.timer
         self.keeps_base = keeps_base
-        self.needs_base = needs_the_base(objective) or not hasattr(target, "reward")
-        self.skips = ignores_the_impossible(objective)
-        self.balance, self.mixes = Balance(), isinstance(objective, Guided) and objective.correction > 0
-        self.follows_advantage = follows_its_advantage(objective) and critic is None
+        self.minimum_variance = MinimumVariance()
+        # Whether rows that cannot change the gradient are left out; a critic learns from every row.
+        self.skips_outside_support = objective.zero_outside_support
+        self.skips_zero_advantage = objective.batchwise and objective.zero_without_advantage and critic is None
 
-    def assess(self, batch: Batch, log_z: float | Tensor) -> tuple[Batch, Record | None]:
-        """The batch with what must be known of it as a whole, and the record that the objective judged it by.
+    def assess(self, batch: RolloutBatch, log_z: float | Tensor) -> tuple[RolloutBatch, Record | None]:
+        """What must be known of the whole batch before its first update, and the record that advantages came from.
 
-        The base, and off-policy or for a critic the policy, reads all of it where that is needed; no gradient.
+        Where they are needed, the base, and off-policy or for a critic the policy, read the batch without gradient.
+        ``log_z`` is one number or one per row [N].
         """
         objective = self.objective
-        whole = isinstance(objective, BatchObjective)
-        wanted = {"base": self.keeps_base or (whole and self.needs_base), "policy": whole}
+        # A target without a reward of its own is read as log P − log a.
+        base_is_read = objective.advantages_read_base or not hasattr(self.target, "reward")
+        wanted_base = self.keeps_base or (objective.batchwise and base_is_read)
         tables: dict[str, Tensor] = {}
-        with self.roles.cast_once() if any(wanted.values()) else nullcontext():
-            for rows in self._chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
+        with self.roles.cast_once() if wanted_base or objective.batchwise else nullcontext():
+            for rows in self.passes.chunks(batch.samples, torch.ones(len(batch.samples), dtype=torch.bool)):
                 chunk = batch.samples.select(rows).trimmed()
-                for name, found in self._assess_chunk(batch, chunk, rows, **wanted).items():
+                found = self._assess_chunk(batch, chunk, rows, base=wanted_base, policy=objective.batchwise)
+                for name, values in found.items():
                     table = tables.setdefault(name, torch.zeros_like(batch.samples.proposal_logprob))
-                    table[rows, : found.shape[1]] = found.to(table)
-        assessment = Assessment(**tables)
-        if not isinstance(objective, BatchObjective):
-            return replace(batch, assessment=assessment) if tables else batch, None
-        policy = tables["policy"]
-        base = tables.get("base", torch.full_like(policy, math.nan))
-        scores = self._with_target(batch, torch.arange(len(policy)), Scores.of(batch.samples, NextToken(policy, base)))
-        reward = target_reward(self.target, scores.base_logprob, batch.features)
-        record = record_of(batch.samples, scores, log_z, policy, base, reward=reward, values=tables.get("values"))
-        advantage = finite(objective, objective.advantages(record), record)
-        returns = objective.returns(record) if isinstance(objective, CriticObjective) else None
-        return replace(batch, assessment=replace(assessment, advantage=advantage, returns=returns)), record
+                    table[rows, : values.shape[1]] = values.to(table)
+        if not objective.batchwise:
+            return replace(batch, assessment=Assessment(**tables)) if tables else batch, None
+        record = self.ranks.gather_record(self._whole_record(batch, tables, log_z))
+        advantage = self.ranks.own(finite(objective, objective.advantages(record), record))
+        returns = self.ranks.own(objective.returns(record)) if objective.has_critic else None
+        return replace(batch, assessment=Assessment(advantage, returns=returns, **tables)), record
 
-    def pull(self, batch: Batch, log_z: float | Tensor, guide: Guide | None = None) -> Scores:
-        """Score the batch and accumulate the gradient of −mean(c · log π); ``guide`` teaches beside that."""
+    def accumulate(
+        self,
+        batch: RolloutBatch,
+        log_z: float | Tensor,
+        guide: Guide | None = None,
+        *,
+        listener: ChunkListener | None = None,
+    ) -> Scores:
+        """Score the batch and add the gradient of its surrogate loss; ``guide`` is distilled if given."""
         with self.roles.cast_once():
-            scores = self._walk(batch, self._idle(batch) if guide is None else None, log_z, guide, backward=True)
-        # One that looks at whole batches moves after all updates on one; others with what they have just seen.
-        if not isinstance(self.objective, BatchObjective):
-            self.adapt(sequence_record(scores, log_z))
-        return scores
+            idle = self._idle(batch) if guide is None else None
+            return self._walk(batch, idle, log_z, guide, backward=True, listener=listener)
 
     def adapt(self, record: Record | None) -> None:
-        """Let the objective move by what a record says, where there is one and the objective is one that moves."""
-        if record is not None and isinstance(self.objective, AdaptiveObjective):
+        """Let the objective adapt to a record of the whole batch, if there is one."""
+        if record is not None:
             self.objective = self.objective.adapted(record)
 
-    def score(self, batch: Batch) -> Scores:
-        """Score every row of the batch, without a gradient."""
+    def score(self, batch: RolloutBatch) -> Scores:
+        """Score every row of the batch, without gradient."""
         with self.roles.cast_once():
             return self._walk(batch, None, 0.0, None, backward=False)
 
-    def score_possible(self, batch: Batch) -> Scores:
-        """The same, but the base reads no row with P = 0, as it takes no part in any distance to the target."""
+    def score_in_support(self, batch: RolloutBatch) -> Scores:
+        """The same, but the base does not read rows with P = 0, which take no part in a distance to the target."""
         with self.roles.cast_once():
-            return self._walk(batch, self._impossible(batch), 0.0, None, backward=False)
+            return self._walk(batch, self._outside_support(batch), 0.0, None, backward=False)
 
     def _walk(
-        self, batch: Batch, idle: Tensor | None, log_z: float | Tensor, guide: Guide | None, *, backward: bool
+        self,
+        batch: RolloutBatch,
+        idle: Tensor | None,
+        log_z: float | Tensor,
+        guide: Guide | None,
+        *,
+        backward: bool,
+        listener: ChunkListener | None = None,
     ) -> Scores:
+        """Score the rows in chunks, those that are ``idle`` [N] last and without gradient."""
         parts, order = [], []
         idle = torch.zeros(len(batch.samples), dtype=torch.bool) if idle is None else idle
-        for rows in self._chunks(batch.samples, ~idle):
+        for rows in self.passes.chunks(batch.samples, ~idle):
             chunk = batch.samples.select(rows).trimmed()
-            known = _rows(batch.base_logprob, rows, chunk)
-            base = self._read_base(chunk) if known is None or guide is not None else None
-            with self.timed("policy"), torch.set_grad_enabled(backward):
-                reading = self._read_policy(chunk)
-                laws = next_token(chunk, reading, base, guide)
-            chunk = _as_from_mixture(chunk, laws, batch.base_share)
-            scores = self._with_target(batch, rows, _scores(batch, rows, chunk, laws, known))
+            known = rows_of(batch.base_logprob, rows, chunk)
+            base = self.passes.base(chunk) if known is None or guide is not None else None
+            with self.timer("policy"), torch.set_grad_enabled(backward):
+                policy = self.passes.policy(chunk)
+                scored = next_token(chunk, policy, base, guide)
+            chunk = _as_from_mixture(chunk, scored, batch.base_share)
+            scores = self._with_target(batch, rows, _scores(batch, rows, chunk, scored, known))
             if backward:
-                with self.timed("policy"):
-                    base_tokens = laws.base if laws.base is not None else known
+                with self.timer("policy"):
+                    chunk_log_z = log_z[rows.cpu()] if isinstance(log_z, Tensor) else log_z
+                    base_tokens = scored.base if scored.base is not None else known
                     assert base_tokens is not None
-                    record = record_of(
+                    weights = self.minimum_variance.weights(chunk.tokens.shape[1])
+                    record = token_record(
                         chunk,
                         scores,
-                        log_z[rows.cpu()] if isinstance(log_z, Tensor) else log_z,
-                        laws.policy,
+                        chunk_log_z,
+                        scored.policy,
                         base_tokens,
-                        guide=self._guide_record(chunk, laws, guide, log_z),
-                        advantage=_rows(batch.assessment.advantage if batch.assessment else None, rows, chunk),
+                        guide=guide_record(chunk, scored, guide, log_z, weights),
+                        advantage=rows_of(batch.assessment.advantage if batch.assessment else None, rows, chunk),
                     )
-                    loss = -pull_chunk(self.objective, chunk, record, laws).sum()
-                    if self.mixes and laws.gram is not None:
-                        self.balance.note(forms(record), laws.gram)
+                    loss = self._loss(record, scored, listener)
                     if self.critic is not None:
-                        loss = loss + self._critic_loss(batch, rows, chunk, reading)
+                        loss = loss + self._critic_loss(self.critic, batch, rows, chunk, policy)
                     self.accelerator.backward(loss / len(batch.samples))
             parts.append(scores)
             order.append(rows)
         if backward and not parts:
-            # Gradients of zero, as without skipping: an optimizer with momentum moves on them.
-            nothing = torch.stack([0.0 * p.sum() for p in self.roles.trainable().values()]).sum()
-            self.accelerator.backward(nothing)
-        for rows in self._chunks(batch.samples, idle):
+            # Gradients of zero, as without skipping: an optimizer with momentum changes weights even so.
+            zero = torch.stack([0.0 * p.sum() for p in self.roles.trainable().values()]).sum()
+            self.accelerator.backward(zero)
+        for rows in self.passes.chunks(batch.samples, idle):
             parts.append(self._score_idle(batch, rows))
             order.append(rows)
         return Scores.concatenate(parts, torch.cat(order).argsort())
 
-    def _idle(self, batch: Batch) -> Tensor | None:
-        """Which rows [N] get no coefficient, as far as that is known beforehand."""
+    def _loss(self, record: Record, scored: NextToken, listener: ChunkListener | None) -> Tensor:
+        """The surrogate loss of a chunk, with gradient."""
+        coefficients = finite(self.objective, self.objective.coefficients(record), record)
+        if listener is not None:
+            listener(record, coefficients)
+        taught = scored.taught if record.guide is not None else None
+        loss = self.objective.token_loss(record, coefficients.to(scored.policy), scored.policy, taught).sum()
+        estimators = self.objective.estimators(record) if scored.gram is not None else None
+        if estimators is not None and scored.gram is not None:
+            self.minimum_variance.add(estimators, scored.gram)
+        return loss
+
+    def _idle(self, batch: RolloutBatch) -> Tensor | None:
+        """Which rows [N] are known to have coefficient 0; None: none."""
         advantage = batch.assessment.advantage if batch.assessment is not None else None
         if advantage is None:
-            return self._impossible(batch) if self.skips else None
-        if not self.follows_advantage:
+            return self._outside_support(batch) if self.skips_outside_support else None
+        if not self.skips_zero_advantage:
             return None
         silent = (advantage.cpu().reshape(len(advantage), -1) == 0).all(-1)
-        # What the base makes of a text that can be is measured, if nobody has asked it yet.
-        return silent if batch.base_logprob is not None else silent & self._impossible(batch)
+        # Metrics need log a of a row in the support, so without it the row is not idle.
+        return silent if batch.base_logprob is not None else silent & self._outside_support(batch)
 
-    def _impossible(self, batch: Batch) -> Tensor:
+    def _outside_support(self, batch: RolloutBatch) -> Tensor:
         """Which rows [N] have P = 0."""
-        with self.timed("features"):
+        with self.timer("features"):
             features = batch.features
-        # The base's value is not known yet: whatever it is, P must be 0.
+        # log a is not known yet: P must be 0 whatever it is.
         sampled = batch.samples.sequence_logprob.cpu()
         values = sampled, torch.zeros_like(sampled), torch.full_like(sampled, LEAST_LOGPROB)
         scores = torch.stack([self.target.log_score(value, features) for value in values])
         return (scores == -math.inf).all(0)
 
-    def _chunks(self, samples: Samples, wanted: Tensor) -> list[Tensor]:
-        rows = wanted.nonzero().squeeze(-1).to(samples.tokens.device)
-        if not len(rows):
-            return []
-        return [rows[piece] for piece in self.roles.policy.chunks(samples.select(rows), self.rows_at_once)]
+    def _whole_record(self, batch: RolloutBatch, tables: dict[str, Tensor], log_z: float | Tensor) -> Record:
+        """The record of the whole batch, from log-probabilities of tokens [N, T]."""
+        policy = tables["policy"]
+        base = tables.get("base", torch.full_like(policy, math.nan))
+        scores = self._with_target(batch, torch.arange(len(policy)), Scores.of(batch.samples, NextToken(policy, base)))
+        reward = target_reward(self.target, scores.base_logprob, batch.features)
+        return token_record(batch.samples, scores, log_z, policy, base, reward=reward, values=tables.get("values"))
 
     @torch.no_grad()
     def _assess_chunk(
-        self, batch: Batch, chunk: Samples, rows: Tensor, *, base: bool, policy: bool
+        self, batch: RolloutBatch, chunk: Samples, rows: Tensor, *, base: bool, policy: bool
     ) -> dict[str, Tensor]:
         """Log-probabilities of base and policy, where wanted, and the critic's values, each [n, t]."""
         found: dict[str, Tensor] = {}
         if base:
-            known = _rows(batch.base_logprob, rows, chunk)
-            found["base"] = known if known is not None else next_token(chunk, self._read_base(chunk)).policy
-        known = _rows(batch.policy_logprob, rows, chunk)
+            known = rows_of(batch.base_logprob, rows, chunk)
+            found["base"] = known if known is not None else next_token(chunk, self.passes.base(chunk)).policy
+        known = rows_of(batch.policy_logprob, rows, chunk)
         if policy and known is not None:
             found["policy"] = known
         if policy and (known is None or self.critic is not None):
-            with self.timed("policy"):
-                reading = self._read_policy(chunk)
-                found.setdefault("policy", next_token(chunk, reading).policy)
+            with self.timer("policy"):
+                read = self.passes.policy(chunk)
+                found.setdefault("policy", next_token(chunk, read).policy)
                 if self.critic is not None:
-                    found["values"] = self.critic.values(chunk, reading)
+                    found["values"] = self.critic.values(chunk, read)
         return found
 
-    def _critic_loss(self, batch: Batch, rows: Tensor, chunk: Samples, reading: ForwardPass) -> Tensor:
-        assert isinstance(self.objective, CriticObjective)
-        assert self.critic is not None
+    def _critic_loss(
+        self, critic: Critic, batch: RolloutBatch, rows: Tensor, chunk: Samples, policy: ForwardPass
+    ) -> Tensor:
         assert batch.assessment is not None
-        before, returns = (_rows(x, rows, chunk) for x in (batch.assessment.values, batch.assessment.returns))
+        before, returns = (rows_of(x, rows, chunk) for x in (batch.assessment.values, batch.assessment.returns))
         assert before is not None
         assert returns is not None
-        loss = self.objective.value_loss(self.critic.values(chunk, reading), before, returns.to(before))
+        loss = self.objective.value_loss(critic.values(chunk, policy), before, returns.to(before))
         return (loss * chunk.mask).sum()
 
-    def _guide_record(
-        self, chunk: Samples, laws: NextToken, guide: Guide | None, log_z: float | Tensor
-    ) -> GuideRecord | None:
-        """What an objective reads of a guide; with several prompts its promises are over each one's Z already."""
-        if guide is None or laws.guide is None or laws.expected is None:
-            return None
-        promises = guide.promises(chunk.tokens, chunk.mask).double()
-        expected = laws.expected.double() + guide.log_scale
-        if not isinstance(log_z, Tensor):
-            promises, expected = promises - log_z, expected - log_z
-        return GuideRecord(laws.guide.double(), promises, expected, self.balance.shares(chunk.tokens.shape[1]))
-
-    def _read_base(self, chunk: Samples) -> ForwardPass:
-        self.passes.read(chunk)
-        with self.timed("base"), torch.no_grad(), self.roles.use("base") as model, self.accelerator.autocast():
-            return model.read(chunk)
-
-    def _read_policy(self, chunk: Samples) -> ForwardPass:
-        self.passes.read(chunk)
-        with self.accelerator.autocast():
-            return self.roles.policy.read(chunk)
-
-    def _with_target(self, batch: Batch, rows: Tensor, scores: Scores) -> Scores:
-        with self.timed("features"):
+    def _with_target(self, batch: RolloutBatch, rows: Tensor, scores: Scores) -> Scores:
+        with self.timer("features"):
             features = batch.features[rows.cpu()]
         return scores.with_target(self.target.log_score(scores.base_logprob, features))
 
-    def _score_idle(self, batch: Batch, rows: Tensor) -> Scores:
+    def _score_idle(self, batch: RolloutBatch, rows: Tensor) -> Scores:
         chunk = batch.samples.select(rows).trimmed()
-        base, policy = _rows(batch.base_logprob, rows, chunk), _rows(batch.policy_logprob, rows, chunk)
+        base, policy = rows_of(batch.base_logprob, rows, chunk), rows_of(batch.policy_logprob, rows, chunk)
         if policy is None:
-            with self.timed("policy"), torch.no_grad():
-                policy = next_token(chunk, self._read_policy(chunk)).policy
+            with self.timer("policy"), torch.no_grad():
+                policy = next_token(chunk, self.passes.policy(chunk)).policy
         unknown = torch.full_like(chunk.proposal_logprob, math.nan)
         scores = Scores.of(chunk, NextToken(policy, base if base is not None else unknown))
         if base is not None:
@@ -268,26 +248,29 @@ class Scorer:
         return scores.with_target(torch.full((len(chunk),), -math.inf))
 
 
-def _as_from_mixture(chunk: Samples, laws: NextToken, base_share: float | None) -> Samples:
-    """The same samples with the log-probabilities of the mixture that they count as drawn from, if any."""
+def _as_from_mixture(chunk: Samples, scored: NextToken, base_share: float | None) -> Samples:
+    """The samples with log-probabilities of the mixture of base and guided base, where they count as drawn from it."""
     if base_share is None:
         return chunk
-    assert laws.base is not None
-    assert laws.guide is not None
-    return replace(chunk, proposal_logprob=mixture([laws.base, laws.guide], [base_share, 1 - base_share]))
+    assert scored.base is not None
+    assert scored.guide is not None
+    return replace(chunk, proposal_logprob=mixture([scored.base, scored.guide], [base_share, 1 - base_share]))
 
 
-def _rows(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:
-    """These rows of a value per sequence [N] or token [N, T], as wide as the chunk that they make."""
+def rows_of(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None:
+    """These rows of a table [N] or [N, T], as wide as the chunk that they make."""
     if table is None:
         return None
     found = table[rows.to(table.device)]
     return found[:, : chunk.tokens.shape[1]] if found.ndim == 2 else found
 
 
-def _scores(batch: Batch, rows: Tensor, chunk: Samples, laws: NextToken, base: Tensor | None) -> Scores:
-    again = {"policy": laws.policy, "base": laws.base, "guided": laws.guide}.get(batch.source)
-    scores = Scores.of(chunk, laws, base)
+def _scores(
+    batch: RolloutBatch, rows: Tensor, chunk: Samples, scored: NextToken, base: Tensor | None
+) -> Scores:
+    by_proposal: dict[Proposal, Tensor | None] = {POLICY: scored.policy, BASE: scored.base, GUIDED: scored.guide}
+    rescored = by_proposal.get(batch.proposal)
+    scores = Scores.of(chunk, scored, base)
     if batch.mixture is not None:
         scores = replace(scores, proposal_logprob=batch.mixture[rows.cpu()])
-    return scores if again is None else scores.with_rescored(again)
+    return scores if rescored is None else scores.with_rescored(rescored)

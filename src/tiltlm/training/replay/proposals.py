@@ -1,60 +1,61 @@
-"""The laws of pooled sequences: base, guided base and earlier policies, each asked of other sequences by one pass."""
+"""The proposals of a replay buffer: base, guided base and earlier policies, each able to score other sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiltlm.lm import Guide, LanguageModel, Roles, Samples
-from tiltlm.training.pass_counter import Passes
+from tiltlm.lm import LanguageModel, Samples
+from tiltlm.rollouts.proposal import GUIDED, Proposal
+from tiltlm.training.forward_passes import ForwardPasses
+from tiltlm.training.guidance import Guidance
 
 
-class Laws:
-    """Log-probabilities under the base, under the base as ``guide`` leads it, and under policies of the past.
+class PastProposals:
+    """Log-probabilities under the base, the guided base and policies of the past.
 
-    Of each of these a copy is held of what it does not share with the base: its adapter, or all weights where these
-    are tuned. None is held longer than sequences of it are pooled.
+    Of a past policy a copy of its trained weights is kept: its adapter, or all weights under full tuning. The buffer
+    drops it with the last of its sequences.
     """
 
-    def __init__(
-        self,
-        roles: Roles,
-        guide: Guide | None,
-        rows_at_once: int | None,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        passes: Passes,
-    ) -> None:
-        self.roles, self.guide, self.rows_at_once = roles, guide, rows_at_once
-        self.autocast, self.passes = autocast, passes
-        self.earlier: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, passes: ForwardPasses, guidance: Guidance | None) -> None:
+        self.passes, self.roles, self.guidance = passes, passes.roles, guidance
+        self.earlier: dict[Proposal, dict[str, Tensor]] = {}
 
-    def keep(self, name: str, role: Literal["policy", "proposal"]) -> None:
-        """Hold the policy, or the proposal, as it is at this moment."""
-        self.earlier[name] = self.roles.weights(role)
+    def keep(self, proposal: Proposal) -> None:
+        """Copy the present weights of the policy, or of the proposal that the roles keep."""
+        self.earlier[proposal] = self.roles.weights("policy" if proposal.kind == "policy" else "proposal")
 
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forget all others."""
-        self.earlier = {name: weights for name, weights in self.earlier.items() if name in names}
+    def keep_only(self, proposals: Collection[Proposal]) -> None:
+        """Drop the weights of all others."""
+        self.earlier = {name: weights for name, weights in self.earlier.items() if name in proposals}
 
     @torch.no_grad()
-    def logprob(self, name: str, samples: Samples) -> Tensor:
-        """log q(x) [N] of whole sequences under the law of this name, in nats, float64 on the CPU."""
-        self.passes.read(samples)
-        samples = replace(samples, guide=self.guide if name == "guided" else None)
-        with self._model(name) as model, self.autocast():
-            return model.logprob(samples, batch_size=self.rows_at_once).double().sum(-1).cpu()
+    def logprob(self, proposal: Proposal, samples: Samples) -> Tensor:
+        """log q(x) [N] of whole sequences under this proposal, in nats, float64 on the CPU; one forward pass."""
+        self.passes.counter.count_pass(samples)
+        guide = self.guidance.guide if proposal == GUIDED and self.guidance is not None else None
+        samples = replace(samples, guide=guide)
+        with self._model(proposal) as model, self.passes.accelerator.autocast():
+            return model.logprob(samples, batch_size=self.passes.rows_at_once).double().sum(-1).cpu()
 
-    def restore(self, earlier: dict[str, dict[str, Tensor]]) -> None:
-        """Put back the policies of a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """The weights of past policies by name, for a checkpoint."""
+        return {str(proposal): weights for proposal, weights in self.earlier.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the past policies of a checkpoint."""
         device = self.roles.policy.device
         self.earlier = {
-            law: {name: tensor.to(device) for name, tensor in weights.items()} for law, weights in earlier.items()
+            Proposal.parse(name): {key: tensor.to(device) for key, tensor in weights.items()}
+            for name, weights in state.items()
         }
 
-    def _model(self, name: str) -> AbstractContextManager[LanguageModel]:
-        return self.roles.earlier(self.earlier[name]) if name in self.earlier else self.roles.use("base")
+    def _model(self, proposal: Proposal) -> AbstractContextManager[LanguageModel]:
+        known = proposal in self.earlier
+        return self.roles.earlier(self.earlier[proposal]) if known else self.roles.use("base")
