@@ -45,9 +45,9 @@ def main() -> None:
         with folder_of(case.model) as folder:
             trainer = our_trainer(folder, batch=case.n, length=args.length, dtype=args.dtype)
             for _ in range(args.rounds):
-                before, began = trainer.passes.trained, time.perf_counter()
+                before, began = trainer.counter.trained, time.perf_counter()
                 metrics = trainer.train_step()
-                seconds, tokens = time.perf_counter() - began, trainer.passes.trained - before
+                seconds, tokens = time.perf_counter() - began, trainer.counter.trained - before
             with profile(activities=[ProfilerActivity.CPU]) as kernels:
                 trainer.train_step()
         model = trainer.roles.policy

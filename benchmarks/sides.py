@@ -43,6 +43,7 @@ def our_trainer(
     from tiltlm.lm import LanguageModel, Roles
     from tiltlm.objectives import GDCPlusPlus
     from tiltlm.targets import draw_base_sample, fit_target, state_terms
+    from tiltlm.training.method import Method
     from tiltlm.training.proposal_rules import proposal_rule
     from tiltlm.training.trainer import Trainer
 
@@ -61,8 +62,8 @@ def our_trainer(
         save_steps=0,
     )
     roles = Roles(model.with_lora(**LORA) if lora else model)
-    objective, rule = objective or GDCPlusPlus(), rule or proposal_rule("on_policy")
-    return Trainer(roles, target, objective, rule, args, base_sample=sample)
+    method = Method(objective or GDCPlusPlus(), rule or proposal_rule("on_policy"))
+    return Trainer(roles, target, method, args, base_sample=sample)
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, length: int, **settings: Any) -> Any:

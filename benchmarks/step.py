@@ -31,11 +31,11 @@ def ours(turns: Turns, folder: str, method: str, batch: int, length: int, dtype:
 
     objective = RLOO(beta=BETA) if method == "RLOO" else GDCPlusPlus()
     trainer = our_trainer(folder, objective=objective, batch=batch, length=length, dtype=dtype, device=device)
-    sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
+    sequences, passes = trainer.counter.sequences, trainer.counter.forward_passes
     try:
         turns.serve(trainer.train_step)
     except Over:
-        counted = (trainer.passes.forward_passes - passes) / (trainer.passes.sequences - sequences)
+        counted = (trainer.counter.forward_passes - passes) / (trainer.counter.sequences - sequences)
         print(f"  ours by its own counter: {counted:.2f} passes a trained sequence", flush=True)
         raise
 

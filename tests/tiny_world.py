@@ -20,6 +20,7 @@ from tiltlm.lm import LanguageModel, Roles, Samples, SamplingSettings
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
 from tiltlm.training.callbacks import Callback
+from tiltlm.training.method import Method
 from tiltlm.training.proposal_rules import ProposalRule, proposal_rule
 from tiltlm.training.trainer import Trainer
 
@@ -109,17 +110,20 @@ def build_trainer(
     """A trainer in the world: batches of 200 by default, no reuse of the fit's samples."""
     args = {"batch_size": 200, "max_steps": 8, "learning_rate": 0.001, "reuse_fit_samples": False, **settings}
     adapted = Roles(world.base.copy().with_lora(**LORA)) if lora else None
-    return Trainer(
+    objective = BUILT_IN[method]() if isinstance(method, str) else method
+    chosen = Method(objective, proposal_rule(rule, check_steps) if isinstance(rule, str) else rule)
+    trainer = Trainer(
         adapted or Roles(policy or world.base.copy(), base=world.base),
         world.target,
-        BUILT_IN[method]() if isinstance(method, str) else method,
-        proposal_rule(rule, check_steps) if isinstance(rule, str) else rule,
+        chosen,
         TrainingArguments(**args),
         base_sample=base_sample or world.base_sample,
         seed=seed,
         checkpoint_dir=folder,
-        callbacks=callbacks,
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
 
 
 def gradient(trainer: Trainer, *, clear: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from tiltlm.guides.chain import Chain
 from tiltlm.guides.token_states import PrefixStates
 from tiltlm.guides.value import ValueFunction
 from tiltlm.lm.forward import gram
-from tiltlm.objectives import Balance, Guided, GuideRecord, Record, forms
+from tiltlm.objectives import Guided, GuideRecord, MinimumVariance, Record, estimators
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Distilled:
         assert runs.fit_sample is not None, "the guide is estimated from fit samples"
         assert not (self.keeps_guide and self.steps > 1), "the pool's mixture knows no law of the policy's past"
         guides = keep_guide(runs) if self.keeps_guide else read_guides(runs)
-        generator, balances = torch.Generator().manual_seed(0), [Balance() for _ in range(runs.count)]
+        generator, balances = torch.Generator().manual_seed(0), [MinimumVariance() for _ in range(runs.count)]
         pool: list[Drawn] = []
         waiting = [runs.fit_sample.rows(slice(i, i + self.batch)) for i in range(0, len(runs.fit_sample), self.batch)]
         from_base = len(waiting)
@@ -125,7 +125,7 @@ def mixture_of(runs: Runs, drawn: Drawn, guide: Tensor, base_share: float) -> Te
 
 
 def records_of(
-    runs: Runs, drawn: Drawn, policy: Tensor, guides: Guides, log_z: Tensor, balances: list[Balance]
+    runs: Runs, drawn: Drawn, policy: Tensor, guides: Guides, log_z: Tensor, balances: list[MinimumVariance]
 ) -> list[Record]:
     """What the objective reads in each run, whose policy has the law [M, V] of ``policy`` [R, M, V]."""
     scored, graph = runs.score(drawn), runs.world.graph
@@ -137,7 +137,7 @@ def records_of(
     next_promised = expected.gather(1, drawn.nodes.flatten(1)).reshape(drawn.nodes.shape) - log_z[:, None, None]
     law = drawn.under(guides.law).double()
     return [
-        replace(record, guide=GuideRecord(law[r], promised[r], next_promised[r], balances[r].shares(graph.length)))
+        replace(record, guide=GuideRecord(law[r], promised[r], next_promised[r], balances[r].weights(graph.length)))
         for r, record in enumerate(runs.records(scored, drawn.under(policy), log_z))
     ]
 
@@ -151,22 +151,26 @@ def gram_of(drawn: Drawn, policy: Tensor, guide: Tensor) -> Tensor:
     return gram(theirs, both, ours, drawn.under(g), drawn.under(pi))
 
 
-def learn_shares(balances: list[Balance], records: list[Record], drawn: Drawn, policy: Tensor, guide: Tensor) -> None:
+def learn_shares(
+    balances: list[MinimumVariance], records: list[Record], drawn: Drawn, policy: Tensor, guide: Tensor
+) -> None:
     """Let each run's balance know what the forms say of a batch, under the laws [R, M, V]."""
     for balance, record, products in zip(balances, records, gram_of(drawn, policy, guide), strict=True):
-        balance.note(forms(record), products)
+        balance.add(estimators(record), products)
         balance.settle()
 
 
 def pulls(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, records: list[Record]) -> Tensor:
     """What corrections and distillation pull at each node and token [R, M, V]."""
     coefficients = torch.stack([objective.coefficients(record) for record in records])
-    weights = torch.stack([objective.lessons(record) for record in records]).float() / len(drawn)
+    weights = torch.stack([objective.distillation_weights(record) for record in records]).float() / len(drawn)
     taught = torch.zeros(guides.law.shape[:2]).scatter_add_(1, drawn.nodes.flatten(1), weights.flatten(1))
     return runs.pull(drawn, runs.checked(coefficients)) + taught[..., None] * guides.law.exp()
 
 
-def update(runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: Tensor, balances: list[Balance]) -> None:
+def update(
+    runs: Runs, objective: Guided, drawn: Drawn, guides: Guides, log_z: Tensor, balances: list[MinimumVariance]
+) -> None:
     """One step; base and policy read every sequence, the base for the law of the guide."""
     table = runs.policy.log_table()
     runs.passes += 2 * len(drawn)

@@ -10,9 +10,9 @@ from torch import Tensor
 from ground.distilled import keep_guide
 from ground.runs import Budget, Drawn, Falls, Runs, Scored
 from tiltlm.estimation import log_partition
-from tiltlm.objectives import AdaptiveObjective, Objective
+from tiltlm.objectives import Objective
 from tiltlm.training.proposal_rules import proposal_rule
-from tiltlm.training.replay.weights import BASE, mixture_logprob
+from tiltlm.training.replay.weights import BASE_INDEX, mixture_logprob
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Kept:
             self.under = torch.cat([self.under, column[..., None]], -1)
             self.runs.passes += len(self.origin)
         # log a is known, and so is what the batch's own law says of it.
-        self.runs.passes += len(scored.drawn) * sum(k not in (BASE, law) for k in range(len(self.laws)))
+        self.runs.passes += len(scored.drawn) * sum(k not in (BASE_INDEX, law) for k in range(len(self.laws)))
         rows = torch.stack([scored.drawn.under(table).double().sum(-1) for table in self.laws], -1)
         self.under = torch.cat([self.under, rows], 1)
         self.origin = torch.cat([self.origin, torch.full((len(scored.drawn),), law)])
@@ -94,12 +94,12 @@ class Loop:
         log_z = runs.log_z(batch)
         if law is not None:
             runs.learn_log_z(batch)
-        self.kept.add(batch, law or BASE)
+        self.kept.add(batch, law or BASE_INDEX)
         if self.rule.due(self.turns):
             self.next_law = runs.policy.log_table().detach()
         self._update(batch, log_z)
         mixed = self.kept.mixed()
-        if getattr(self.method.objective, "self_normalized", False):
+        if self.method.objective.normalized_by_replay:
             own = [log_partition(weights).value for weights in mixed.log_weights]
             log_z = torch.where(mixed.possible.any(1), torch.tensor(own, dtype=torch.float64), log_z)
         for _ in range(self.method.steps - 1):
@@ -121,7 +121,7 @@ class Loop:
             self.next_law = None
         law = len(kept.laws) - 1
         batch = runs.score(runs.draw(kept.laws[law], n))
-        runs.passes += n * (law != BASE)
+        runs.passes += n * (law != BASE_INDEX)
         return batch, law
 
     def _update(self, batch: Scored, log_z: Tensor) -> None:
@@ -131,4 +131,4 @@ class Loop:
         pairs = list(zip(self.objectives, records, strict=True))
         coefficients = torch.stack([objective.coefficients(record) for objective, record in pairs])
         runs.optimizer.step(runs.gradients(table, runs.pull(batch.drawn, runs.checked(coefficients))))
-        self.objectives = [o.adapted(record) if isinstance(o, AdaptiveObjective) else o for o, record in pairs]
+        self.objectives = [o.adapted(record) for o, record in pairs]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ground.distilled import keep_guide
 from ground.runs import Budget, Falls, Runs, Scored
 from tiltlm.estimation import kl_difference, tv_difference
-from tiltlm.objectives import BatchObjective, Objective
+from tiltlm.objectives import Objective
 from tiltlm.training.proposal_rules import Distances, proposal_rule
 from tiltlm.training.surrogate import ignores_the_impossible
 
@@ -71,7 +71,7 @@ class Loop:
             runs.passes += (~idle).sum(1)
             records = runs.records(batch, policy, log_z)
             if step == 0:
-                if isinstance(objective, BatchObjective):
+                if objective.batchwise:
                     advantages = [objective.advantages(record) for record in records]
                 self._follow(batch, table.detach(), policy)
             records = [replace(record, advantage=a) for record, a in zip(records, advantages, strict=True)]

@@ -12,7 +12,7 @@ import tiltlm as package
 from command_line import Command, assert_one_error, write_config
 from tiltlm.app.build import read_prompts
 from tiltlm.config.run import load_config
-from tiltlm.training.drawing import Drawer
+from tiltlm.training.drawer import Drawer
 
 MEASURES = """
 seen = []

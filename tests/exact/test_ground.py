@@ -21,7 +21,7 @@ from ground.runs import Drawn, Runs
 from ground.worlds import World, enumerable, rare_phrase
 
 from tiltlm.exact import MarkovModel, MarkovTarget, markov_target
-from tiltlm.objectives import Balance, GDCPlusPlus, Guided, Pooled
+from tiltlm.objectives import GDCPlusPlus, Guided, MinimumVariance, Pooled
 
 RUNS, SAMPLES = 100, 2000
 
@@ -47,7 +47,7 @@ def guided(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
 
 def mixed(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
     """With the shares that other samples gave to each form."""
-    guides, balances = guides_of(runs), [Balance() for _ in range(RUNS)]
+    guides, balances = guides_of(runs), [MinimumVariance() for _ in range(RUNS)]
     before = runs.draw(guides.law, 100)
     records = records_of(runs, before, table, guides, log_z, balances)
     learn_shares(balances, records, before, table, guides.law)
@@ -55,9 +55,14 @@ def mixed(runs: Runs, log_z: Tensor, table: Tensor) -> Tensor:
 
 
 def distilled(
-    runs: Runs, log_z: Tensor, table: Tensor, guides: Guides, drawn: Drawn, balances: list[Balance] | None = None
+    runs: Runs,
+    log_z: Tensor,
+    table: Tensor,
+    guides: Guides,
+    drawn: Drawn,
+    balances: list[MinimumVariance] | None = None,
 ) -> Tensor:
-    records = records_of(runs, drawn, table, guides, log_z, balances or [Balance()] * RUNS)
+    records = records_of(runs, drawn, table, guides, log_z, balances or [MinimumVariance()] * RUNS)
     return pulls(runs, Guided(), drawn, guides, records)
 
 

@@ -30,7 +30,7 @@ from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.training.callbacks import Callback
 from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.progress import Progress
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 
 Rows = list[list[int]]
@@ -82,20 +82,21 @@ class Recorder(Trainer, Callback):
     """A trainer that keeps what it measures and draws, and trains on ``texts``, a list for each step, if given."""
 
     def __init__(self, *args: Any, texts: Sequence[Rows], **kwargs: Any) -> None:
-        super().__init__(*args, callbacks=[self], **kwargs)
+        super().__init__(*args, **kwargs)
+        self.add_callback(self)
         self.texts = texts
         self.lines: list[dict[str, Any]] = []
         self.drawn: list[Samples] = []
         self.used: list[Samples] = []
 
-    def draw(self) -> Batch:
+    def draw(self) -> RolloutBatch:
         batch = super().draw()
         if batch.reused:
             return batch
         samples = retold(batch.samples, self.texts[self.step - 1], self.roles.policy) if self.texts else batch.samples
         self.drawn.append(batch.samples)
         self.used.append(samples)
-        return Batch(samples, measure_samples(self.target.features, samples), batch.source)
+        return RolloutBatch(samples, measure_samples(self.target.features, samples), batch.proposal)
 
     def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
         self.lines.append({name: value for name, value in metrics.to_json().items() if name not in NOT_OF_THE_CURVE})
@@ -125,13 +126,11 @@ def run(name: str, texts: Sequence[Rows] = ()) -> Outcome:
         used = retold(drawn, texts[0], base) if texts else drawn
     features = measure_samples(stated.target.features, used)
     target = fit_target(build_terms(config), BaseSample(used, features, config.max_completion_length))
-    objective, rule = build_method(config.method)
     seed = stream(config.seed, "train")
     recorder = Recorder(
         roles,
         target,
-        objective,
-        rule,
+        build_method(config.method),
         config.training,
         base_sample=target.base_sample,
         seed=seed,

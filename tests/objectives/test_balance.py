@@ -1,4 +1,4 @@
-"""The mix of forms: its shares are those of least variance, as told by the batches before."""
+"""The mix of estimators: its shares are those of least variance, as told by the batches before."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltlm.objectives import Balance, Forms
+from tiltlm.objectives import Estimators, MinimumVariance
 
 N, T, V, K = 400, 3, 5, 4
 
 
-def drawn(seed: int, scale: float = 1.0) -> tuple[Forms, Tensor, Tensor]:
-    """Forms of some texts, their ``gram``, and what each form pulls on the logits [K, N, T, V]."""
+def drawn(seed: int, scale: float = 1.0) -> tuple[Estimators, Tensor, Tensor]:
+    """Estimators of some texts, their ``gram``, and what each form pulls on the logits [K, N, T, V]."""
     generator = torch.Generator().manual_seed(seed)
     pi, g = (torch.randn(N, T, V, generator=generator).double().softmax(-1) for _ in range(2))
     tokens = torch.randint(V, (N, T), generator=generator)
@@ -22,13 +22,13 @@ def drawn(seed: int, scale: float = 1.0) -> tuple[Forms, Tensor, Tensor]:
     gram = torch.stack(
         [(x * y).sum(-1) for x, y in ((of_guide, of_guide), (of_guide, of_token), (of_token, of_token))], -1
     )
-    return Forms(lessons, corrections), gram, lessons[..., None] * of_guide + corrections[..., None] * of_token
+    return Estimators(lessons, corrections), gram, lessons[..., None] * of_guide + corrections[..., None] * of_token
 
 
-def balanced(*batches: tuple[Forms, Tensor, Tensor]) -> Balance:
-    balance = Balance()
-    for forms, gram, _ in batches:
-        balance.note(forms, gram)
+def balanced(*batches: tuple[Estimators, Tensor, Tensor]) -> MinimumVariance:
+    balance = MinimumVariance()
+    for estimators, gram, _ in batches:
+        balance.add(estimators, gram)
         balance.settle()
     return balance
 
@@ -40,7 +40,7 @@ def spread(shares: Tensor, pulls: Tensor) -> Tensor:
 
 def test_no_other_shares_pull_less() -> None:
     batch = drawn(1)
-    shares = balanced(batch).shares(T)
+    shares = balanced(batch).weights(T)
     assert shares is not None
     torch.testing.assert_close(shares.sum(-1), torch.ones(T).double())
     least = spread(shares, batch[2])
@@ -55,19 +55,19 @@ def test_no_other_shares_pull_less() -> None:
 
 
 def test_a_form_that_is_right_alone_is_taken_alone() -> None:
-    forms, gram, _ = drawn(1)
-    forms.lessons[3], forms.corrections[3] = 0.0, 0.0
-    shares = balanced((forms, gram, gram)).shares(T)
+    estimators, gram, _ = drawn(1)
+    estimators.distillation[3], estimators.residual[3] = 0.0, 0.0
+    shares = balanced((estimators, gram, gram)).weights(T)
     torch.testing.assert_close(shares, torch.eye(K).double()[[3] * T])
 
 
 @pytest.mark.parametrize("size", [1e-120, 1e120])
 def test_the_size_of_one_form_does_not_hide_the_others(size: float) -> None:
-    forms, gram, _ = drawn(1)
-    usual = balanced((forms, gram, gram)).shares(T)
+    estimators, gram, _ = drawn(1)
+    usual = balanced((estimators, gram, gram)).weights(T)
     assert usual is not None
-    forms.corrections[1] *= size
-    shares = balanced((forms, gram, gram)).shares(T)
+    estimators.residual[1] *= size
+    shares = balanced((estimators, gram, gram)).weights(T)
     assert shares is not None
     assert bool(shares.isfinite().all())
     torch.testing.assert_close(shares.sum(-1), torch.ones(T).double())
@@ -80,16 +80,19 @@ def test_the_size_of_one_form_does_not_hide_the_others(size: float) -> None:
 
 
 def test_pieces_of_a_batch_are_the_batch() -> None:
-    (forms, gram, _), whole, pieces = drawn(1), Balance(), Balance()
-    whole.note(forms, gram)
+    (estimators, gram, _), whole, pieces = drawn(1), MinimumVariance(), MinimumVariance()
+    whole.add(estimators, gram)
     # A piece may be shorter, if its texts are.
-    forms.lessons[:, :100, 2], forms.corrections[:, :100, 2] = 0.0, 0.0
-    whole = balanced((forms, gram, gram))
+    estimators.distillation[:, :100, 2], estimators.residual[:, :100, 2] = 0.0, 0.0
+    whole = balanced((estimators, gram, gram))
     for rows, length in ((slice(0, 100), 2), (slice(100, N), T)):
-        pieces.note(Forms(forms.lessons[:, rows, :length], forms.corrections[:, rows, :length]), gram[rows, :length])
-    assert pieces.shares(T) is None
+        pieces.add(
+            Estimators(estimators.distillation[:, rows, :length], estimators.residual[:, rows, :length]),
+            gram[rows, :length],
+        )
+    assert pieces.weights(T) is None
     pieces.settle()
-    torch.testing.assert_close(pieces.shares(T), whole.shares(T))
+    torch.testing.assert_close(pieces.weights(T), whole.weights(T))
 
 
 def test_later_batches_count_more() -> None:
@@ -104,16 +107,16 @@ def test_later_batches_count_more() -> None:
 def test_what_is_forgotten_does_not_count() -> None:
     first, other = drawn(1), drawn(2)
     balance = balanced(first)
-    before = balance.shares(T)
-    balance.note(other[0], other[1])
-    balance.forget()
+    before = balance.weights(T)
+    balance.add(other[0], other[1])
+    balance.discard()
     balance.settle()
-    torch.testing.assert_close(balance.shares(T), before, rtol=0, atol=0)
+    torch.testing.assert_close(balance.weights(T), before, rtol=0, atol=0)
 
 
 def test_longer_and_shorter_texts_have_shares_too() -> None:
     balance = balanced(drawn(1))
-    three, five, two = balance.shares(T), balance.shares(5), balance.shares(2)
+    three, five, two = balance.weights(T), balance.weights(5), balance.weights(2)
     assert three is not None
     torch.testing.assert_close(five, three[[0, 1, 2, 2, 2]])
     torch.testing.assert_close(two, three[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -81,10 +82,10 @@ def test_the_target_of_that_test_has_rows_without_probability() -> None:
 
 
 @dataclass(frozen=True)
-class WithoutRatio:
+class WithoutRatio(Objective):
     """The on-policy baseline used off-policy, where it is wrong: what the test above must be able to see."""
 
-    name: str = "P/(Zq) - 1"
+    name: ClassVar[str] = "P/(Zq) - 1"
 
     def coefficients(self, record: Record) -> Tensor:
         return BUILT_IN["gdc"]().coefficients(record) - 1

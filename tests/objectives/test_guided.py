@@ -14,9 +14,9 @@ from enumerable import random_guide
 from tiltlm.errors import UsageError
 from tiltlm.exact import weighted_gradient
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
-from tiltlm.objectives import Guided, GuideRecord, Record, TokenRecord, forms, prefix_weights
-from tiltlm.training import scoring
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.objectives import Guided, GuideRecord, Objective, Record, TokenRecord, estimators, prefix_weights
+from tiltlm.rollouts.proposal import Proposal
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
@@ -35,7 +35,7 @@ def drawn_from(model: LanguageModel, samples: Samples, guide: Guide | None = Non
     return replace(guided, proposal_logprob=model.logprob(guided))
 
 
-def as_if_from(world: World, trainer: Trainer, proposal: str) -> Batch:
+def as_if_from(world: World, trainer: Trainer, proposal: str) -> RolloutBatch:
     """All completions, with the log-probabilities of a proposal."""
     assert trainer.guidance is not None
     samples = {
@@ -46,20 +46,24 @@ def as_if_from(world: World, trainer: Trainer, proposal: str) -> Batch:
         "policy": lambda: drawn_from(trainer.roles.policy, world.samples),
     }[proposal]()
     assert float(samples.sequence_logprob.exp().sum()) == pytest.approx(1, abs=1e-9)
-    return Batch(samples, world.truth.features, {"base": "base", "guided": "guided"}.get(proposal, "step 3"))
+    return RolloutBatch(
+        samples, world.truth.features, Proposal.parse({"base": "base", "guided": "guided"}.get(proposal, "step 3"))
+    )
 
 
-def expected(trainer: Trainer, batch: Batch, log_z: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The mean gradient under the batch's law: each completion pulls as often as it is drawn."""
-    pull_chunk, n = scoring.pull_chunk, len(batch.samples)
+def expected(trainer: Trainer, batch: RolloutBatch, log_z: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The mean gradient under the batch's distribution: the loss of each completion times its probability."""
+    kind, n = type(trainer.scorer.objective), len(batch.samples)
+    token_loss = kind.token_loss
 
-    def weighed(objective: Any, samples: Samples, *args: Any) -> Tensor:
-        mass = samples.sequence_logprob.exp() * n
-        return torch.where(mass > 0, mass * pull_chunk(objective, samples, *args), 0.0)
+    def weighted(objective: Objective, record: Record, *args: Any) -> Tensor:
+        loss, mass = token_loss(objective, record, *args), record.proposal_logprob.exp() * n
+        mass = mass if loss.ndim == 1 else mass[:, None]
+        return torch.where(mass > 0, mass * loss, 0.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "pull_chunk", weighed)
-        trainer.pull(batch, log_z)
+        patch.setattr(kind, "token_loss", weighted)
+        trainer.accumulate(batch, log_z)
     return gradient(trainer)
 
 
@@ -101,7 +105,7 @@ def test_every_form_and_every_mix_of_them_is_exact(
     drawn[:, 0] += 1 - drawn.sum(-1)
     table = drawn if which is None else torch.eye(4).double()[[which] * LENGTH]
     trainer = wrongly_guided(world, Guided())
-    monkeypatch.setattr(trainer.scorer.balance, "shares", lambda length: table[:length])
+    monkeypatch.setattr(trainer.scorer.minimum_variance, "weights", lambda length: table[:length])
     found = expected(trainer, as_if_from(world, trainer, proposal), world.truth.log_z, monkeypatch)
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     assert float((found - truth).abs().max()) < 1e-10
@@ -113,12 +117,12 @@ def test_shares_are_those_of_the_batches_before(world: World) -> None:
     for pieces in (None, 7):
         settings = {"batch_size": 60, "per_device_train_batch_size": pieces, "gradient_samples": 3}
         trainer = build_trainer(world, method="guided", rule="on_policy", **settings)
-        assert trainer.scorer.balance.shares(LENGTH) is None
+        assert trainer.scorer.minimum_variance.weights(LENGTH) is None
         shares = []
         for _ in range(2):
             trainer.train_step()
-            assert trainer.scorer.balance.noted is None
-            shares.append(trainer.scorer.balance.shares(LENGTH))
+            assert trainer.scorer.minimum_variance.pending is None
+            shares.append(trainer.scorer.minimum_variance.weights(LENGTH))
         found.append(torch.stack(shares))
     torch.testing.assert_close(found[0].sum(-1), torch.ones(2, LENGTH).double())
     assert float((found[0][0] - found[0][1]).abs().max()) > 1e-3
@@ -128,7 +132,7 @@ def test_shares_are_those_of_the_batches_before(world: World) -> None:
 def test_without_correction_nothing_is_balanced(world: World) -> None:
     trainer = build_trainer(world, method=Guided(correction=0), rule="guided", batch_size=20)
     trainer.train_step()
-    assert trainer.scorer.balance.moments is None
+    assert trainer.scorer.minimum_variance.moments is None
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -202,7 +206,7 @@ def test_with_the_targets_own_guide_the_samples_have_nothing_to_correct(world: W
         )
         trainer.guidance.guide = guide  # type: ignore[union-attr]
         batch = trainer.draw()
-        trainer.pull(batch, world.truth.log_z)
+        trainer.accumulate(batch, world.truth.log_z)
         found.append(gradient(trainer))
     assert float((found[0] - found[1]).abs().max()) < 1e-9 < 0.1 < float(found[0].norm())
 
@@ -226,7 +230,7 @@ def test_where_the_guide_is_the_policy_it_is_gdc_plus_plus(world: World) -> None
             guide = trainer.guidance.guide
             flat_twist = torch.zeros_like(guide.log_twist)
             trainer.guidance.guide = replace(guide, log_twist=flat_twist, log_scale=world.truth.log_z)
-        trainer.pull(trainer.draw(), world.truth.log_z)
+        trainer.accumulate(trainer.draw(), world.truth.log_z)
         found[name] = gradient(trainer)
     assert found["gdc++"].norm() > 0.1
     assert float((found["guided"] - found["gdc++"]).abs().max()) < 1e-10
@@ -254,15 +258,17 @@ def test_corrections_and_lessons_are_the_formulas_even_where_probabilities_under
     lessons = torch.tensor([[1.1, 2 * 1.5], [0.7, 0.0]]).double()
     # w is 4 and 0, π/q a quarter and a half of a/q, and g/q a half and 2.
     three = torch.tensor([[4.0, 0.0], [4 - 0.25, -0.25], [4 - 0.5, -2.0]]).double()
-    all_forms, of_text = forms(record), torch.where(mask, three[..., None], 0.0)
-    torch.testing.assert_close(all_forms.corrections, torch.cat([of_text, corrections[None]]))
+    all_forms, of_text = estimators(record), torch.where(mask, three[..., None], 0.0)
+    torch.testing.assert_close(all_forms.residual, torch.cat([of_text, corrections[None]]))
     of_prefix = prefix_weights(guide, proposal) * mask
-    torch.testing.assert_close(all_forms.lessons, torch.stack([0 * lessons, 0 * lessons, of_prefix, lessons]))
+    torch.testing.assert_close(all_forms.distillation, torch.stack([0 * lessons, 0 * lessons, of_prefix, lessons]))
     torch.testing.assert_close(Guided().coefficients(record), corrections)
-    torch.testing.assert_close(Guided().lessons(record), lessons)
+    torch.testing.assert_close(Guided().distillation_weights(record), lessons)
     torch.testing.assert_close(Guided(correction=0.25).coefficients(record), 0.25 * corrections)
     of_guide = prefix_weights(guide, proposal) * mask
-    torch.testing.assert_close(Guided(correction=0.25).lessons(record) * mask, 0.25 * lessons + 0.75 * of_guide)
+    torch.testing.assert_close(
+        Guided(correction=0.25).distillation_weights(record) * mask, 0.25 * lessons + 0.75 * of_guide
+    )
 
 
 def test_weights_of_prefixes_are_products_of_the_tokens_before() -> None:
@@ -288,11 +294,11 @@ def test_a_guided_proposal_serves_the_other_objectives(
     world: World, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build_trainer(world, policy=near(world.base), method=objective, rule="guided")
-    assert trainer.source == "guided"
-    assert not trainer.distills
+    assert str(trainer.drawer.proposal) == "guided"
+    assert not trainer.scorer.objective.distills
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     batch = trainer.draw()
-    assert batch.source == "guided"
+    assert str(batch.proposal) == "guided"
     assert not batch.from_base
     with torch.no_grad():
         torch.testing.assert_close(world.base.logprob(batch.samples), batch.samples.proposal_logprob)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tiltlm.estimation import effective_sample_size
 from tiltlm.exact import expected_gradient
-from tiltlm.objectives import BUILT_IN, GDC, Guided, Objective
+from tiltlm.objectives import BUILT_IN, GDC, Objective
+from tiltlm.rollouts.proposal import Proposal
 from tiltlm.training.proposal_rules import RULES
-from tiltlm.training.rollout_batch import Batch
-from tiltlm.training.surrogate import ignores_the_impossible
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import KL_METHODS, World, as_if_uniform, build_trainer, flat, gradient, near, tiny_world, true_gradient
 
@@ -34,8 +34,8 @@ def world() -> World:
 @pytest.mark.parametrize("name", KL_METHODS)
 def test_summed_over_the_whole_support_it_is_exact(world: World, name: str, lora: bool) -> None:
     trainer = build_trainer(world, policy=near(world.base), method=name, rule="kl", lora=lora)
-    batch = Batch(as_if_uniform(world.samples), world.truth.features, "step 3")
-    trainer.pull(batch, world.truth.log_z)
+    batch = RolloutBatch(as_if_uniform(world.samples), world.truth.features, Proposal.parse("step 3"))
+    trainer.accumulate(batch, world.truth.log_z)
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     assert truth.norm() > 0.1
     assert float((gradient(trainer) - truth).abs().max()) < 1e-10
@@ -51,8 +51,8 @@ def test_summed_over_samples_of_the_base_it_is_exact_without_a_pass_of_the_base(
     first, rest = order[:40], order[40:]
     for rows in first.split(8):
         for row in rows:
-            one = Batch(world.samples.select(row[None]), world.truth.features[row[None]], "base")
-            trainer.pull(one, world.truth.log_z)
+            one = RolloutBatch(world.samples.select(row[None]), world.truth.features[row[None]], Proposal.parse("base"))
+            trainer.accumulate(one, world.truth.log_z)
             total += float(world.truth.base_logprob[row].exp()) * gradient(trainer)
     restricted = world.truth.base_logprob.clone()
     restricted[first] = -math.inf
@@ -64,8 +64,7 @@ def test_summed_over_samples_of_the_base_it_is_exact_without_a_pass_of_the_base(
 
 def switch(trainer: Trainer, objective: Objective) -> None:
     """Another objective from now on, in a trainer that has a guide."""
-    trainer.distills = isinstance(objective, Guided)
-    trainer.scorer.objective, trainer.scorer.skips = objective, ignores_the_impossible(objective)
+    trainer.scorer.objective, trainer.scorer.skips_outside_support = objective, objective.zero_outside_support
 
 
 def advanced(world: World, rule: str) -> Trainer:
@@ -92,7 +91,7 @@ def directions(truth: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", RULES)
 def test_sampled_it_is_right_on_average_for_every_objective(world: World, rule: str) -> None:
     trainer = advanced(world, rule)
-    assert trainer.source == EXPECTED_SOURCE[rule]
+    assert str(trainer.drawer.proposal) == EXPECTED_SOURCE[rule]
     check_mean_gradients(world, trainer)
 
 
@@ -100,7 +99,7 @@ def test_sampled_from_the_base_it_is_right_on_average_too(world: World) -> None:
     trainer = build_trainer(
         world, rule="kl", method="guided", policy=near(world.base), check_steps=1000, batch_size=400
     )
-    assert trainer.source == "base"
+    assert str(trainer.drawer.proposal) == "base"
     check_mean_gradients(world, trainer)
 
 
@@ -113,7 +112,7 @@ def check_mean_gradients(world: World, trainer: Trainer) -> None:
         batch = trainer.draw()
         for name in KL_METHODS:
             switch(trainer, BUILT_IN[name]())
-            scores = trainer.pull(batch, world.truth.log_z)
+            scores = trainer.accumulate(batch, world.truth.log_z).scores
             found[name].append(along @ gradient(trainer))
         log_weights.append(scores.target_logscore - scores.proposal_logprob)
     # Without enough effective samples, five standard errors would forgive anything.

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Guide, SamplingSettings, sampling
-from tiltlm.objectives import BatchObjective, GuideRecord, Objective, Record, TokenRecord
+from tiltlm.objectives import GuideRecord, Objective, Record, TokenRecord
 from tiltlm.objectives import prefix_weights as weights_of_prefixes
 from tiltlm.targets import TiltedTarget, moments
 
@@ -67,7 +67,7 @@ def coefficients(
     record = replace(record, tokens=TokenRecord(tokens, tokens - 0.1, tokens + 0.1, tokens < 0, tokens))
     promises = torch.stack([guide] * (tokens.shape[1] + 1), 1)
     record = replace(record, guide=GuideRecord(tokens - 0.2, promises, promises[:, 1:]))
-    if isinstance(objective, BatchObjective):
+    if objective.batchwise:
         record = replace(record, advantage=objective.advantages(record))
     return objective.coefficients(record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltlm.errors import NumericalError
 from tiltlm.lm import LanguageModel, Roles
-from tiltlm.objectives import GDC, Record
+from tiltlm.objectives import GDC, Objective, Record
 from tiltlm.targets import draw_base_sample
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, LORA, World, build_trainer, flat, gradient, near, true_gradient
@@ -26,7 +26,7 @@ def test_accumulation_does_not_change_the_gradient(world: World, size: int, rule
     for per_device in (None, size):
         trainer = build_trainer(world, rule=rule, lora=lora, per_device_train_batch_size=per_device, batch_size=61)
         batch = trainer.draw()
-        scores = trainer.pull(batch, world.truth.log_z)
+        scores = trainer.accumulate(batch, world.truth.log_z).scores
         found.append((gradient(trainer), scores))
     (whole, one), (pieces, other) = found
     assert float(whole.norm()) > 0.01
@@ -48,11 +48,11 @@ def test_a_whole_step_is_the_same_however_it_is_cut_up(world: World) -> None:
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(Objective):
     """GDC's weight on every token of the longest rows' width, which must come to the same as one a sequence."""
 
+    name: ClassVar[str] = "per token"
     width: int
-    name: str = "per token"
 
     def coefficients(self, record: Record) -> Tensor:
         return GDC().coefficients(record)[:, None].expand(-1, self.width)
@@ -66,12 +66,12 @@ def test_a_coefficient_for_every_token_counts_for_that_token(world: World) -> No
         longest = batch.samples.lengths == LENGTH
         assert int(longest.sum()) > 10
         few = type(batch)(batch.samples.select(longest), batch.features[longest], "policy")
-        trainer.pull(few, 0.0)
+        trainer.accumulate(few, 0.0)
         vectors.append(gradient(trainer))
     assert float((vectors[0] - vectors[1]).abs().max()) < 1e-12
 
 
-class Passes:
+class PassCounter:
     """Counts the sequences that really go through sampling and scoring of any language model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +97,14 @@ class Passes:
 
 def spent(trainer: Trainer) -> tuple[int, int]:
     """Sequences and forward passes of one step by the trainer's own count."""
-    sequences, passes = trainer.passes.sequences, trainer.passes.forward_passes
+    sequences, passes = trainer.counter.sequences, trainer.counter.forward_passes
     metrics = trainer.train_step()
     assert metrics.progress is not None
     assert (metrics.progress.sequences, metrics.progress.forward_passes) == (
-        trainer.passes.sequences,
-        trainer.passes.forward_passes,
+        trainer.counter.sequences,
+        trainer.counter.forward_passes,
     )
-    return trainer.passes.sequences - sequences, trainer.passes.forward_passes - passes
+    return trainer.counter.sequences - sequences, trainer.counter.forward_passes - passes
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -112,7 +112,7 @@ def test_a_step_costs_three_passes_on_policy_and_two_from_the_base(
     world: World, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_policy, from_base = (build_trainer(world, rule=rule, lora=lora, check_steps=9) for rule in ("on_policy", "kl"))
-    passes = Passes(monkeypatch)
+    passes = PassCounter(monkeypatch)
     assert spent(on_policy) == passes.taken() == (200, 600)
     assert spent(from_base) == passes.taken() == (200, 400)
 
@@ -120,17 +120,17 @@ def test_a_step_costs_three_passes_on_policy_and_two_from_the_base(
 def test_an_earlier_policy_as_proposal_costs_three(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build_trainer(world, rule="interval", check_steps=1)
     trainer.train_step()
-    passes = Passes(monkeypatch)
-    assert trainer.source == "step 1"
+    passes = PassCounter(monkeypatch)
+    assert str(trainer.drawer.proposal) == "step 1"
     assert spent(trainer) == passes.taken() == (200, 600)
 
 
 def test_a_published_check_costs_ten_batches_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build_trainer(world, rule="published", check_steps=2, batch_size=50)
-    passes = Passes(monkeypatch)
+    passes = PassCounter(monkeypatch)
     assert spent(trainer) == passes.taken() == (50, 100)
     assert spent(trainer) == passes.taken() == (50 + 500, 100 + 10 * 100)
-    assert trainer.source == "step 2"
+    assert str(trainer.drawer.proposal) == "step 2"
     assert spent(trainer) == passes.taken() == (50, 150)
     sequences, forward = spent(trainer)
     assert (sequences, forward) == passes.taken()
@@ -142,9 +142,9 @@ def test_a_published_check_costs_ten_batches_more(world: World, monkeypatch: pyt
 def test_fit_samples_train_the_policy_once_and_are_counted_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     n = len(world.base_sample.samples)
     trainer = build_trainer(world, reuse_fit_samples=True, batch_size=250)
-    assert (n, trainer.passes.sequences, trainer.passes.forward_passes) == (600, 600, 600)
+    assert (n, trainer.counter.sequences, trainer.counter.forward_passes) == (600, 600, 600)
     before = trainer.partition
-    passes = Passes(monkeypatch)
+    passes = PassCounter(monkeypatch)
     for _ in range(2):
         assert spent(trainer) == passes.taken() == (0, 250)
     # 100 are left, too few for a batch.
@@ -221,7 +221,7 @@ def test_gradients_are_clipped_to_the_norm_and_never_with_zero(
 ) -> None:
     trainer = build_trainer(world, optim="sgd", learning_rate=1.0, max_grad_norm=limit)
     before = torch.cat([p.detach().clone().flatten() for p in trainer.parameters.values()])
-    trainer.pull(trainer.draw(), world.truth.log_z)
+    trainer.accumulate(trainer.draw(), world.truth.log_z)
     pulled = gradient(trainer, clear=False)
     norm = trainer.update()
     moved = before - torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
@@ -241,11 +241,11 @@ def test_a_step_without_any_pull_changes_nothing(world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(Objective):
     """An objective that gives no number from a certain call on."""
 
+    name: ClassVar[str] = "broken"
     value: float
-    name: str = "broken"
 
     def coefficients(self, record: Record) -> Tensor:
         return torch.full_like(record.policy_logprob, self.value)
@@ -263,7 +263,7 @@ def test_a_coefficient_that_is_no_number_stops_before_the_weights_change(world: 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(world: World) -> None:
     trainer = build_trainer(world)
-    trainer.pull(trainer.draw(), 0.0)
+    trainer.accumulate(trainer.draw(), 0.0)
     next(iter(trainer.parameters.values())).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
     before = [p.detach().clone() for p in trainer.parameters.values()]
     with pytest.raises(NumericalError, match="gradient is not finite"):

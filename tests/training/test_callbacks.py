@@ -29,7 +29,7 @@ class Diary(Callback):
 
     def on_save(self, progress: Progress, checkpoint: Path) -> None:
         # On disk by now, and whole.
-        assert load_checkpoint(checkpoint)[1]["step"] == progress.step
+        assert load_checkpoint(checkpoint)["step"] == progress.step
         self.entries.append(("save", progress.step))
 
 

@@ -25,22 +25,35 @@ from tiltlm.training.checkpoint import (
 )
 from tiny_world import World, build_trainer
 
-TENSORS = {"weights": torch.arange(5, dtype=torch.float64), "nested": {"none": None, "list": [1, 2.5, "three"]}}
-NUMBERS = {"queue": 7, "source": "step 3"}
+STATE = {
+    "weights": torch.arange(5, dtype=torch.float64),
+    "nested": {"none": None, "list": [1, 2.5, "three"]},
+    "queue": 7,
+}
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 12, TENSORS, NUMBERS)
-    tensors, numbers = load_checkpoint(path)
-    assert torch.equal(tensors["weights"], TENSORS["weights"])
-    assert tensors["nested"] == TENSORS["nested"]
-    assert numbers["queue"] == 7
-    assert numbers["step"] == 12
+    path = save_checkpoint(tmp_path, 12, STATE)
+    state = load_checkpoint(path)
+    assert torch.equal(state["weights"], STATE["weights"])
+    assert state["nested"] == STATE["nested"]
+    assert state["queue"] == 7
+    header = json.loads((path / "state.json").read_text())
+    assert header["step"] == 12
+    assert header["schema"] == 2
+
+
+def test_a_checkpoint_of_a_later_version_is_not_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 12, STATE)
+    header = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**header, "schema": 3}))
+    with pytest.raises(CheckpointError, match=r"schema 3.*resume with the version that wrote it"):
+        load_checkpoint(path)
 
 
 def test_the_last_two_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
     for step in (5, 50, 100, 1000):
-        save_checkpoint(tmp_path, step, TENSORS, NUMBERS)
+        save_checkpoint(tmp_path, step, STATE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000100", "step-001000"]
     assert latest_checkpoint(tmp_path) == tmp_path / "step-001000"
     assert latest_checkpoint(tmp_path / "nowhere") is None
@@ -80,21 +93,37 @@ def a_string(path: Path) -> None:
 def test_damage_is_a_checkpoint_error_that_says_what_to_do(
     tmp_path: Path, file: str, damage: Callable[[Path], None]
 ) -> None:
-    path = save_checkpoint(tmp_path, 3, TENSORS, NUMBERS)
+    path = save_checkpoint(tmp_path, 3, STATE)
     damage(path / file)
     with pytest.raises(CheckpointError, match=r"step-000003 is damaged.*[Dd]elete that folder"):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("field", ["partition", "queue", "source", "step", "drawn", "passes", "seconds"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "partition",
+        "step",
+        "counter",
+        "seconds",
+        "policy",
+        "drawer",
+        "drawer.queue",
+        "drawer.proposal",
+        "counter.sequences",
+    ],
+)
 def test_a_state_without_one_of_its_fields_is_a_checkpoint_error(world: World, tmp_path: Path, field: str) -> None:
     trainer = build_trainer(world, folder=tmp_path, batch_size=20)
     trainer.train_step()
     trainer.save()
-    path = tmp_path / "step-000001" / "state.json"
-    state = json.loads(path.read_text())
-    del state[field]
-    path.write_text(json.dumps(state))
+    state = trainer.state_dict()
+    *parts, last = field.split(".")
+    inner = state
+    for part in parts:
+        inner = inner[part]
+    del inner[last]
+    save_checkpoint(tmp_path, 1, state)
     with pytest.raises(CheckpointError, match="step-000001"):
         build_trainer(world, folder=tmp_path).resume()
 
@@ -158,12 +187,12 @@ def test_a_file_that_the_system_stops_half_way_leaves_the_checkpoints_before_it(
 
 
 def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 3, TENSORS, NUMBERS)
+    save_checkpoint(tmp_path, 3, STATE)
     left = tmp_path / "partial-000006"
     left.mkdir()
-    (left / checkpoint.TENSORS).write_bytes(b"half")
+    (left / checkpoint.STATE).write_bytes(b"half")
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000003"
-    save_checkpoint(tmp_path, 6, TENSORS, NUMBERS)
+    save_checkpoint(tmp_path, 6, STATE)
     assert not left.exists()
     load_checkpoint(tmp_path / "step-000006")
 

@@ -24,6 +24,7 @@ from tiltlm.exact import ExactConditional, enumerate_completions, exact_conditio
 from tiltlm.features import Feature, build_feature, callable_feature, length
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings
 from tiltlm.objectives import BUILT_IN
+from tiltlm.rollouts.proposal import Proposal
 from tiltlm.targets import (
     BaseSample,
     Term,
@@ -34,9 +35,10 @@ from tiltlm.targets import (
     measure_samples,
     report_fit,
 )
+from tiltlm.training.method import Method
 from tiltlm.training.metrics import step_metrics
 from tiltlm.training.proposal_rules import proposal_rule
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import as_if_uniform, flat, gradient, near
 
@@ -99,8 +101,7 @@ def trainer_of(
     return Trainer(
         Roles(policy or world.base.copy(), base=world.base),
         world.target,
-        BUILT_IN[method](),
-        proposal_rule(rule, 2),
+        Method(BUILT_IN[method](), proposal_rule(rule, 2)),
         TrainingArguments(**arguments),
         base_sample=drawn(world, fit, each=each),
         seed=5,
@@ -119,10 +120,10 @@ def true_gradient(world: Conditional, policy: LanguageModel, weights: Tensor | N
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 
-def every_completion(world: Conditional) -> Batch:
+def every_completion(world: Conditional) -> RolloutBatch:
     """Each completion of each prompt once, as if drawn from the uniform law: a mean over rows is an expectation."""
     features = torch.cat([truth.features for truth in world.truth.prompts])
-    return Batch(as_if_uniform(world.samples), features, "step 3")
+    return RolloutBatch(as_if_uniform(world.samples), features, Proposal.parse("step 3"))
 
 
 def test_the_prompts_differ_are_ragged_and_their_truths_are_those_of_each_alone(world: Conditional) -> None:
@@ -143,7 +144,7 @@ def test_the_prompts_differ_are_ragged_and_their_truths_are_those_of_each_alone(
 def test_with_z_of_each_prompt_the_gradient_is_that_of_the_mean_kl(world: Conditional, name: str) -> None:
     trainer = trainer_of(world, policy=near(world.base), method=name, rule="kl")
     batch = every_completion(world)
-    trainer.pull(batch, world.truth.log_z[batch.samples.prompt_ids])
+    trainer.accumulate(batch, world.truth.log_z[batch.samples.prompt_ids])
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     found = gradient(trainer)
     assert truth.norm() > 0.1
@@ -153,7 +154,7 @@ def test_with_z_of_each_prompt_the_gradient_is_that_of_the_mean_kl(world: Condit
 def test_one_z_for_all_weighs_prompts_by_their_z(world: Conditional) -> None:
     trainer = trainer_of(world, policy=near(world.base), rule="kl")
     pooled = float(world.truth.log_z.logsumexp(0)) - math.log(len(TEXTS))
-    trainer.pull(every_completion(world), pooled)
+    trainer.accumulate(every_completion(world), pooled)
     shares = (world.truth.log_z - pooled).exp() / len(TEXTS)
     found, truth = gradient(trainer), flat(true_gradient(world, trainer.roles.policy, shares), trainer)
     assert float((found - truth).abs().max()) < 1e-9
@@ -166,7 +167,7 @@ def test_on_sampled_batches_the_mean_gradient_is_the_same(world: Conditional) ->
     total = torch.zeros_like(truth)
     for _ in range(6):
         batch = trainer.draw()
-        trainer.pull(batch, world.truth.log_z[batch.samples.prompt_ids])
+        trainer.accumulate(batch, world.truth.log_z[batch.samples.prompt_ids])
         total += gradient(trainer) / 6
     cosine = float(total @ truth / total.norm() / truth.norm())
     assert cosine > 0.97
@@ -281,15 +282,15 @@ def test_the_trainer_knows_z_of_each_prompt(world: Conditional) -> None:
 def test_a_batch_is_pulled_with_z_of_its_own_prompts(world: Conditional, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(world, batch_size=6, fit=400)
     seen: list[Tensor] = []
-    original = trainer.scorer.pull
+    original = trainer.scorer.accumulate
 
-    def pull(batch: Batch, log_z: Tensor, guide: Any = None) -> Any:
+    def accumulate(batch: RolloutBatch, log_z: Tensor, guide: Any = None) -> Any:
         expected = torch.tensor([by_prompt[TEXTS.index(str(text))] for text in batch.samples.prompt_texts])
         torch.testing.assert_close(log_z, expected.double())
         seen.append(log_z)
         return original(batch, log_z, guide)
 
-    monkeypatch.setattr(trainer.scorer, "pull", pull)
+    monkeypatch.setattr(trainer.scorer, "accumulate", accumulate)
     for _ in range(3):
         by_prompt = trainer.partition.by_prompt.tolist()  # type: ignore[union-attr]
         trainer.train_step()
@@ -448,7 +449,7 @@ def test_an_encoder_decoder_model_is_conditional_in_the_same_way() -> None:
     world = conditional("t5")
     trainer = trainer_of(world, policy=near(world.base), rule="kl")
     batch = every_completion(world)
-    trainer.pull(batch, world.truth.log_z[batch.samples.prompt_ids])
+    trainer.accumulate(batch, world.truth.log_z[batch.samples.prompt_ids])
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     assert truth.norm() > 0.1
     assert float((gradient(trainer) - truth).abs().max()) < 1e-6

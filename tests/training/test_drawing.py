@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accounting import Passes
+from test_accounting import PassCounter
 from test_resume import STEPS, Lines, assert_same, build, state
 from torch import Tensor
 
@@ -193,9 +193,9 @@ def test_drawing_ahead_changes_nothing(world: World, tmp_path: Path, name: str, 
     assert ahead == expected
     assert lines.lines == plain_lines.lines
     assert_same(state(trainer), state(plain))
-    assert trainer.drawer.drawn == plain.drawer.drawn
+    assert trainer.counter.sequences == plain.counter.sequences
     if "guided" not in name:
-        assert trainer.source.startswith("step")
+        assert str(trainer.drawer.proposal).startswith("step")
 
 
 @pytest.mark.parametrize("name", NEVER)
@@ -206,12 +206,12 @@ def test_nothing_is_drawn_ahead_where_the_proposal_may_change(
     trainer, _lines, ahead = run(world, tmp_path, NEVER[name])
     assert not any(ahead)
     # It would have been, for all that features took.
-    assert trainer.seconds["features"] > 0
+    assert trainer.timer.seconds["features"] > 0
 
 
 def test_features_that_take_no_time_are_not_worth_it(world: World, tmp_path: Path) -> None:
     trainer, _lines, ahead = run(world, tmp_path, RUNS["guided"][0])
-    assert 0 < trainer.seconds["features"] < 0.05
+    assert 0 < trainer.timer.seconds["features"] < 0.05
     assert not any(ahead)
 
 
@@ -299,15 +299,15 @@ def test_a_batch_counts_when_it_is_handed_out(
 ) -> None:
     eager(True)
     trainer = slow(build(world, tmp_path, Lines(), RUNS["guided"][0]))
-    drawn, sequences, forward = trainer.drawer.drawn, trainer.passes.sequences, trainer.passes.forward_passes
-    passes = Passes(monkeypatch)
+    drawn, sequences, forward = trainer.counter.sequences, trainer.counter.sequences, trainer.counter.forward_passes
+    passes = PassCounter(monkeypatch)
     trainer.train_step()
     assert passes.taken() == (40, 120)
     trainer.train_step()
     # This one's own, and the next one's samples.
     assert passes.taken() == (80, 160)
-    assert trainer.drawer.drawn - drawn == trainer.passes.sequences - sequences == 80
-    assert trainer.passes.forward_passes - forward == 240
+    assert trainer.counter.sequences - drawn == trainer.counter.sequences - sequences == 80
+    assert trainer.counter.forward_passes - forward == 240
     held = trainer.drawer.ahead
     assert held is not None
     assert not held.is_measured
@@ -315,7 +315,7 @@ def test_a_batch_counts_when_it_is_handed_out(
     assert handed_out is held
     # Its samples were drawn; those of the batch after it are now.
     assert passes.taken() == (40, 40)
-    assert trainer.drawer.drawn - drawn == trainer.passes.sequences - sequences == 120
+    assert trainer.counter.sequences - drawn == trainer.counter.sequences - sequences == 120
     assert trainer.drawer.ahead is not None
     assert trainer.drawer.ahead is not handed_out
 

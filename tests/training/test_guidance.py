@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accounting import Passes, spent
+from test_accounting import PassCounter, spent
 from test_resume import Lines, assert_same, build, state
 from torch import Tensor
 
@@ -19,8 +19,9 @@ from tiltlm.guides import ValueFunction
 from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import Guided
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample, fit_target
-from tiltlm.training.guidance import MOST_LEANING, Guidance
+from tiltlm.training.guidance import MOST_OFFSET, Guidance
 from tiltlm.training.trainer import Trainer
+from tiltlm.training.whole_batch import WholeBatch
 from tiny_world import LENGTH, World, build_trainer, near
 
 STEPS = 7
@@ -44,8 +45,8 @@ def test_a_guided_step_costs_three_passes_and_a_reused_one_two(
 ) -> None:
     trainer = build_trainer(world, method="guided", rule="guided", lora=lora, reuse_fit_samples=True, batch_size=250)
     # Drawn for the fit, and read for the guide.
-    assert (trainer.passes.sequences, trainer.passes.forward_passes) == (600, 1200)
-    passes = Passes(monkeypatch)
+    assert (trainer.counter.sequences, trainer.counter.forward_passes) == (600, 1200)
+    passes = PassCounter(monkeypatch)
     for _ in range(2):
         assert spent(trainer) == passes.taken() == (0, 500)
     assert spent(trainer) == passes.taken() == (250, 750)
@@ -57,7 +58,7 @@ def test_the_base_is_scored_only_where_its_law_is_needed(
     world: World, method: str, rule: str, cost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build_trainer(world, method=method, rule=rule, check_steps=9, batch_size=40)
-    passes = Passes(monkeypatch)
+    passes = PassCounter(monkeypatch)
     assert spent(trainer) == passes.taken() == (40, 40 * cost)
 
 
@@ -90,8 +91,8 @@ def follow(world: World, trainer: Trainer) -> tuple[Tensor, float]:
     p = (world.target.log_score(logprob, fit.features) - logprob).softmax(0)
     goal = 0.6
     variance = float(p @ (fit.features[:, 1].double() - goal).square())
-    expected = own.leaning + own.feedback * (goal - reached) / variance
-    own.follow(scores, batch.features)
+    expected = own.offsets + own.feedback * (goal - reached) / variance
+    own.follow(WholeBatch(scores, batch.features))
     return expected, reached
 
 
@@ -100,10 +101,10 @@ def test_the_guide_leans_by_what_the_policy_lacks(world: World) -> None:
     own, before = guidance(trainer), guided_mean(world, trainer)
     for _ in range(2):
         expected, reached = follow(world, trainer)
-        assert own.leaning.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+        assert own.offsets.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
     # The policy is still the base, which writes "a" too seldom.
     assert reached < 0.55
-    assert 0.05 < float(own.leaning) < MOST_LEANING
+    assert 0.05 < float(own.offsets) < MOST_OFFSET
     assert guided_mean(world, trainer) > before + 0.01
 
 
@@ -125,8 +126,8 @@ def test_it_leans_back_where_the_policy_has_too_much(world: World) -> None:
     before = guided_mean(world, trainer)
     expected, reached = follow(world, trainer)
     assert reached > 0.65
-    assert float(guidance(trainer).leaning) < -0.05
-    assert float(guidance(trainer).leaning) == pytest.approx(float(expected), abs=1e-12)
+    assert float(guidance(trainer).offsets) < -0.05
+    assert float(guidance(trainer).offsets) == pytest.approx(float(expected), abs=1e-12)
     assert guided_mean(world, trainer) < before - 0.01
 
 
@@ -134,12 +135,12 @@ def test_it_leans_back_where_the_policy_has_too_much(world: World) -> None:
 def test_it_leans_no_further_than_a_bound(world: World, far: float) -> None:
     trainer = build_trainer(world, method=Guided(feedback=0.3), rule="guided")
     own = guidance(trainer)
-    own.lean(torch.tensor([far], dtype=torch.float64))
-    assert own.leaning.tolist() == [MOST_LEANING if far > 0 else -MOST_LEANING]
+    own.set_offsets(torch.tensor([far], dtype=torch.float64))
+    assert own.offsets.tolist() == [MOST_OFFSET if far > 0 else -MOST_OFFSET]
     at_the_bound = own.guide
-    own.lean(torch.tensor([2 * far], dtype=torch.float64))
+    own.set_offsets(torch.tensor([2 * far], dtype=torch.float64))
     assert torch.equal(own.guide.log_twist, at_the_bound.log_twist)
-    own.lean(torch.zeros(1, dtype=torch.float64))
+    own.set_offsets(torch.zeros(1, dtype=torch.float64))
     assert not torch.equal(own.guide.log_twist, at_the_bound.log_twist)
 
 
@@ -149,7 +150,7 @@ def test_without_feedback_nothing_leans_and_the_target_stays_whatever_leans(worl
         first, target = guidance(trainer).guide, trainer.target
         for _ in range(2):
             trainer.train_step()
-        assert (float(guidance(trainer).leaning) != 0) == (feedback > 0)
+        assert (float(guidance(trainer).offsets) != 0) == (feedback > 0)
         assert torch.equal(first.log_twist, guidance(trainer).guide.log_twist) == (feedback == 0)
         assert trainer.target is target is world.target
 
@@ -160,7 +161,7 @@ def test_a_step_leans_by_its_batch_before_the_update(world: World) -> None:
     twin = build_trainer(world, method=Guided(feedback=0.5), rule="guided", batch_size=50)
     trainer.train_step()
     expected, _ = follow(world, twin)
-    assert guidance(trainer).leaning.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+    assert guidance(trainer).offsets.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
     batch = trainer.draw()
     with torch.no_grad():
         listed = replace(batch.samples, guide=guidance(trainer).guide)
@@ -179,8 +180,8 @@ def test_a_kept_guide_leans_until_the_policy_has_its_moment(world: World) -> Non
     settings: dict[str, Any] = {"rule": "on_policy", "keep_guide": True, "batch_size": 800, "learning_rate": 1e-12}
     trainer = build_trainer(world, method=Guided(feedback=0.5), **settings)
     own = guidance(trainer)
-    own.lean(torch.tensor([-1.0], dtype=torch.float64))
-    trainer.keep_guide()
+    own.set_offsets(torch.tensor([-1.0], dtype=torch.float64))
+    trainer._keep_guide()
     goal = float(world.truth.moments[1])
     before = policy_mean(world, trainer)
     for _ in range(12):
@@ -197,17 +198,17 @@ def test_the_trainer_lets_any_policy_keep_its_guide(world: World) -> None:
     assert trainer.guidance is None
     assert trainer.roles.policy.guide is not None
     assert world.kl(trainer.roles.policy) < 0.5 * world.kl(plain.roles.policy)
-    assert trainer.passes.forward_passes - plain.passes.forward_passes == 600
+    assert trainer.counter.forward_passes - plain.counter.forward_passes == 600
 
 
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
     target = TiltedTarget(world.target.terms[:1])
     sample = replace(world.base_sample, features=world.base_sample.features[:, :1])
     own = Guidance(world.base, target, sample, ValueFunction.of(world.base, target, sample), 0.5)
-    assert own.leaning.tolist() == []
+    assert own.offsets.tolist() == []
     assert own.moments == []
     batch_guide = own.guide
-    own.follow(None, world.base_sample.features[:, :1])  # type: ignore[arg-type]
+    own.follow(WholeBatch(None, world.base_sample.features[:, :1]))  # type: ignore[arg-type]
     assert own.guide is batch_guide
 
 
@@ -236,13 +237,13 @@ def test_a_resumed_guided_run_is_the_uninterrupted_one(world: World, tmp_path: P
         trainer.save()
     assert lines.lines == whole_lines.lines
     assert_same(state(trainer), state(whole))
-    assert torch.equal(guidance(trainer).leaning, guidance(whole).leaning)
+    assert torch.equal(guidance(trainer).offsets, guidance(whole).offsets)
     assert torch.equal(guidance(trainer).guide.log_twist, guidance(whole).guide.log_twist)
     for one in (trainer, whole):
         kept = one.roles.policy.guide
         assert (kept is not None) == ("kept" in name)
         assert kept is None or torch.equal(kept.log_twist, guidance(one).guide.log_twist)
-    assert (float(guidance(whole).leaning) != 0) == ("feedback" in name or "policy" in name)
+    assert (float(guidance(whole).offsets) != 0) == ("feedback" in name or "policy" in name)
 
 
 def test_training_brings_the_policy_to_the_target(world: World) -> None:
@@ -270,6 +271,6 @@ def test_features_that_no_automaton_reads_are_learned_and_the_run_begins(world: 
     for method, rule in (("guided", "guided"), ("gdc", "guided")):
         trainer = build_trainer(unreadable, method=method, rule=rule, policy=near(world.base), batch_size=100)
         # There is no chain to learn, so nobody reads the fit's samples for a guide.
-        assert (trainer.passes.sequences, trainer.passes.forward_passes) == (600, 600)
+        assert (trainer.counter.sequences, trainer.counter.forward_passes) == (600, 600)
         log_z = trainer.train_step().log_z
         assert abs(log_z.value - sample.log_weights(unreadable.target).logsumexp(0).item() + math.log(600)) < 0.3

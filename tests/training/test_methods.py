@@ -19,7 +19,6 @@ from tiltlm.objectives import (
     GRPO,
     PPO,
     RLOO,
-    BatchObjective,
     GDCPlusPlus,
     KLControl,
     Objective,
@@ -29,7 +28,7 @@ from tiltlm.objectives import (
     TokenRecord,
 )
 from tiltlm.targets import target_reward
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer, flat, gradient, near, tiny_world
 
@@ -46,7 +45,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def coefficients(trainer: Trainer, batch: Batch, world: World, log_z: float) -> Tensor:
+def coefficients(trainer: Trainer, batch: RolloutBatch, world: World, log_z: float) -> Tensor:
     """The objective's own, from scores that two plain passes give."""
     objective, samples = trainer.scorer.objective, batch.samples
     with torch.no_grad():
@@ -64,7 +63,7 @@ def coefficients(trainer: Trainer, batch: Batch, world: World, log_z: float) -> 
         prompt_index=samples.prompt_index,
         tokens=TokenRecord(pi, a, samples.proposal_logprob, samples.mask),
     )
-    if isinstance(objective, BatchObjective):
+    if objective.batchwise:
         record = replace(record, advantage=objective.advantages(record))
     return objective.coefficients(record)
 
@@ -81,7 +80,7 @@ def test_the_gradient_of_a_batch_is_that_of_its_coefficients(world: World, name:
     expected = coefficients(trainer, batch, world, 0.3)
     truth = flat(weighted_gradient(trainer.roles.policy, batch.samples, -expected / 60), trainer)
     assessed, _ = trainer.scorer.assess(batch, 0.3)
-    trainer.pull(assessed, 0.3)
+    trainer.accumulate(assessed, 0.3)
     assert truth.norm() > 1e-4
     assert float((gradient(trainer) - truth).abs().max()) < 1e-10
 
@@ -100,11 +99,11 @@ def test_the_gradient_of_a_batch_is_that_of_its_coefficients(world: World, name:
 )
 def test_passes_of_a_batch(world: World, objective: Objective, iterations: int | None, passes: int) -> None:
     trainer = build_trainer(world, method=objective, num_iterations=iterations, batch_size=50)
-    before = trainer.passes.forward_passes
+    before = trainer.counter.forward_passes
     trainer.train_step()
-    assert trainer.passes.forward_passes - before == 50 * passes
+    assert trainer.counter.forward_passes - before == 50 * passes
     state = trainer.optimizer.optimizer.state[next(iter(trainer.parameters.values()))]
-    assert state["step"] == trainer.reuse.iterations
+    assert state["step"] == trainer.replay.iterations
 
 
 def test_a_text_without_reward_takes_no_pass_where_no_baseline_is_taken_off(world: World) -> None:
@@ -114,14 +113,14 @@ def test_a_text_without_reward_takes_no_pass_where_no_baseline_is_taken_off(worl
     gradients = []
     for skipping in (True, False):
         trainer = build_trainer(narrow, method=Reinforce(baseline="none"), batch_size=80)
-        trainer.scorer.follows_advantage = skipping
+        trainer.scorer.skips_zero_advantage = skipping
         batch = trainer.draw()
         silent = int((batch.features[:, 0] == 0).sum())
-        before = trainer.passes.forward_passes
+        before = trainer.counter.forward_passes
         assessed, _ = trainer.scorer.assess(batch, 0.0)
-        scores = trainer.pull(assessed, 0.0)
+        scores = trainer.accumulate(assessed, 0.0).scores
         assert 0 < silent < 80
-        assert trainer.passes.forward_passes - before == 2 * (80 - silent * skipping)
+        assert trainer.counter.forward_passes - before == 2 * (80 - silent * skipping)
         assert bool(scores.policy_logprob.isfinite().all())
         gradients.append(gradient(trainer))
     assert float((gradients[0] - gradients[1]).abs().max()) < 1e-12
@@ -131,9 +130,9 @@ def test_several_updates_weigh_by_the_ratio_of_the_policy_to_what_it_was(world: 
     trainer = build_trainer(world, method=RLOO(), num_iterations=2, batch_size=60, optim="sgd", learning_rate=0.05)
     batch = trainer.draw()
     assessed, _ = trainer.scorer.assess(batch, 0.0)
-    trainer.pull(assessed, 0.0)
+    trainer.accumulate(assessed, 0.0)
     trainer.update()
-    trainer.pull(assessed.after_update(), 0.0)
+    trainer.accumulate(assessed.after_update(), 0.0)
     with torch.no_grad():
         ratio = (trainer.roles.policy.logprob(batch.samples).sum(-1) - batch.samples.sequence_logprob).exp()
     assert float((ratio - 1).abs().max()) > 1e-3

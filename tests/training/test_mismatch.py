@@ -63,7 +63,7 @@ def test_in_float64_nothing_is_between_them(world: World, name: str) -> None:
 def test_what_no_pass_has_read_is_not_known(world: World, name: str) -> None:
     trainer = trainer_of(world, **UNTOLD[name])
     batch = trainer.draw()
-    assert trainer.pull(batch, 0.0).rescored is None
+    assert trainer.accumulate(batch, 0.0).scores.rescored is None
     metrics = trainer.train_step()
     assert metrics.mismatch is None
     assert metrics.to_json()["mismatch"] is None
@@ -134,7 +134,7 @@ def test_what_is_between_them_is_told(world: World, name: str) -> None:
 def test_every_row_is_compared_with_itself(world: World, pieces: int | None) -> None:
     trainer = trainer_of(world, rule="on_policy", per_device_train_batch_size=pieces)
     batch = trainer.draw()
-    for scores in (trainer.scorer.score(batch), trainer.pull(batch, 0.0)):
+    for scores in (trainer.scorer.score(batch), trainer.accumulate(batch, 0.0).scores):
         torch.testing.assert_close(batch.samples.sequence_logprob - rescored(scores), apart(N), rtol=0, atol=1e-9)
         # On-policy that pass is the policy's own.
         assert torch.equal(rescored(scores), scores.policy_logprob)

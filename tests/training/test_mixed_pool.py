@@ -16,10 +16,11 @@ from tiltlm.features import contains
 from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import BUILT_IN, Objective, Pooled, Record
 from tiltlm.objectives.pooled import best_kappa
+from tiltlm.rollouts.proposal import GUIDED, Proposal
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample
-from tiltlm.training.replay.mixture_pool import MixedPool
-from tiltlm.training.replay.weights import BASE, mixture_logprob
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.training.replay.mixture_pool import MixturePool
+from tiltlm.training.replay.weights import BASE_INDEX, mixture_logprob
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, build_trainer, flat, gradient, near, true_gradient
 
@@ -35,18 +36,19 @@ SETTINGS: dict[str, Any] = {
 FIXED = Pooled(adaptive=False, kappa=1, self_normalized=False)
 
 
-def pool_of(trainer: Trainer) -> MixedPool:
-    assert isinstance(trainer.reuse.pool, MixedPool)
-    return trainer.reuse.pool
+def pool_of(trainer: Trainer) -> MixturePool:
+    assert isinstance(trainer.replay.buffer, MixturePool)
+    return trainer.replay.buffer
 
 
 def proposals(world: World) -> Tensor:
     """log q [N, 4] of all completions under the base, two policies, and a guided base."""
     laws = [world.logprob(model) for model in (world.base, near(world.base, 0.05, 1), near(world.base, 0.1, 2))]
     trainer = build_trainer(world, method="gdc++", rule="guided", pool=100, batch_size=50, num_iterations=2)
-    laws_of_pool = pool_of(trainer).laws
-    laws_of_pool.guide = world.base.placed(random_guide(world.base, seed=3))
-    return torch.stack([*laws, laws_of_pool.logprob("guided", world.samples)], -1)
+    laws_of_pool = pool_of(trainer).past
+    assert laws_of_pool.guidance is not None
+    laws_of_pool.guidance.guide = world.base.placed(random_guide(world.base, seed=3))
+    return torch.stack([*laws, laws_of_pool.logprob(GUIDED, world.samples)], -1)
 
 
 # Shares of about 0.1, 0.2, 0.3 and 0.4.
@@ -80,7 +82,9 @@ def test_the_loop_pulls_by_the_mixture_and_not_by_what_drew_a_row(world: World, 
     settings = {**SETTINGS, "method": method, "per_device_train_batch_size": 7}
     trainer = build_trainer(world, policy=near(world.base), **settings)
     uniform = torch.full((341,), -math.log(341), dtype=torch.float64)
-    trainer.pull(Batch(world.samples, world.truth.features, "pool", mixture=uniform), world.truth.log_z)
+    trainer.accumulate(
+        RolloutBatch(world.samples, world.truth.features, Proposal.parse("pool"), mixture=uniform), world.truth.log_z
+    )
     truth = flat(true_gradient(world, trainer.roles.policy), trainer)
     assert float((gradient(trainer) - truth).abs().max()) < 1e-10
 
@@ -136,8 +140,8 @@ def exact_laws(trainer: Trainer) -> Tensor:
     pool = pool_of(trainer)
     assert pool.samples is not None
     found = []
-    for name in pool.names:
-        weights = pool.laws.earlier.get(name)
+    for name in pool.proposals:
+        weights = pool.past.earlier.get(name)
         role = trainer.roles.use("base") if weights is None else trainer.roles.earlier(weights)
         with torch.no_grad(), role as model:
             found.append(model.logprob(pool.samples, settings=SamplingSettings()).double().sum(-1))
@@ -152,15 +156,15 @@ def test_every_stored_law_is_the_law_that_drew_its_sequences(world: World, rule:
         trainer.train_step()
     pool, weights = pool_of(trainer), next(iter(trainer.parameters.values())).detach().clone()
     # In the column of the law that drew a sequence stands what the sampler said of it.
-    assert torch.allclose(pool.under, exact_laws(trainer), atol=1e-9)
+    assert torch.allclose(pool.logprobs, exact_laws(trainer), atol=1e-9)
     if rule == "on_policy":
-        assert pool.names == ["base", *[f"policy {k}" for k in range(6)]]
+        assert [*map(str, pool.proposals)] == ["base", *[f"policy {k}" for k in range(6)]]
         assert pool.origin[-50:].unique().tolist() == [6]
     else:
         # Steps 1 and 2 drew from the base, 3 and 4 from the policy of step 2, and so on.
-        assert pool.names == ["base", "step 2", "step 4"]
+        assert [*map(str, pool.proposals)] == ["base", "step 2", "step 4"]
         assert pool.origin[-100:].unique().tolist() == [2]
-    assert float((pool.under[:, -1] - pool.under[:, 0]).abs().max()) > 0.01
+    assert float((pool.logprobs[:, -1] - pool.logprobs[:, 0]).abs().max()) > 0.01
     # To read as an earlier policy leaves the policy as it is.
     assert torch.equal(next(iter(trainer.parameters.values())), weights)
 
@@ -177,9 +181,9 @@ def test_the_oldest_leave_but_for_the_bases_share_and_laws_without_sequences_are
     for _ in range(14):
         trainer.train_step()
     assert len(pool) == 260
-    assert int((pool.origin == BASE).sum()) == 26
-    assert pool.names == ["base", "step 20", "step 22", "step 24"]
-    assert list(pool.laws.earlier) == pool.names[1:]
+    assert int((pool.origin == BASE_INDEX).sum()) == 26
+    assert [*map(str, pool.proposals)] == ["base", "step 20", "step 22", "step 24"]
+    assert list(pool.past.earlier) == pool.proposals[1:]
     drawn = pool.draw(80)
     assert len(drawn.samples) == 80
     assert drawn.mixture is not None
@@ -194,16 +198,16 @@ def test_an_update_on_the_pool_costs_one_pass_and_each_law_reads_each_sequence_o
     trainer = build_trainer(world, **SETTINGS)
     pool = pool_of(trainer)
     for step in range(1, 9):
-        before = trainer.passes.sequences, trainer.passes.forward_passes
-        laws, kept = list(pool.names), len(pool)
+        before = trainer.counter.sequences, trainer.counter.forward_passes
+        laws, kept = list(pool.proposals), len(pool)
         trainer.train_step()
-        assert trainer.passes.sequences - before[0] == 50
+        assert trainer.counter.sequences - before[0] == 50
         # Sampled, trained on and, where it is not the base's, read by the base; then two batches of the pool.
         expected = 50 * (2 + (step > 2) + 2)
-        new = [name for name in pool.names if name not in laws]
+        new = [name for name in pool.proposals if name not in laws]
         # Other laws than the base and its own read the batch; a new one reads what is still there.
-        expected += 50 * (len(pool.names) - 1 - (step > 2)) + len(new) * min(kept, 260 - 50)
-        assert trainer.passes.forward_passes - before[1] == expected, step
+        expected += 50 * (len(pool.proposals) - 1 - (step > 2)) + len(new) * min(kept, 260 - 50)
+        assert trainer.counter.forward_passes - before[1] == expected, step
 
 
 def test_metrics_say_what_the_pool_holds_and_only_where_there_is_one(world: World) -> None:
@@ -212,7 +216,7 @@ def test_metrics_say_what_the_pool_holds_and_only_where_there_is_one(world: Worl
         line = trainer.train_step().to_json()
     pool = pool_of(trainer)
     assert line["pool"]["sequences"] == len(pool) == 250
-    assert line["pool"]["hits"] == int((pool.score > -math.inf).sum())
+    assert line["pool"]["hits"] == int((pool.target_logscore > -math.inf).sum())
     assert line["pool"]["proposals"] == 3
     assert line["pool"]["base_share"] == pytest.approx(100 / 250)
     assert 0 < line["pool"]["ess"] <= line["pool"]["hits"]
@@ -228,32 +232,32 @@ def test_fit_samples_of_several_laws_are_trained_on_themselves_and_not_kept(
     size = len(mixed.samples) // 2
     settings = SETTINGS | {"method": method, "rule": rule, "batch_size": size, "pool": 10 * size}
     trainer = build_trainer(world, base_sample=mixed, **settings, reuse_fit_samples=True)
-    pool = trainer.reuse.pool
+    pool = trainer.replay.buffer
     assert pool is not None
     for step in (1, 2, 3):
-        before = trainer.passes.forward_passes
+        before = trainer.counter.forward_passes
         line = trainer.train_step().to_json()
-        assert trainer.passes.forward_passes - before >= 3 * size
+        assert trainer.counter.forward_passes - before >= 3 * size
         assert len(pool) == (size if step == 3 else 0)
         assert ("pool" in line) == (step == 3 and method == "pooled")
-        assert trainer.reuse.falling.holds
+        assert not trainer.replay.early_stopping.stopped
     # After a rise for certain, once each.
     trainer = build_trainer(world, base_sample=mixed, **settings, reuse_fit_samples=True)
-    trainer.reuse.falling.holds = False
+    trainer.replay.early_stopping.stopped = True
     trainer.train_step()
-    before = trainer.passes.forward_passes
+    before = trainer.counter.forward_passes
     trainer.train_step()
-    assert trainer.passes.forward_passes - before < 3 * size
+    assert trainer.counter.forward_passes - before < 3 * size
 
 
 def test_after_a_rise_for_certain_the_batch_alone_is_trained_on(world: World) -> None:
     trainer = build_trainer(world, **SETTINGS)
     trainer.train_step()
-    trainer.reuse.falling.holds = False
-    kept, passes = len(pool_of(trainer)), trainer.passes.forward_passes
+    trainer.replay.early_stopping.stopped = True
+    kept, passes = len(pool_of(trainer)), trainer.counter.forward_passes
     line = trainer.train_step().to_json()
     assert len(pool_of(trainer)) == kept
-    assert trainer.passes.forward_passes - passes == 50 * 2
+    assert trainer.counter.forward_passes - passes == 50 * 2
     assert "pool" not in line
 
 
@@ -270,7 +274,7 @@ def test_with_prompts_each_has_its_own_log_z(world: World) -> None:
     log_z = pool.partition.at(pool.samples.prompt_ids)
     assert isinstance(log_z, Tensor)
     assert len(log_z) == len(pool)
-    assert torch.allclose(pool.under, exact_laws(trainer), atol=1e-9)
+    assert torch.allclose(pool.logprobs, exact_laws(trainer), atol=1e-9)
 
 
 def test_a_pool_brings_the_policy_nearer_than_as_many_updates_on_each_batch(world: World) -> None:
@@ -279,7 +283,7 @@ def test_a_pool_brings_the_policy_nearer_than_as_many_updates_on_each_batch(worl
         settings = {**SETTINGS, "method": method, "pool": pool, "num_iterations": 4, "learning_rate": 0.003}
         trainer = build_trainer(world, **settings, seed=6, max_steps=15)
         trainer.train()
-        found[method, pool] = world.kl(trainer.roles.policy), trainer.passes.sequences
+        found[method, pool] = world.kl(trainer.roles.policy), trainer.counter.sequences
     assert len({sequences for _, sequences in found.values()}) == 1
     assert found["gdc++", 750][0] < 0.75 * found["gdc++", 0][0]
     # Its κ begins at 0, and has not come far after so few updates.

@@ -15,9 +15,10 @@ from tiltlm.errors import UsageError
 from tiltlm.estimation import mixture
 from tiltlm.lm import Prompts, SamplingSettings
 from tiltlm.objectives import Guided
-from tiltlm.training.replay.guided_pool import Pool
-from tiltlm.training.replay.schedule import Falling
-from tiltlm.training.rollout_batch import Batch
+from tiltlm.rollouts.proposal import Proposal
+from tiltlm.training.replay.guided_pool import GuidedPool
+from tiltlm.training.replay.schedule import EarlyStopping
+from tiltlm.training.rollout_batch import RolloutBatch
 from tiltlm.training.trainer import Trainer
 from tiny_world import LENGTH, World, as_if_uniform, build_trainer, flat, gradient, near, true_gradient
 
@@ -56,25 +57,32 @@ def test_the_gradient_of_a_pool_is_exact_even_with_a_wrong_guide(
     # The forms are mixed as batches before said, the same for all completions.
     shares = torch.randn(LENGTH, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     shares[:, 0] += 1 - shares.sum(-1)
-    monkeypatch.setattr(trainer.scorer.balance, "shares", lambda length: shares[:length])
+    monkeypatch.setattr(trainer.scorer.minimum_variance, "weights", lambda length: shares[:length])
     # Rows of a batch weigh alike, so each completion is a batch of its own.
     for i in range(len(world.samples)):
-        one = Batch(world.samples.select(torch.tensor([i])), world.truth.features[i : i + 1], "pool", base_share=share)
-        trainer.pull(one, world.truth.log_z)
+        one = RolloutBatch(
+            world.samples.select(torch.tensor([i])),
+            world.truth.features[i : i + 1],
+            Proposal.parse("pool"),
+            base_share=share,
+        )
+        trainer.accumulate(one, world.truth.log_z)
         found += float(mass[i]) * gradient(trainer)
     # What the guide alone teaches is known from the samples of the uniform law, as in test_guided.py.
     taught = build_trainer(world, policy=trainer.roles.policy, method=Guided(correction=0), rule="guided")
     assert taught.guidance is not None
     taught.guidance.guide = random_guide(world.base, seed=3)
-    taught.pull(Batch(as_if_uniform(world.samples), world.truth.features, "step 3"), world.truth.log_z)
+    taught.accumulate(
+        RolloutBatch(as_if_uniform(world.samples), world.truth.features, Proposal.parse("step 3")), world.truth.log_z
+    )
     truth = correction * flat(true_gradient(world, trainer.roles.policy), trainer) + (1 - correction) * gradient(taught)
     assert truth.norm() > 0.1
     assert float((found - truth).abs().max()) < 1e-10
 
 
-def filled(world: World, size: int, batches: int = 4) -> tuple[Pool, Trainer]:
+def filled(world: World, size: int, batches: int = 4) -> tuple[GuidedPool, Trainer]:
     trainer = build_trainer(world, **{**SETTINGS, "pool": 0, "reuse_fit_samples": True})
-    pool = Pool(size, 7, world.base_sample.samples)
+    pool = GuidedPool(size, 7, world.base_sample.samples)
     for _ in range(batches):
         pool.add(trainer.draw())
     return pool, trainer
@@ -100,10 +108,10 @@ def test_it_keeps_the_last_sequences_and_draws_each_at_most_once(world: World) -
 def test_it_knows_prompts_whatever_the_order_in_which_a_batch_takes_them(world: World) -> None:
     prompts = world.base.encode_prompts(["a", "b", "c"])
     like = world.base.sample(6, prompts, seed=0, max_completion_length=4)
-    pool = Pool(10, 0, like)
+    pool = GuidedPool(10, 0, like)
     turned: Prompts = prompts.select([2, 0, 1])
     samples = world.base.sample(4, turned, seed=1, max_completion_length=4)
-    pool.add(Batch(samples, torch.zeros(4, 1), "guided"))
+    pool.add(RolloutBatch(samples, torch.zeros(4, 1), Proposal.parse("guided")))
     assert pool.samples is not None
     assert pool.samples.prompt_texts == samples.prompt_texts == ["c", "a", "b", "c"]
 
@@ -118,34 +126,34 @@ def test_a_run_with_a_pool_goes_on_bit_for_bit(world: World, tmp_path: Path) -> 
     resumed.train()
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name]), name
-    assert whole.reuse.pool is not None
-    assert 0 < whole.reuse.pool.base_share < 1
+    assert isinstance(whole.replay.buffer, GuidedPool)
+    assert 0 < whole.replay.buffer.base_share < 1
 
 
 def test_its_further_updates_cost_two_passes_and_no_sequence(world: World) -> None:
     trainer = build_trainer(world, **SETTINGS)
     for _ in range(2):
-        before = trainer.passes.sequences, trainer.passes.forward_passes
+        before = trainer.counter.sequences, trainer.counter.forward_passes
         trainer.train_step()
         # Sampled, read by the base and trained on once; then twice a batch of the pool.
-        assert trainer.passes.sequences - before[0] == 50
-        assert trainer.passes.forward_passes - before[1] == 50 * (3 + 2 * 2)
+        assert trainer.counter.sequences - before[0] == 50
+        assert trainer.counter.forward_passes - before[1] == 50 * (3 + 2 * 2)
 
 
 def test_reuse_ends_where_fresh_batches_get_worse_for_certain() -> None:
-    falling, noise = Falling(), torch.Generator().manual_seed(0)
+    falling, noise = EarlyStopping(), torch.Generator().manual_seed(0)
     for step in range(200):
         falling.note(1.0 - step / 300 + 0.2 * float(torch.randn((), generator=noise)))
-    assert falling.holds
+    assert not falling.stopped
     for step in range(80):
         falling.note(0.33 + step / 40 + 0.2 * float(torch.randn((), generator=noise)))
-    assert not falling.holds
+    assert falling.stopped
 
 
 def test_a_pool_that_could_not_work_is_refused(world: World) -> None:
     with pytest.raises(UsageError, match=r"training\.pool: nothing trains on it; set training\.num_iterations"):
         build_trainer(world, **{**SETTINGS, "num_iterations": None})
-    with pytest.raises(UsageError, match=r"training\.pool: a guided method mixes .* or leave pool out"):
+    with pytest.raises(UsageError, match=r"training\.pool: the buffer of a guided method mixes .* or leave pool out"):
         build_trainer(world, **{**SETTINGS, "rule": "on_policy"})
     with pytest.raises(UsageError, match=r"training\.pool: 50 sequences are no more than training\.batch_size 50"):
         build_trainer(world, **{**SETTINGS, "pool": 50})
@@ -161,6 +169,6 @@ def test_with_a_pool_the_policy_ends_nearer_with_no_more_sequences(world: World)
         settings = {**SETTINGS, "method": Guided(correction=0), "pool": pool, "num_iterations": 4 if pool else None}
         trainer = build_trainer(world, **settings, learning_rate=0.003, max_steps=15)
         trainer.train()
-        found[pool] = world.kl(trainer.roles.policy), trainer.passes.sequences
+        found[pool] = world.kl(trainer.roles.policy), trainer.counter.sequences
     assert found[400][1] == found[0][1]
     assert found[400][0] < 0.7 * found[0][0]

@@ -14,7 +14,7 @@ import torch
 from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm import LanguageModel
-from tiltlm.objectives import Record
+from tiltlm.objectives import Objective, Record
 from tiltlm.training.acceleration import build_accelerator
 from tiltlm.training.trainer import Trainer
 from tiny_world import World, build_trainer
@@ -63,7 +63,7 @@ def test_gradients_in_bf16_point_where_those_in_full_precision_do(world: World) 
     vectors = []
     for bf16 in (False, True):
         trainer = build_trainer(world, policy=single(world), bf16=bf16, batch_size=400)
-        trainer.pull(trainer.draw(), world.truth.log_z)
+        trainer.accumulate(trainer.draw(), world.truth.log_z)
         vectors.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
     cosine = torch.nn.functional.cosine_similarity(*(v[None].double() for v in vectors))
     assert float(cosine) > 0.9
@@ -172,7 +172,7 @@ def test_a_resumed_run_goes_on_with_its_scale(world: World, tmp_path: Path) -> N
     assert torch.equal(weights(second), weights(whole))
 
 
-class Overwhelming:
+class Overwhelming(Objective):
     """Coefficients that float32 holds and whose gradients it does not."""
 
     name = "overwhelming"

@@ -10,6 +10,7 @@ import torch
 from tiltlm.errors import UsageError
 from tiltlm.estimation import Estimate
 from tiltlm.lm import LanguageModel
+from tiltlm.rollouts.proposal import GUIDED, POLICY
 from tiltlm.training.proposal_rules import (
     RULES,
     UNKNOWN_DISTANCES,
@@ -57,8 +58,8 @@ def test_the_published_rule_is_kl_with_ten_batches_more() -> None:
     assert proposal_rule("published", 7) == Closer("kl", 7, 10)
     assert proposal_rule("tv", 7) == Closer("tv", 7, 0)
     assert proposal_rule("interval", 7) == Interval(7)
-    assert proposal_rule("on_policy") == Constant("policy")
-    assert proposal_rule("guided") == Constant("guided")
+    assert proposal_rule("on_policy") == Constant(POLICY)
+    assert proposal_rule("guided") == Constant(GUIDED)
 
 
 def test_an_unknown_rule_is_an_error_with_the_nearest() -> None:
@@ -98,14 +99,14 @@ def test_a_closer_policy_takes_over_and_one_further_away_does_not(
     metrics = better.train_step()
     assert metrics.proposal == "base"
     assert metrics.proposal_updated
-    assert better.source == "step 1"
+    assert str(better.drawer.proposal) == "step 1"
     with better.roles.use("proposal") as proposal:
         # The policy as it was when it was judged, not as the step left it.
         assert torch.equal(world.logprob(proposal), before)
     assert not torch.equal(world.logprob(better.roles.policy), before)
     worse = build_trainer(world, policy=further.copy(), **arguments)
     assert not worse.train_step().proposal_updated
-    assert worse.source == "base"
+    assert str(worse.drawer.proposal) == "base"
     assert not worse.roles.has_proposal
 
 
@@ -119,7 +120,7 @@ def test_a_policy_that_got_worse_than_its_proposal_does_not_replace_it(
         for name, parameter in trainer.roles.policy.model.named_parameters():
             parameter.copy_(further.model.get_parameter(name))
     assert not trainer.train_step().proposal_updated
-    assert trainer.source == "step 1"
+    assert str(trainer.drawer.proposal) == "step 1"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -128,7 +129,7 @@ def test_an_interval_replaces_it_whatever_the_distances(world: World, lora: bool
     sources = []
     for _ in range(5):
         trainer.train_step()
-        sources.append(trainer.source)
+        sources.append(str(trainer.drawer.proposal))
     assert sources == ["base", "step 2", "step 2", "step 4", "step 4"]
 
 
@@ -147,14 +148,14 @@ def test_samples_of_the_base_do_not_judge_a_later_proposal(world: World, closer:
     metrics = trainer.train_step()
     assert metrics.proposal == "base"
     assert not metrics.proposal_updated
-    assert trainer.source == "step 1"
+    assert str(trainer.drawer.proposal) == "step 1"
 
 
 def test_samples_come_from_the_proposal_that_was_kept(world: World, closer: LanguageModel) -> None:
     trainer = build_trainer(world, policy=closer.copy(), rule="kl", check_steps=1, batch_size=300)
     trainer.train_step()
     batch = trainer.draw()
-    assert batch.source == "step 1"
+    assert str(batch.proposal) == "step 1"
     with trainer.roles.use("proposal") as proposal, torch.no_grad():
         rescored = proposal.logprob(batch.samples).sum(-1)
     assert float((rescored - batch.samples.sequence_logprob).abs().max()) < 1e-10

@@ -67,20 +67,20 @@ def state(trainer: Trainer) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in trainer.roles.policy.model.named_parameters()},
         "proposal": trainer.roles.proposal_state(),
-        "generator": trainer.drawer.generator_state,
+        "generator": trainer.drawer.state_dict()["generator"],
         "optimizer": optimizer["state"],
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
         "scheduler": {k: v for k, v in trainer.scheduler.state_dict().items() if k != "_get_lr_called_within_step"},
         "partition": trainer.partition,
-        "pool": trainer.reuse.state(),
+        "pool": trainer.replay.state_dict(),
         "objective": trainer.scorer.objective,
-        "balance": trainer.scorer.balance.moments,
+        "balance": trainer.scorer.minimum_variance.moments,
         "numbers": (
             trainer.step,
-            trainer.source,
+            str(trainer.drawer.proposal),
             trainer.drawer.queue.position,
-            trainer.passes.sequences,
-            trainer.passes.forward_passes,
+            trainer.counter.sequences,
+            trainer.counter.forward_passes,
         ),
     }
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path, na
     assert lines.lines == whole_lines.lines
     assert_same(state(trainer), state(whole))
     if "kept" in name or "first" in name:
-        assert trainer.source.startswith("step")
+        assert str(trainer.drawer.proposal).startswith("step")
         assert trainer.roles.has_proposal
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiltlm.lm import SamplingSettings
-from tiltlm.training.gradient_noise import measure_spread
+from tiltlm.training.gradient_noise import measure_gradient_noise
 from tiny_world import World, build_trainer, gradient, near, tiny_world
 
 N = 24
@@ -35,7 +35,7 @@ def test_it_is_the_trace_of_the_covariance_of_single_gradients(world: World) -> 
         rows.append(c * torch.cat([g.flatten() for g in flat]).double())
     expected = torch.stack(rows).var(0).sum()
 
-    spread = measure_spread(trainer.scorer, batch, log_z, None, N)
+    spread = measure_gradient_noise(trainer.scorer, batch, log_z, None, N)
 
     assert spread.gradient_variance == pytest.approx(float(expected), rel=1e-4)
     assert spread.advantage_variance == pytest.approx(float(coefficients.var()), rel=1e-4)
@@ -53,11 +53,11 @@ def test_looking_changes_nothing(world: World, method: str) -> None:
         trainer = build_trainer(world, method=method, rule=rule, batch_size=16, max_steps=2, gradient_samples=few)
         metrics = [trainer.train_step() for _ in range(2)]
         weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
-        runs.append((weights, trainer.passes.forward_passes, metrics))
+        runs.append((weights, trainer.counter.forward_passes, metrics))
     assert torch.equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
-    assert runs[0][2][0].spread is None
-    spread = runs[1][2][1].spread
+    assert runs[0][2][0].noise is None
+    spread = runs[1][2][1].noise
     assert spread is not None
     assert spread.samples == 5
     assert "spread" not in runs[0][2][0].to_json()

@@ -25,7 +25,7 @@ def trainer_from(world: World, source: str, batch_size: int) -> Trainer:
     )
     if source == "step 1":
         trainer.roles.keep_proposal()
-        trainer.source = source
+        trainer.drawer.proposal = source
         with torch.no_grad():
             for parameter in trainer.roles.policy.model.parameters():
                 parameter += 0.005 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))

@@ -21,14 +21,11 @@ from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import Target, Term, TiltedTarget, state_terms
 from tiltlm.training.acceleration import check_trackers
 from tiltlm.training.callbacks import Callback
+from tiltlm.training.method import Method
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
-from tiltlm.training.proposal_rules import ProposalRule, proposal_rule
+from tiltlm.training.proposal_rules import proposal_rule
 from tiltlm.training.replay.schedule import check_pool
 from tiltlm.training.surrogate import updates_per_batch
-
-DEFAULT_PROPOSAL = {"gdc": "kl", "guided": "guided", "pooled": "interval"}
-# Their clipping is around the law of the samples, token by token: it must be the policy's.
-ON_POLICY_ONLY = ("ppo", "grpo")
 
 
 def build_base(config: RunConfig) -> LanguageModel:
@@ -81,26 +78,29 @@ def build_own_target(config: RunConfig) -> Target:
     return target
 
 
-def build_method(config: MethodConfig) -> tuple[Objective, ProposalRule]:
+def build_method(config: MethodConfig) -> Method:
     """The objective and its proposal rule. Raises UsageError for unknown names."""
     objective: Any
     if config.name in BUILT_IN:
         objective = _built_in(config.name, config.args)
     elif ":" in config.name:
         objective = _built("method.name", config.name, config.args)
-        if not isinstance(objective, Objective):
-            raise UsageError(f"method.name: '{config.name}' has no name and coefficients(record)")
+        if not isinstance(objective, Objective) or not objective.name:
+            raise UsageError(
+                f"method.name: '{config.name}' is no objective; derive it from tiltlm.Objective, give it a name and "
+                f"coefficients(record)"
+            )
     else:
         raise UsageError(f"method.name: '{config.name}' is not known; {nearest(config.name, BUILT_IN)}, module:name")
-    rule = config.proposal or DEFAULT_PROPOSAL.get(config.name, "on_policy")
-    if config.name in ON_POLICY_ONLY and rule != "on_policy":
-        raise UsageError(f"method.proposal: {config.name} trains on the policy's own samples; leave proposal out")
-    return objective, proposal_rule(rule, config.check_steps)
+    rule = config.proposal or objective.default_proposal
+    if objective.only_on_policy and rule != "on_policy":
+        raise UsageError(f"method.proposal: {objective.name} trains on the policy's own samples; leave proposal out")
+    return Method(objective, proposal_rule(rule, config.check_steps))
 
 
 def check_expressible(objective: Objective, target: Target) -> None:
-    """Raises UsageError where the method cannot reach the target, as one that is infinite where P = 0."""
-    reason = getattr(objective, "needs_full_support", None)
+    """Raises UsageError where the method cannot reach the target, as one with infinite coefficients where P = 0."""
+    reason = objective.needs_full_support
     filters = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "filter"]
     if reason and filters:
         raise UsageError(
@@ -111,22 +111,23 @@ def check_expressible(objective: Objective, target: Target) -> None:
 
 def method_notes(objective: Objective, target: Target) -> list[str]:
     """What a user should know of this method on this target."""
-    if getattr(objective, "keeps_guide", False):
+    if objective.keeps_guide:
         return [
-            f"{objective.name}: the policy is its weights and a guide, saved beside them as guide.safetensors; tiltlm "
-            f"loads both, other libraries only the weights, another law. guided and gdc++ leave a plain model"
+            f"{objective.name}: the policy is its weights and a guide, saved beside them as guide.safetensors. tiltlm "
+            f"loads both; other libraries load only the weights, which define a different distribution. guided and "
+            f"gdc++ leave a plain model"
         ]
     moments = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "moment"]
-    if not moments or not getattr(objective, "maximizes_reward", False):
+    if not moments or not objective.maximizes_reward:
         return []
     return [
-        f"{objective.name} maximizes a reward, and cannot be told to stop at a moment: the reward is the sum of the "
-        f"target's tilts λφ, and {', '.join(moments)} will end where that is largest, or where its price on KL holds it"
+        f"{objective.name} maximizes a reward and cannot stop at a moment: the reward is the sum of the target's tilts "
+        f"λφ, and {', '.join(moments)} will end where that is largest, or where the KL penalty holds it"
     ]
 
 
 def _built_in(name: str, args: dict[str, Any]) -> Objective:
-    valid = [parameter for parameter in inspect.signature(BUILT_IN[name]).parameters if parameter != "name"]
+    valid = list(inspect.signature(BUILT_IN[name]).parameters)
     for key in args:
         if not valid:
             raise UsageError(f"method.args: {name} takes no arguments, got {args}; leave them out")
@@ -147,14 +148,14 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
 def check_names(config: RunConfig) -> None:
     """Everything that can be wrong as written, before any work begins. Raises UsageError."""
     build_scheduler(build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training), config.training)
-    objective, rule = build_method(config.method)
+    method = build_method(config.method)
     check_trackers(config.report_to)
     if config.peft is not None:
         _check_peft(config.peft)
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
-    check_expressible(objective, target)
-    iterations = updates_per_batch(objective, config.training.num_iterations)
-    check_pool(config.training, iterations, objective, rule)
+    check_expressible(method.objective, target)
+    iterations = updates_per_batch(method.objective, config.training.num_iterations)
+    check_pool(config.training, iterations, method.objective, method.rule)
     read_prompts(config)
 
 

@@ -233,22 +233,22 @@ def _run(
     *,
     resume: bool,
 ) -> Run:
-    objective, rule = build_method(config.method)
-    check_expressible(objective, stated.target)
-    for note in method_notes(objective, stated.target):
+    method = build_method(config.method)
+    check_expressible(method.objective, stated.target)
+    for note in method_notes(method.objective, stated.target):
         display.say(f"note: {note}")
     recorder = Recorder(directory)
     trainer = Trainer(
         roles,
         stated.target,
-        objective,
-        rule,
+        method,
         config.training,
         base_sample=stated.base_sample,
         seed=stream(config.seed, "train"),
         checkpoint_dir=directory.checkpoint_dir,
-        callbacks=[recorder, display, *callbacks],
     )
+    for callback in (recorder, display, *callbacks):
+        trainer.add_callback(callback)
     with roles.use("base") as base:
         weights = fingerprint(base)
         held_out = _held_out(config, base)
@@ -265,7 +265,7 @@ def _run(
             save_base_sample(directory.checkpoint_dir, stated.base_sample)
         if config.report_to:
             trackers = Trackers(config.report_to, config.to_json(), directory.path)
-            trainer.callbacks += (trackers,)
+            trainer.add_callback(trackers)
         device, target = str(roles.policy.device), stated.report.to_json()
         directory.write_run(base_fingerprint=weights, device=device, target=target)
         for callback in trainer.callbacks:

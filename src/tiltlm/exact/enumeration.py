@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tiltlm.errors import UnreachableTargetError, UsageError
 from tiltlm.lm import LanguageModel, Prompts, Samples, SamplingSettings
-from tiltlm.objectives import BatchObjective, Objective, Record
+from tiltlm.objectives import Objective, Record
 from tiltlm.targets import Target, measure_samples, target_reward
 
 # 8 tokens and length 6 make 262,144 completions of a prompt at most.

@@ -91,6 +91,7 @@ class Samples:
     ``tokens`` [N, T] are right-padded; ``mask`` [N, T] marks the sampled ones, EOS included; ``proposal_logprob``
     [N, T] is the log-probability (nats) of each sampled token under the law that it was drawn from, 0 where masked;
     ``prompt_index`` [N] points into ``prompts``. ``settings`` and ``guide`` (None: unguided) define its distribution.
+    ``exact``: ``proposal_logprob`` is also what a scoring pass of the model gives, up to rounding.
     """
 
     tokens: Tensor
@@ -101,6 +102,7 @@ class Samples:
     settings: SamplingSettings
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False, compare=False)
     guide: Guide | None = field(default=None, repr=False, compare=False)
+    exact: bool = True
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -185,4 +187,4 @@ class Samples:
             return torch.cat(tensors)
 
         joined: dict[str, Any] = {name: join(name) for name in TENSORS}
-        return replace(parts[0], **joined)
+        return replace(parts[0], **joined, exact=all(part.exact for part in parts))

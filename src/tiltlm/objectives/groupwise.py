@@ -47,7 +47,8 @@ class BRAIn(Objective):
 class VarGrad(Objective):
     """c = 2 (f − mean of f over the prompt), f = log P − log π: trajectory balance, whose log Z is that mean.
 
-    Minimizes the variance of f, which is 0 only at π = p, from samples of any distribution (Richter et al. 2020, 2010.10436).
+    Minimizes the variance of f, which is 0 only at π = p, from samples of any distribution (Richter et al. 2020,
+    2010.10436).
     """
 
     name: ClassVar[str] = "vargrad"

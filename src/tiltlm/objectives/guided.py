@@ -106,7 +106,7 @@ def combined(estimators: Tensor, mixture_weights: Tensor | None) -> Tensor:
 
 
 def estimators(record: Record) -> Estimators:
-    """The weights of DPG, of GDC++, with one residual per sequence, and with residuals of later prefixes, in this order."""
+    """The four estimators, in the order of the table above."""
     guide, tokens = guide_of(record), tokens_of(record)
     logprobs = guide.token_logprobs
     base, proposal, mask = tokens.base.to(logprobs), tokens.proposal.to(logprobs), tokens.mask
@@ -118,12 +118,14 @@ def estimators(record: Record) -> Estimators:
     expected = of_base * guide.log_expected.exp() * mask
     increments = expected - of_base * guide.log_values[:, :-1].exp() * mask
     later = increments.flip(-1).cumsum(-1).flip(-1) - increments
-    # The difference is taken before the base's weight: it is 0 where ψ of the whole text is exact, however large that is.
+    # The difference comes first: it is 0 where ψ of the whole text is exact, however large the base's weight is.
     surplus = bounded_exp((base - proposal).sum(-1)) * ((score - base.sum(-1)).exp() - guide.log_values[:, -1].exp())
     zeros = torch.zeros_like(logprobs)
     distillation = [zeros, zeros, prefix_weights(logprobs, proposal), expected]
     residual = [of_target, of_target - of_policy, of_target - of_guide, later + surplus[:, None]]
-    return Estimators(*(torch.stack([x.expand_as(logprobs) * mask for x in parts]) for parts in (distillation, residual)))
+    return Estimators(
+        *(torch.stack([x.expand_as(logprobs) * mask for x in parts]) for parts in (distillation, residual))
+    )
 
 
 def prefix_weights(logprobs: Tensor, proposal: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ class Objective(ABC):
     def token_loss(self, record: Record, coefficients: Tensor, policy: Tensor, guide: Tensor | None) -> Tensor:
         """The surrogate loss of each token [N, T] or sequence [N], whose gradient is −c ∇ log π.
 
-        ``policy`` [N, T] is log π of the sampled tokens, with gradient. ``guide`` [N, T] is Σ_v g(v|x_<t) log π(v|x_<t),
-        with gradient, where a guide is distilled.
+        ``policy`` [N, T] is log π of the sampled tokens, with gradient. Where a guide is distilled, ``guide`` [N, T] is
+        Σ_v g(v|x_<t) log π(v|x_<t), with gradient.
         """
         return -coefficients * (policy.sum(-1) if coefficients.ndim == 1 else policy)
 
@@ -138,4 +138,5 @@ class Objective(ABC):
         if self.adaptive_field is None:
             return self
         changed: Any = self  # a dataclass, as every objective with an adaptive field
-        return replace(changed, **{self.adaptive_field: state["adaptive_value"]})
+        loaded: Self = replace(changed, **{self.adaptive_field: state["adaptive_value"]})
+        return loaded

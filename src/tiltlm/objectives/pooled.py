@@ -18,7 +18,7 @@ from tiltlm.objectives.objective import Objective
 from tiltlm.objectives.record import Record
 from tiltlm.objectives.settings import flag, number
 
-# Below this ESS of P/m, in samples of an update, κ moves to 0. Above this ESS of π/m, as a share of them, it moves to 1.
+# κ moves to 0 below this ESS of P/m, in samples of an update, and to 1 above this ESS of π/m, as a share of them.
 ENOUGH_HITS, MOST_CARRY = 5.0, 0.5
 # The step of κ per update, as a share of its distance to the best value.
 RATE = 0.1
@@ -29,7 +29,7 @@ class Pooled(Objective):
     """c = P/(Z m) − κ π/m.
 
     With ``self_normalized`` Z is the mean of P/m over the buffer, so c = n w/Σw − κ r; without, it is the running
-    estimate from earlier batches. With ``adaptive`` κ starts at ``kappa`` and moves to the best value for the samples of
+    estimate from earlier batches. With ``adaptive`` κ starts at ``kappa`` and moves to the best value for samples of
     earlier updates, because a batch that set its own baseline would bias it. The best κ is 0 while few samples carry
     w = P/(Z m), 1 while most carry r = π/m, and else E[w r]/E[r²], the regression of w on r, in [0, 1].
     """

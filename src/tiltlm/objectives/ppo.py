@@ -37,8 +37,8 @@ class PPO(Objective):
     """PPO with a value head, as Ziegler et al. 2019 (1909.08593) tune language models.
 
     The reward of a token is −β (log π − log a); the last token's adds r. Advantages are GAE(``gamma``, ``lam``) over a
-    critic's values, whitened over the batch unless ``whiten`` is off. The critic is a linear head on the policy's hidden
-    states. Its squared error, with values clipped to ±``clip_value`` of those before the update, has the weight
+    critic's values, whitened over the batch unless ``whiten`` is off. The critic is a linear head on the hidden states
+    of the policy. Its squared error, with values clipped to ±``clip_value`` of those before the update, has the weight
     ``value_coef``. β adapts with ``target_kl`` as in ``kl_control``; null keeps it fixed.
     """
 

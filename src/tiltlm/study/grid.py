@@ -146,7 +146,7 @@ def _checked_names(config: RunConfig) -> str | None:
 
 def why_not(config: RunConfig) -> str | None:
     """Why the method of a run cannot match its target; None where it can."""
-    objective, _ = build_method(config.method)
+    objective = build_method(config.method).objective
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
     try:
         check_expressible(objective, target)
@@ -236,7 +236,7 @@ def _at(where: str) -> Iterator[None]:
 
 
 def _with_steps(config: RunConfig, budget: int, fit: int) -> tuple[RunConfig, int]:
-    _, rule = build_method(config.method)
+    rule = build_method(config.method).rule
     training = config.training
     steps, drawn = steps_within(budget, fit, training.batch_size, training.reuse_fit_samples, rule)
     if steps < 1:

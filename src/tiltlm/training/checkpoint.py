@@ -27,8 +27,8 @@ KEPT = 2
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-NNNNNN`` under ``folder``, whole or not at all, and drop all but the last two.
 
-    ``state`` may hold tensors, numbers, strings, None, lists and dicts of these. Raises CheckpointError when the disk is
-    full; earlier checkpoints stay.
+    ``state`` may hold tensors, numbers, strings, None, lists and dicts of these. Raises CheckpointError when the disk
+    is full; earlier checkpoints stay.
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f"partial-{step:06d}"
@@ -77,8 +77,8 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
         ) from error
     if schema != SCHEMA:
         raise CheckpointError(
-            f"checkpoint {checkpoint} has schema {schema}, and this version of tiltlm reads 1 and {SCHEMA}; resume with "
-            f"the version that wrote it"
+            f"checkpoint {checkpoint} has schema {schema}, and this version of tiltlm reads 1 and {SCHEMA}; resume "
+            f"with the version that wrote it"
         )
     return state
 

@@ -17,7 +17,6 @@ from tiltlm.training.proposal_rules import Distances
 from tiltlm.training.replay.weights import PoolMetrics
 
 
-
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of ``metrics.jsonl``: estimates in nats (KL, log Z), shares (TV, moments) and samples (ESS).

@@ -1,8 +1,8 @@
 """The processes that train one run. No other module asks how many there are.
 
-Rows of a batch belong to processes, statistics do not: the scores of all sequences are gathered in rank order, and every
-process computes the same estimates and decisions from them (``whole_batch.py``, the advantages in ``scoring.py``). This
-version trains in one process, so gathering is the identity.
+Rows of a batch belong to processes, statistics do not: the scores of all sequences are gathered in rank order, and
+every process computes the same estimates and decisions from them (``whole_batch.py``; the advantages in
+``scoring.py``). This version trains in one process, so gathering is the identity.
 """
 
 from __future__ import annotations

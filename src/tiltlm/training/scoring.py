@@ -20,7 +20,7 @@ from tiltlm.training.critic import Critic
 from tiltlm.training.forward_passes import ForwardPasses
 from tiltlm.training.ranks import Ranks
 from tiltlm.training.rollout_batch import Assessment, RolloutBatch
-from tiltlm.training.surrogate import finite, guide_record, sequence_record, token_record
+from tiltlm.training.surrogate import finite, guide_record, token_record
 
 # Practically −∞ for a log-probability in nats.
 LEAST_LOGPROB = -1e4
@@ -265,9 +265,7 @@ def rows_of(table: Tensor | None, rows: Tensor, chunk: Samples) -> Tensor | None
     return found[:, : chunk.tokens.shape[1]] if found.ndim == 2 else found
 
 
-def _scores(
-    batch: RolloutBatch, rows: Tensor, chunk: Samples, scored: NextToken, base: Tensor | None
-) -> Scores:
+def _scores(batch: RolloutBatch, rows: Tensor, chunk: Samples, scored: NextToken, base: Tensor | None) -> Scores:
     by_proposal: dict[Proposal, Tensor | None] = {POLICY: scored.policy, BASE: scored.base, GUIDED: scored.guide}
     rescored = by_proposal.get(batch.proposal)
     scores = Scores.of(chunk, scored, base)

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import CheckpointError, NumericalError
-from tiltlm.estimation import Partition, PromptPartition, partition_for
+from tiltlm.estimation import partition_for
 from tiltlm.guides import ValueFunction
 from tiltlm.lm import Guide, Roles
-from tiltlm.objectives import Objective
 from tiltlm.rollouts.proposal import GUIDED, POLICY, Proposal
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.acceleration import build_accelerator
@@ -28,11 +27,12 @@ from tiltlm.training.forward_passes import ForwardPasses
 from tiltlm.training.gradient_noise import measure_gradient_noise
 from tiltlm.training.guidance import Guidance
 from tiltlm.training.interrupt import stop_requests
+from tiltlm.training.method import Method
 from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.optimizers import build_optimizer, build_scheduler
 from tiltlm.training.pass_counter import PassCounter
 from tiltlm.training.progress import Progress
-from tiltlm.training.proposal_rules import UNKNOWN_DISTANCES, ProposalRule
+from tiltlm.training.proposal_rules import UNKNOWN_DISTANCES
 from tiltlm.training.ranks import Ranks
 from tiltlm.training.replay.schedule import build_replay, check_pool
 from tiltlm.training.rollout_batch import RolloutBatch
@@ -43,14 +43,6 @@ from tiltlm.training.whole_batch import WholeBatch
 
 # Drawing ahead pays off if the last step waited longer than this for features, in seconds.
 WORTH_DRAWING_AHEAD = 0.05
-
-
-@dataclass(frozen=True)
-class Method:
-    """An objective with the rule that chooses its proposal."""
-
-    objective: Objective
-    rule: ProposalRule
 
 
 @dataclass(frozen=True)
@@ -280,7 +272,7 @@ class Trainer:
             callback.on_save(self.progress, path)
 
     def resume(self) -> bool:
-        """Load the latest checkpoint; returns whether there was one. Raises CheckpointError for one that does not fit."""
+        """Load the latest checkpoint; returns whether there was one. Raises CheckpointError if it does not fit."""
         path = latest_checkpoint(self.checkpoint_dir) if self.checkpoint_dir is not None else None
         if path is None:
             return False

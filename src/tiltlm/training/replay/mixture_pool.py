@@ -27,8 +27,8 @@ class MixturePool(ReplayBuffer):
     """The last ``size`` sequences of all proposals, with log P and their log-probability under each proposal.
 
     Fit samples come first. The oldest sequences make room for a batch, except the defensive share of the base's. A
-    proposal without sequences is dropped. Each new proposal scores all kept sequences once, each kept proposal every new
-    batch once. A sequence of T tokens with K features and Q proposals takes 13 T + 8 (K + Q) + 32 bytes, and each
+    proposal without sequences is dropped. Each new proposal scores all kept sequences once, each kept proposal every
+    new batch once. A sequence of T tokens with K features and Q proposals takes 13 T + 8 (K + Q) + 32 bytes, and each
     earlier policy its trained weights. There are at most size / (batch_size · check_steps) + 1 earlier policies, with
     the proposal rule ``on_policy`` size / batch_size + 1.
     """

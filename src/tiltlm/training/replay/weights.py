@@ -20,7 +20,7 @@ BASE_INDEX = 0
 
 
 def mixture_logprob(logprobs: Tensor, origin: Tensor) -> Tensor:
-    """log m [N], from log-probabilities [N, K] under K proposals and the index of each row's proposal, ``origin`` [N]."""
+    """log m [N], from log-probabilities [N, K] under K proposals; ``origin`` [N] is each row's proposal."""
     shares = torch.bincount(origin, minlength=logprobs.shape[1]).to(logprobs) / len(origin)
     return (logprobs + shares.log()).logsumexp(-1)
 

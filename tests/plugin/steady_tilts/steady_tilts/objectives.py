@@ -1,7 +1,9 @@
-"""An objective between GDC and GDC++, and one that remembers nothing but its name."""
+"""An objective between GDC and GDC++, and a class that is no objective."""
+
+from tiltlm import Objective
 
 
-class PartialBaseline:
+class PartialBaseline(Objective):
     """c = P/(Z q) − strength · π/q."""
 
     def __init__(self, strength=0.5):
