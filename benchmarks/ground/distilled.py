@@ -13,7 +13,7 @@ from tiltlm.estimation import mixture
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.token_states import PrefixStates
 from tiltlm.guides.value import ValueFunction
-from tiltlm.lm.forward import gram
+from tiltlm.lm.token_scores import gram
 from tiltlm.objectives import Guided, GuideRecord, MinimumVariance, Record, estimators
 
 

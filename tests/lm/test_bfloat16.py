@@ -20,7 +20,6 @@ from tiltlm.errors import UsageError
 from tiltlm.lm import LanguageModel, Roles, Samples, next_token
 from tiltlm.lm import sampling as sampling_module
 from tiltlm.lm.cache import RoomyLayer, reserve
-from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.lm.precision import FLOAT32_ATTENTION, FUSED_GELU, cache_dtype, native_bfloat16
 
 CPU = torch.device("cpu")
@@ -350,13 +349,13 @@ def test_a_forward_without_gradient_reads_weights_cast_once(auto: LanguageModel)
 def test_a_frozen_base_keeps_its_law_and_its_fingerprint(name: str) -> None:
     model, frozen = models()[name](), models()[name]()
     samples = model.sample(30, seed=1, max_completion_length=6)
-    known = fingerprint(model)
+    known = model.fingerprint()
     assert frozen.freeze() is frozen
     layers = [m for m in frozen.model.modules() if type(m) in (nn.Linear, Conv1D)]
     assert {p.dtype for m in layers for p in m.parameters()} == {torch.bfloat16}
     assert frozen.model.get_input_embeddings().weight.dtype == torch.float32
     assert not any(p.requires_grad for p in frozen.model.parameters())
-    assert fingerprint(frozen) == fingerprint(frozen.freeze()) == known
+    assert frozen.fingerprint() == frozen.freeze().fingerprint() == known
     again = frozen.sample(30, seed=1, max_completion_length=6)
     assert torch.equal(again.tokens, samples.tokens)
     assert torch.equal(again.proposal_logprob, samples.proposal_logprob)
@@ -373,7 +372,7 @@ def test_in_one_precision_freezing_changes_no_weight(single: LanguageModel) -> N
         assert torch.equal(one, other)
         assert one.dtype == torch.float32
         assert not one.requires_grad
-    assert frozen.copy().fingerprint is None
+    assert frozen.copy()._fingerprint is None
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -23,7 +23,7 @@ from tiltlm.exact import (
 )
 from tiltlm.features import contains, length
 from tiltlm.lm import SamplingSettings
-from tiltlm.objectives import BUILT_IN
+from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import TiltedTarget
 from tiltlm.targets.target import Term
 
@@ -146,10 +146,10 @@ def test_each_objective_follows_the_gradient_of_kl_whatever_its_proposal(
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(Objective):
     """GDC's coefficient, given for each token."""
 
-    name: str = "per token"
+    name = "per token"
 
     def coefficients(self, record):
         return BUILT_IN["gdc"]().coefficients(record)[:, None].expand(-1, 3)

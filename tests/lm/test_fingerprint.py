@@ -10,7 +10,7 @@ import torch
 
 from enumerable import tiny_model
 from tiltlm.lm import LanguageModel
-from tiltlm.lm.fingerprint import ROW_BYTES, fingerprint
+from tiltlm.lm.fingerprint import ROW_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +43,29 @@ def last_one(weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("change", [one_bit, rows_exchanged, columns_exchanged, last_one])
 def test_every_change_shows(base: LanguageModel, change: Callable[[torch.Tensor], None]) -> None:
     changed = base.copy()
-    assert fingerprint(changed) == fingerprint(base)
+    assert changed.fingerprint() == base.fingerprint()
     change(changed.model.large.data)
-    assert fingerprint(changed) != fingerprint(base)
+    assert changed.fingerprint() != base.fingerprint()
 
 
 def test_every_parameter_counts(base: LanguageModel) -> None:
     for name, _ in base.model.named_parameters():
         changed = base.copy()
         changed.model.get_parameter(name).data.view(-1)[-1] += 1
-        assert fingerprint(changed) != fingerprint(base), name
+        assert changed.fingerprint() != base.fingerprint(), name
 
 
 def test_other_dtypes_are_other_weights(base: LanguageModel) -> None:
     half = base.copy()
     half.model.bfloat16()
-    assert fingerprint(half) != fingerprint(base)
+    assert half.fingerprint() != base.fingerprint()
 
 
 def test_it_survives_the_disk_and_leaves_adapters_out(tmp_path: Path) -> None:
     base = tiny_model("llama", "several_eos", dtype=torch.float32)
-    before = fingerprint(base)
+    before = base.fingerprint()
     base.save_pretrained(tmp_path)
-    assert fingerprint(LanguageModel.from_pretrained(tmp_path, device="cpu")) == before
+    assert LanguageModel.from_pretrained(tmp_path, device="cpu").fingerprint() == before
     adapted = base.with_lora(r=2, target_modules="all-linear", modules_to_save=["norm"], init_lora_weights=False)
     assert adapted.model.active_adapters == ["default"]
-    assert fingerprint(adapted) == before
+    assert adapted.fingerprint() == before

@@ -11,7 +11,6 @@ from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.errors import UsageError
 from tiltlm.features import Feature
 from tiltlm.lm import LanguageModel, Roles
-from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base
 from tiltlm.targets import Target, TiltedTarget
@@ -53,5 +52,5 @@ def load_run(
 
 def _unchanged_base(directory: RunDirectory, config: RunConfig) -> LanguageModel:
     base = build_base(config)
-    check_same_base(directory, fingerprint(base))
+    check_same_base(directory, base.fingerprint())
     return base

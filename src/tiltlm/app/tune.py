@@ -29,7 +29,6 @@ from tiltlm.evaluation.evaluate import Evaluation
 from tiltlm.features import run_file_form
 from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
-from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.reports.report import write_report
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.runs.resuming import check_same_base, check_same_config, is_done
@@ -250,7 +249,7 @@ def _run(
     for callback in (recorder, display, *callbacks):
         trainer.add_callback(callback)
     with roles.use("base") as base:
-        weights = fingerprint(base)
+        weights = base.fingerprint()
         held_out = _held_out(config, base)
     if resume:
         check_same_base(directory, weights)

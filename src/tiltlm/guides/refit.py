@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from tiltlm.estimation import mixture
 from tiltlm.guides.value import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
-from tiltlm.lm.forward import token_logprobs
+from tiltlm.lm.token_scores import token_logprobs
 from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.constrain import FittedTarget, fit_target
 

@@ -7,26 +7,28 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tiltlm.errors import ModelError, UsageError
-from tiltlm.lm.cross import Source, decoder_states
-from tiltlm.lm.decoding import accepts, positions, unwrapped
-from tiltlm.lm.fingerprint import fingerprint
-from tiltlm.lm.forward import ForwardPass, token_logprobs
+from tiltlm.errors import UsageError
+from tiltlm.lm.adapters import add_lora
+from tiltlm.lm.decoding import unwrapped
+from tiltlm.lm.fingerprint import hash_weights
+from tiltlm.lm.forward import ForwardPass
 from tiltlm.lm.guide import Guide
-from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, quiet_peft, resolve_device
+from tiltlm.lm.limits import check_length, check_whole, start_token
+from tiltlm.lm.loading import load_adapter, load_tokenizer, load_weights, resolve_device
 from tiltlm.lm.memory import Memory, even_pieces
 from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
-from tiltlm.lm.prompts import Messages, Prompts, encode, prompt_list, text_of
+from tiltlm.lm.prompts import Messages, Prompts, encode_prompts
 from tiltlm.lm.samples import Samples, SamplingSettings
 from tiltlm.lm.sampling import sample_batch
+from tiltlm.lm.scoring_pass import causal_pass, decoder_pass
+from tiltlm.lm.token_scores import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,16 +36,9 @@ if TYPE_CHECKING:
 # What a model's own guide is called beside its weights.
 GUIDE_FILE = "guide.safetensors"
 
-# Settings of LoRA whose other values change the weights, or the layers, that the base would share.
-HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-    "layer_replication": (None,),
-}
-
 
 class LanguageModel:
-    """A language model that samples text and scores it under exactly the law that it samples from.
+    """A language model that samples text and scores it under exactly the distribution that it samples from.
 
     ``model`` and ``tokenizer`` are the Hugging Face objects; matrix products are taken in ``compute_dtype``, or in the
     dtype of the weights if it is None. A completion starts after BOS (or EOS, for tokenizers without BOS) or after a
@@ -63,13 +58,13 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.compute_dtype = compute_dtype
-        self.fingerprint: str | None = None  # where the weights no longer tell it
+        self._fingerprint: str | None = None  # kept once ``freeze`` has changed the weights' dtype
         self.guide: Guide | None = None  # a guide that is part of the model's own law; see keep
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
         self.is_encoder_decoder = bool(unwrapped(model).config.is_encoder_decoder)
-        self.start_id = _start_id(unwrapped(model), tokenizer)
+        self.start_id = start_token(unwrapped(model), tokenizer)
         pad = tokenizer.pad_token_id
         # A pad token that was added to the tokenizer alone has no embedding; any other id pads as well.
         self.pad_id = pad if pad is not None and pad < self.vocab_size else (self.eos_ids or [0])[0]
@@ -109,8 +104,8 @@ class LanguageModel:
         Its law and its fingerprint stay what they are. It cannot be copied, adapted or saved any more.
         """
         _ = self.output_layer, self.memory  # are found with the weights as they are
-        if self.compute_dtype is not None and self.fingerprint is None:
-            self.fingerprint = fingerprint(self)
+        if self.compute_dtype is not None and self._fingerprint is None:
+            self._fingerprint = hash_weights(self.model)
         keep_cast(self.model, self.compute_dtype)
         return self
 
@@ -120,20 +115,7 @@ class LanguageModel:
         ``seed`` fixes the adapter's random start. Raises UsageError for settings that peft refuses, and for trained
         biases, which the base would share.
         """
-        from peft import LoraConfig, get_peft_model
-
-        for name, harmless in HARMLESS_TO_THE_BASE.items():
-            if settings.get(name, harmless[0]) not in harmless:
-                choices = " or ".join(map(repr, harmless))
-                raise UsageError(f"peft.{name}: {settings[name]!r} would change the base model too; choose {choices}")
-        try:
-            with quiet_peft(), torch.random.fork_rng():
-                torch.manual_seed(seed)
-                task = "SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM"
-                config = LoraConfig(task_type=task, **settings)
-                model = get_peft_model(self.model, config)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"peft: LoRA with {settings} was refused: {error}") from error
+        model = add_lora(self.model, seed, settings, is_encoder_decoder=self.is_encoder_decoder)
         return self._with(model)
 
     def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
@@ -168,6 +150,10 @@ class LanguageModel:
     def device(self) -> torch.device:
         return torch.device(next(self.model.parameters()).device)
 
+    def fingerprint(self) -> str:
+        """A hash of the weights without adapters: equal for equal bases, also once frozen."""
+        return self._fingerprint if self._fingerprint is not None else hash_weights(self.model)
+
     @property
     def has_adapter(self) -> bool:
         """Whether a LoRA adapter sits on the weights."""
@@ -183,21 +169,7 @@ class LanguageModel:
         Chat messages, mappings with role and content, are encoded by the tokenizer's chat template. ``columns`` hold
         one further value per prompt each, which features may read. Raises UsageError for what cannot be encoded.
         """
-        listed = prompt_list(prompts)
-        encoded = (encode(self.tokenizer, prompt, row, self.name) for row, prompt in enumerate(listed, 1))
-        rows = [row or self._no_prompt for row in encoded]
-        for name, values in (columns or {}).items():
-            if len(values) != len(rows):
-                raise UsageError(f"columns: '{name}' has {len(values)} values for {len(rows)} prompts")
-        width = max(map(len, rows))
-        chats = tuple(None if prompt is None or isinstance(prompt, str) else prompt for prompt in listed)
-        return Prompts(
-            torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.device),
-            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device).bool(),
-            tuple(map(text_of, listed)),
-            chats if any(chats) else None,
-            {name: tuple(values) for name, values in (columns or {}).items()},
-        )
+        return encode_prompts(self.tokenizer, prompts, columns, self._no_prompt, self.pad_id, self.device, self.name)
 
     def sample(
         self,
@@ -224,9 +196,9 @@ class LanguageModel:
         """
         settings = SamplingSettings(temperature, top_k, top_p)
         for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
-            _check_whole(name, value, least)
-        _check_whole("batch_size", batch_size, 1)
-        _check_whole("samples_per_prompt", samples_per_prompt, 1)
+            check_whole(name, value, least)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("samples_per_prompt", samples_per_prompt, 1)
         if not isinstance(prompts, Prompts):
             prompts = self.encode_prompts(prompts)
         self.check_length(prompts, max_completion_length)
@@ -264,13 +236,14 @@ class LanguageModel:
 
         ``size`` sets the number of rows of a piece instead.
         """
-        _check_whole("batch_size", size, 1)
+        check_whole("batch_size", size, 1)
         order = samples.lengths.argsort(stable=True)
         if size is not None:
             return list(torch.split(order, size))
         # The last sampled token is not read, the prompt is.
         lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
-        return list(torch.split(order, even_pieces(lengths, self.memory.bound // self._token_bytes)))
+        token_bytes = self.memory.logits if self.output_layer is None else self.memory.activations
+        return list(torch.split(order, even_pieces(lengths, self.memory.bound // token_bytes)))
 
     def read(self, samples: Samples) -> ForwardPass:
         """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
@@ -278,41 +251,16 @@ class LanguageModel:
         For one chunk at a time: the caller bounds N. ``next_token`` makes log-probabilities of it.
         """
         with computing(self._inner, self.compute_dtype):
-            read, layer = self._read_crossing(samples) if self.is_encoder_decoder else self._read_on(samples)
+            layer = self.output_layer
+            if self.is_encoder_decoder:
+                read = decoder_pass(self.model, layer, samples, self.start_id)
+            else:
+                read = causal_pass(self.model, self._inner, layer, samples)
             last = read[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
             own = self.guide
             lift = own.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if own is not None else None
             weight, bias = (layer.weight, layer.bias) if layer is not None else (None, None)
             return ForwardPass.of(last, weight, bias, lift)
-
-    def _read_on(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
-        """Hidden states of prompt and completion and the layer after them, or logits and None."""
-        tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
-        arguments: dict[str, Any] = {
-            "input_ids": torch.cat([tokens, samples.tokens[:, :-1]], dim=1),
-            "use_cache": False,
-        }
-        if not bool(mask.all()):
-            # The right padding is never attended to by a sampled token, so only the left one is masked.
-            full = torch.cat([mask, torch.ones_like(samples.mask[:, :-1])], dim=1)
-            arguments["attention_mask"] = full.long()
-            if accepts(self.model, "position_ids"):
-                arguments["position_ids"] = positions(full)
-        layer = self.output_layer
-        if layer is not None:
-            return self._inner.base_model(**arguments).last_hidden_state, layer
-        if accepts(self.model, "logits_to_keep"):
-            arguments["logits_to_keep"] = samples.tokens.shape[1]
-        return self.model(**arguments).logits, None
-
-    def _read_crossing(self, samples: Samples) -> tuple[Tensor, torch.nn.Linear | None]:
-        """The same of the completion alone, where an encoder reads the prompt."""
-        start = torch.full_like(samples.tokens[:, :1], self.start_id)
-        tokens = torch.cat([start, samples.tokens[:, :-1]], dim=1)
-        layer, source = self.output_layer, Source.of(self.model, samples.prompts, samples.prompt_index)
-        if layer is not None:
-            return decoder_states(self.model, tokens, source), layer
-        return self.model(decoder_input_ids=tokens, use_cache=False, **source.arguments).logits, None
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
@@ -380,7 +328,7 @@ class LanguageModel:
         return guide.to(self.device, torch.float64 if precise else torch.float32)
 
     def _check_whole_weights(self) -> None:
-        if self.fingerprint is not None:
+        if self._fingerprint is not None:
             raise UsageError(
                 f"model: '{self.name}' is the frozen base of a tuned model, some of whose weights are held in "
                 f"{self.compute_dtype} alone; load it again to copy, adapt or save it"
@@ -395,46 +343,7 @@ class LanguageModel:
         """What passes over it need of memory."""
         return Memory.of(self.model, narrow=self.compute_dtype is not None)
 
-    @property
-    def _token_bytes(self) -> int:
-        """What one token needs of memory in a pass with gradient, about."""
-        return self.memory.logits if self.output_layer is None else self.memory.activations
-
     def check_length(self, prompts: Prompts, completion: int) -> None:
-        """Raise UsageError, which names the longest prompt, where the model has too few positions for it."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return
-        row = int(prompts.lengths.argmax())
-        longest = int(prompts.lengths[row])
-        which = f"prompt {prompts.ids[row] + 1}, {prompts.texts[row]!r:.60}," if len(prompts) > 1 else "a prompt"
-        # The last token is never read. A decoder has its positions for itself, but for the one that starts it.
-        room = positions if self.is_encoder_decoder else positions + 1 - longest
-        if self.is_encoder_decoder and longest > positions:
-            raise UsageError(
-                f"prompts: {which} of {longest} tokens has more than the {positions} positions of '{self.name}'; "
-                f"shorten it"
-            )
-        if completion > room:
-            after = "" if self.is_encoder_decoder else f"after {which} of {longest} "
-            raise UsageError(
-                f"max_completion_length: {completion} tokens {after}are more than the {positions} positions of "
-                f"'{self.name}'; "
-                + (f"ask for at most {room}, or shorten the prompts" if room > 0 else "shorten the prompts")
-            )
-
-
-def _start_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that a text without a prompt starts after. Raises ModelError for a decoder that names none."""
-    if not model.config.is_encoder_decoder:
-        return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        for place in (model.generation_config, model.config):
-            if getattr(place, name, None) is not None:
-                return int(getattr(place, name))
-    raise ModelError("model: its config.json has no decoder_start_token_id, after which its decoder would start")
-
-
-def _check_whole(name: str, value: int | None, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
-        raise UsageError(f"{name}: {value!r} must be a whole number, at least {least}")
+        """Raise UsageError, which names the longest prompt, if the model has too few positions."""
+        config = self.model.config.get_text_config()
+        check_length(config, prompts, completion, name=self.name, is_encoder_decoder=self.is_encoder_decoder)

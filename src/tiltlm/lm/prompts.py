@@ -74,6 +74,35 @@ class Prompts:
         )
 
 
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    given: Any,
+    columns: Mapping[str, Sequence[Any]] | None,
+    no_prompt: list[int],
+    pad_id: int,
+    device: torch.device,
+    name: str,
+) -> Prompts:
+    """One prompt or several as tokens, left-padded; ``no_prompt`` are the tokens of an empty one.
+
+    ``columns`` hold one further value per prompt each. Raises UsageError for what the model ``name`` cannot encode.
+    """
+    listed = prompt_list(given)
+    rows = [encode(tokenizer, prompt, row, name) or no_prompt for row, prompt in enumerate(listed, 1)]
+    for column, values in (columns or {}).items():
+        if len(values) != len(rows):
+            raise UsageError(f"columns: '{column}' has {len(values)} values for {len(rows)} prompts")
+    width = max(map(len, rows))
+    chats = tuple(None if prompt is None or isinstance(prompt, str) else prompt for prompt in listed)
+    return Prompts(
+        torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device),
+        torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device).bool(),
+        tuple(map(text_of, listed)),
+        chats if any(chats) else None,
+        {column: tuple(values) for column, values in (columns or {}).items()},
+    )
+
+
 def prompt_list(given: Any) -> list[str | Messages | None]:
     """One prompt or several as a list. Raises UsageError for what is neither text nor chat messages."""
     listed: list[Any] = [given] if given is None or isinstance(given, str) or _are_messages(given) else []

@@ -31,7 +31,6 @@ from tiltlm.estimation import (
 )
 from tiltlm.guides import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
-from tiltlm.lm.fingerprint import fingerprint
 from tiltlm.runs import storage
 from tiltlm.targets import BaseSample, measure_samples
 from tiltlm.training.checkpoint import save_base_sample
@@ -138,7 +137,7 @@ def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, 
             "pareto_k": pareto_k(drawn.log_weights),
             "pareto_k_threshold": pareto_k_threshold(hits),
             "kl_p_a": reference.kl_p_a,
-            "base_fingerprint": fingerprint(base),
+            "base_fingerprint": base.fingerprint(),
             "target": stated.report.to_json(),
         },
     )

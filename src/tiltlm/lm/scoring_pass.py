@@ -1,0 +1,50 @@
+"""One pass of a model over prompts and completions: hidden states before the output layer, or logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiltlm.lm.cross import Source, decoder_states
+from tiltlm.lm.decoding import accepts, positions
+from tiltlm.lm.samples import Samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def causal_pass(
+    model: PreTrainedModel, inner: PreTrainedModel, layer: torch.nn.Linear | None, samples: Samples
+) -> Tensor:
+    """Hidden states [N, C + T, H] of prompt and completion, or without a ``layer`` logits [N, T or C + T, V].
+
+    ``inner`` is the model without PEFT around it.
+    """
+    tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
+    arguments: dict[str, Any] = {"input_ids": torch.cat([tokens, samples.tokens[:, :-1]], dim=1), "use_cache": False}
+    if not bool(mask.all()):
+        # A sampled token never attends to the right padding, so only the left one is masked.
+        full = torch.cat([mask, torch.ones_like(samples.mask[:, :-1])], dim=1)
+        arguments["attention_mask"] = full.long()
+        if accepts(model, "position_ids"):
+            arguments["position_ids"] = positions(full)
+    if layer is not None:
+        hidden: Tensor = inner.base_model(**arguments).last_hidden_state
+        return hidden
+    if accepts(model, "logits_to_keep"):
+        arguments["logits_to_keep"] = samples.tokens.shape[1]
+    logits: Tensor = model(**arguments).logits
+    return logits
+
+
+def decoder_pass(model: PreTrainedModel, layer: torch.nn.Linear | None, samples: Samples, start_id: int) -> Tensor:
+    """Hidden states [N, T, H] of the completion, or without a ``layer`` logits [N, T, V]."""
+    start = torch.full_like(samples.tokens[:, :1], start_id)
+    tokens = torch.cat([start, samples.tokens[:, :-1]], dim=1)
+    source = Source.of(model, samples.prompts, samples.prompt_index)
+    if layer is not None:
+        return decoder_states(model, tokens, source)
+    logits: Tensor = model(decoder_input_ids=tokens, use_cache=False, **source.arguments).logits
+    return logits
