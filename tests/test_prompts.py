@@ -263,7 +263,11 @@ def test_selected_prompts_carry_no_padding_that_none_of_them_needs() -> None:
 def test_pieces_of_work_are_bounded_by_prompt_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     samples = model.sample(30, ["a b c d a b c d", "a"], 1, max_completion_length=5)
-    monkeypatch.setattr(Memory, "bound", property(lambda memory: model._token_bytes * 40))
+    monkeypatch.setattr(
+        Memory,
+        "bound",
+        property(lambda memory: (model.memory.logits if model.output_layer is None else model.memory.activations) * 40),
+    )
     for rows in model.chunks(samples):
         assert len(rows) * (int(samples.lengths[rows].max()) + 7) <= 40
 

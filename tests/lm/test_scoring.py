@@ -62,7 +62,11 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
     samples = model.sample(40, PROMPTS["several"], seed=1, max_completion_length=8)
     whole = model.logprob(samples, batch_size=40)
     reference = gradients(model, whole.square().sum())
-    monkeypatch.setattr(Memory, "bound", property(lambda memory: model._token_bytes * 30))
+    monkeypatch.setattr(
+        Memory,
+        "bound",
+        property(lambda memory: (model.memory.logits if model.output_layer is None else model.memory.activations) * 30),
+    )
     bounded = model.chunks(samples)
     assert len(bounded) > 4
     assert all(len(rows) * int(samples.lengths[rows].max()) <= 30 for rows in bounded)
