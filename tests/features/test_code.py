@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -191,26 +192,23 @@ def test_its_children_are_ended_with_it(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def as_a_plain_user(tmp_path: Path, program: str, tests: str = "") -> bool:
+def as_a_plain_user(program: str, tests: str = "") -> bool:
     """Whether it passes as a user who is not root; skips where that cannot be tried."""
     # root's own Python may lie where no other user looks.
     system = shutil.which("python3", path="/usr/local/bin:/usr/bin") if os.getuid() == 0 else None
     python = system or sys.executable
-    runner = shutil.copy(RUNNER, tmp_path / "runner.py")
     user = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-    # pytest closes its folders to other users; how many there are depends on the number of processes.
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o005 == 0o005:
-            break
-        folder.chmod(folder.stat().st_mode | 0o055)
     job = json.dumps({"program": program, "tests": tests, "word": "word"})
     answer, pipe = os.pipe()
-    command = [python, "-I", "-S", str(runner), "5", "256", str(pipe)]
     options: dict[str, Any] = {"pass_fds": [pipe], "cwd": "/", "capture_output": True, "timeout": 20, **user}
-    try:
-        ended = subprocess.run(command, input=job.encode(), **options)
-    except PermissionError:
-        pytest.skip("another user cannot run this Python")
+    # Not in pytest's folder: any run of pytest that starts meanwhile closes it to other users.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        runner = shutil.copy(RUNNER, folder)
+        try:
+            ended = subprocess.run([python, "-I", "-S", runner, "5", "256", str(pipe)], input=job.encode(), **options)
+        except PermissionError:
+            pytest.skip("another user cannot run this Python")
     os.close(pipe)
     with os.fdopen(answer, "rb") as read:
         passed = read.read() == b"word"
@@ -227,10 +225,10 @@ def as_a_plain_user(tmp_path: Path, program: str, tests: str = "") -> bool:
         "import subprocess; subprocess.run(['true'])",
     ],
 )
-def test_a_plain_users_program_starts_no_others(tmp_path: Path, start: str) -> None:
-    if not as_a_plain_user(tmp_path, "x = 1"):
+def test_a_plain_users_program_starts_no_others(start: str) -> None:
+    if not as_a_plain_user("x = 1"):
         pytest.skip("another user cannot run this Python")
-    assert not as_a_plain_user(tmp_path, start)
+    assert not as_a_plain_user(start)
 
 
 @LINUX
