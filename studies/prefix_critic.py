@@ -56,7 +56,7 @@ def with_critic(worth: Tensor, psi: Tensor, hidden: Tensor, strength: float) -> 
 def show(base: LanguageModel, target: FittedTarget, samples: Samples) -> None:
     """Print both R² at some lengths, on ``samples`` that the target was not fitted on."""
     guide = guide_toward(base, target, target.base_sample)
-    psi = (guide.promises(samples.tokens, samples.mask)[:, 1:].double() - guide.log_scale).exp()
+    psi = (guide.log_values(samples.tokens, samples.mask)[:, 1:].double() - guide.log_scale).exp()
     log_tilt = target.log_score(torch.zeros(len(samples)).double(), measure_samples(target.features, samples))
     worth = (log_tilt - target.report.log_z.value).exp()
     hidden = hidden_states(base, samples)

@@ -85,7 +85,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "lfm2": {k: v for k, v in SMALL.items() if k != "head_dim"} | {"layer_types": ["conv", "full_attention"]},
 }
 # Encoder and decoder: distances between positions, states scaled before the output layer; and learned positions.
-CROSSING: dict[str, dict[str, Any]] = {
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
     "bart": {
         "d_model": 16,
@@ -104,7 +104,7 @@ FLOAT32_ONLY = ("gemma2", "bloom", "mamba")
 # These grow certain of the next token more easily.
 EMBEDDING_STD = {"openai-gpt": 0.25, "mamba": 0.3, "gemma2": 0.15, "opt": 0.4}
 
-LAWS = {
+SETTINGS = {
     "plain": SamplingSettings(),
     "temperature": SamplingSettings(temperature=0.6),
     "top_k": SamplingSettings(top_k=3),
@@ -128,10 +128,10 @@ def tiny_model(
     vocabulary = TOKENS[tokens]
     tokenizer = vocabulary.tokenizer()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    crossing = architecture in CROSSING
+    crossing = architecture in ENCODER_DECODERS
     if crossing:
         start = {"decoder_start_token_id": tokenizer.convert_tokens_to_ids("b")}
-        special, sizes = special | start, CROSSING[architecture]
+        special, sizes = special | start, ENCODER_DECODERS[architecture]
     else:
         sizes = {"initializer_range": 0.4, **SIZES[architecture]}
     config = transformers.AutoConfig.for_model(architecture, vocab_size=len(vocabulary.ids), **special, **sizes)

@@ -23,7 +23,7 @@ from tiltlm.training import acceleration, trainer
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # They take tensors of both: a copy goes from one to the other.
-CROSSING = {Tensor.copy_, Tensor.__setitem__, torch._has_compatible_shallow_copy_type}
+ENCODER_DECODERS = {Tensor.copy_, Tensor.__setitem__, torch._has_compatible_shallow_copy_type}
 RealGenerator = torch.Generator
 
 
@@ -94,13 +94,13 @@ class PretendedGPU(TorchFunctionMode):
         if torch._C._current_graph_task_id() != -1:
             # Of what backward hands to Python nothing is known; it comes from tensors that have been looked at.
             return self.put(func(*args, **kwargs))
-        if any(there) and not all(there) and func not in CROSSING:
+        if any(there) and not all(there) and func not in ENCODER_DECODERS:
             self._check(func, args, tensors, there)
         generator = kwargs.get("generator")
         if generator is not None and tensors and any(there) != isinstance(generator, Generator):
             raise RuntimeError(f"{name}: expected a generator on the device of its tensors")
         found = func(*args, **kwargs)
-        return self.put(found) if any(there) and func not in CROSSING else found
+        return self.put(found) if any(there) and func not in ENCODER_DECODERS else found
 
     def _check(self, func: Callable[..., Any], args: Any, tensors: list[Tensor], there: list[bool]) -> None:
         if func is Tensor.__getitem__ and self.is_there(args[0]):

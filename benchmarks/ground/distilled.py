@@ -99,7 +99,7 @@ def guides_of(runs: Runs) -> Guides:
         twist = ValueFunction(states, cells, graph.length, chain)
         log_tilt, told = runs.log_tilt[r][fit.leaf[r]], runs.targets[r].log_tilt(world.automaton.values)
         guide = twist.guide(log_tilt, None, told)
-        promises.append(guide.log_twist[depth, world.state] + guide.log_scale)
+        promises.append(guide.log_value_table[depth, world.state] + guide.log_scale)
         laws.append(graph.tilted(world.base, promises[-1]).float())
     return Guides(torch.stack(laws), torch.stack(promises))
 

@@ -171,7 +171,7 @@ def test_its_kl_to_policies_is_the_markov_model_s(rare: World) -> None:
         table = policy.log_table()
     truth = markov(rare)
     token, state, position = policy.node.unbind(-1)
-    laws = torch.zeros(rare.graph.length, *truth.log_twist.shape[1:], rare.graph.vocabulary, dtype=torch.float64)
+    laws = torch.zeros(rare.graph.length, *truth.log_value_table.shape[1:], rare.graph.vocabulary, dtype=torch.float64)
     laws[position, token, state] = table[0].double()
     assert float(rare.kl(table)) == pytest.approx(truth.kl(laws), abs=1e-10)
 

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from enumerable import LAWS
+from enumerable import SETTINGS
 from tiltlm.lm import SamplingSettings, sampling
 
 # Less than a block of 64 tokens, one, one and a little, and several.
@@ -107,7 +107,7 @@ def test_the_ends_of_the_unit_interval_are_tokens_of_the_law(width: int, dtype: 
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SETTINGS)
 @pytest.mark.parametrize("width", [1, 65, 1000])
 def test_rows_cut_in_pieces_give_the_same_tokens(
     width: int, law: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +126,9 @@ def test_rows_cut_in_pieces_give_the_same_tokens(
         monkeypatch.setattr(sampling, "CPU_DRAW_BYTES", bound)
         generator = seeded(3)
         pieces.clear()
-        found.append((*sampling.draw(logits, LAWS[law], generator, of if weighted else None), generator.get_state()))
+        found.append(
+            (*sampling.draw(logits, SETTINGS[law], generator, of if weighted else None), generator.get_state())
+        )
         assert len(pieces) == (count if weighted else 0)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -154,18 +156,18 @@ def law_of(logits: Tensor, law: SamplingSettings) -> Tensor:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SETTINGS)
 def test_the_log_probability_is_that_of_the_law(law: str, dtype: torch.dtype, weighted: bool) -> None:
     n, width = 300, 70
     # Far enough apart, where they are not equal, not to count as equal.
     logits = (16 * random_logits(n, width)).round().div(16).to(dtype)
     weights = (16 * random_logits(n, width, seed=5)).round().div(16)
     weights = weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    arguments: dict[str, Any] = {"log_weights": lambda rows: weights[rows]} if weighted else {}
-    drawn, logprob = sampling.draw(logits, LAWS[law], seeded(4), **arguments)
+    arguments: dict[str, Any] = {"logit_bias": lambda rows: weights[rows]} if weighted else {}
+    drawn, logprob = sampling.draw(logits, SETTINGS[law], seeded(4), **arguments)
     assert logprob.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     total = logits + weights if weighted else logits
-    expected = torch.stack([law_of(row, LAWS[law]) for row in total])
+    expected = torch.stack([law_of(row, SETTINGS[law]) for row in total])
     kept = expected.gather(-1, drawn[:, None]).squeeze(-1)
     # Never a token that the settings leave out.
     assert bool((kept > 0).all())
@@ -178,13 +180,13 @@ def test_the_log_probability_is_that_of_the_law(law: str, dtype: torch.dtype, we
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_row_that_is_no_number_hurts_no_other(width: int, law: str) -> None:
     logits = random_logits(40, width, torch.float32)
-    fine, fine_logprob = sampling.draw(logits, LAWS[law], seeded(6))
+    fine, fine_logprob = sampling.draw(logits, SETTINGS[law], seeded(6))
     broken = logits.clone()
     broken[3] = math.nan
     broken[7, width // 2] = math.nan
     broken[11] = -math.inf
     broken[39, -1] = math.inf
-    drawn, logprob = sampling.draw(broken, LAWS[law], seeded(6))
+    drawn, logprob = sampling.draw(broken, SETTINGS[law], seeded(6))
     assert bool(((drawn >= 0) & (drawn < width)).all())
     bad = torch.zeros(40, dtype=torch.bool)
     bad[[3, 7, 11, 39]] = True

@@ -10,7 +10,7 @@ import torch
 import yaml
 from scipy import stats
 
-from enumerable import CROSSING, LAWS, PROMPTS, TOKENS, random_guide, tiny_model
+from enumerable import ENCODER_DECODERS, PROMPTS, SETTINGS, TOKENS, random_guide, tiny_model
 from tiltlm.app.load import load_run
 from tiltlm.app.tune import tune_config
 from tiltlm.config.run import load_config
@@ -22,7 +22,7 @@ LENGTH = 4
 LORA: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 
 
-@pytest.fixture(params=CROSSING)
+@pytest.fixture(params=ENCODER_DECODERS)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param, "several_eos")
 
@@ -44,12 +44,12 @@ def totals(samples: Samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("architecture", CROSSING)
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_probabilities_sum_to_one_for_each_of_ragged_prompts_under_each_law(architecture: str, tokens: str) -> None:
     model = tiny_model(architecture, tokens)
     assert model.is_encoder_decoder
     assert model.start_id == TOKENS[tokens].ids["b"]
-    for law in LAWS.values():
+    for law in SETTINGS.values():
         samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=3, settings=law)
         assert samples.prompts.ragged
         torch.testing.assert_close(totals(samples), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)

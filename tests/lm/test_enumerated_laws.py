@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from enumerable import FLOAT32_ONLY, LAWS, PROMPTS, SIZES, TOKENS, tiny_model
+from enumerable import FLOAT32_ONLY, PROMPTS, SETTINGS, SIZES, TOKENS, tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.lm import Samples, SamplingSettings
 
@@ -23,7 +23,7 @@ def totals(samples: Samples) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_probabilities_sum_to_one_for_each_prompt_under_each_law(architecture, tokens, prompts):
     model, length = tiny_model(architecture, tokens), 3 if prompts == "several" else 4
-    for name, law in LAWS.items():
+    for name, law in SETTINGS.items():
         samples = enumerate_completions(model, PROMPTS[prompts], max_completion_length=length, settings=law)
         sums = totals(samples)
         torch.testing.assert_close(
@@ -35,7 +35,7 @@ def test_probabilities_sum_to_one_for_each_prompt_under_each_law(architecture, t
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_probabilities_sum_to_one_for_other_kinds_of_positions_and_caches(architecture, law):
     model = tiny_model(architecture, "several_eos")
-    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, settings=LAWS[law])
+    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, settings=SETTINGS[law])
     sums = totals(samples)
     tolerance = 1e-5 if architecture in FLOAT32_ONLY else 1e-9
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)

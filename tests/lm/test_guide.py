@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_sampling import chi_squared, settings
 
-from enumerable import LAWS, PROMPTS, TOKENS, random_guide, tiny_model
+from enumerable import PROMPTS, SETTINGS, TOKENS, random_guide, tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings, next_token, sampling
 
@@ -29,18 +29,20 @@ def by_hand(model: LanguageModel, guide: Guide, ids: list[int], prompt: list[int
     total, state = 0.0, guide.start
     for t, token in enumerate(ids):
         logits = model.model(torch.tensor([prompt + ids[:t]])).logits[0, -1]
-        law = logits.softmax(-1) * torch.stack([guide.log_twist[t + 1, s] for s in guide.transitions[state]]).exp()
+        law = (
+            logits.softmax(-1) * torch.stack([guide.log_value_table[t + 1, s] for s in guide.transitions[state]]).exp()
+        )
         total += float((law[token] / law.sum()).log())
         state = int(guide.transitions[state, token])
     return total
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SETTINGS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_guided_law_of_every_prompt_sums_to_one(tokens, law):
     model = tiny_model("gpt2", tokens)
-    truth = guided(model, random_guide(model), PROMPTS["several"], LAWS[law])
-    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, settings=LAWS[law])
+    truth = guided(model, random_guide(model), PROMPTS["several"], SETTINGS[law])
+    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, settings=SETTINGS[law])
     mass = torch.zeros(4, dtype=torch.float64).index_add_(0, truth.prompt_index, truth.sequence_logprob.exp())
     assert float((mass - 1).abs().max()) < 1e-9
     assert float((truth.sequence_logprob.exp() - plain.sequence_logprob.exp()).abs().sum()) > 0.1
@@ -63,7 +65,7 @@ def test_sampled_logprobs_equal_rescored_ones(architecture, tokens):
     model = tiny_model(architecture, tokens)
     guide, changes = random_guide(model, states=5, rows=9), 0.0
     for prompts in PROMPTS.values():
-        for law in LAWS.values():
+        for law in SETTINGS.values():
             samples = model.sample(60, prompts, 1, max_completion_length=8, guide=guide, **settings(law))
             assert samples.guide is not None
             with torch.no_grad():
@@ -74,20 +76,22 @@ def test_sampled_logprobs_equal_rescored_ones(architecture, tokens):
 
 
 @pytest.mark.parametrize("prompts", ["none", "several"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SETTINGS)
 def test_frequencies_follow_the_enumerated_guided_law(law, prompts):
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
-    samples = model.sample(4000, PROMPTS[prompts], 4, max_completion_length=LENGTH, guide=guide, **settings(LAWS[law]))
-    assert chi_squared(samples, guided(model, guide, PROMPTS[prompts], LAWS[law])) > 1e-4
+    samples = model.sample(
+        4000, PROMPTS[prompts], 4, max_completion_length=LENGTH, guide=guide, **settings(SETTINGS[law])
+    )
+    assert chi_squared(samples, guided(model, guide, PROMPTS[prompts], SETTINGS[law])) > 1e-4
 
 
 def test_frequencies_reject_another_guide():
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
     samples = model.sample(4000, seed=4, max_completion_length=LENGTH, guide=guide)
-    little = replace(guide, log_twist=guide.log_twist + 0.3 * random_guide(model, seed=1).log_twist)
-    for other in (little, replace(guide, start=2), replace(guide, log_twist=guide.log_twist.roll(1, 0))):
+    little = replace(guide, log_value_table=guide.log_value_table + 0.3 * random_guide(model, seed=1).log_value_table)
+    for other in (little, replace(guide, start=2), replace(guide, log_value_table=guide.log_value_table.roll(1, 0))):
         assert chi_squared(samples, guided(model, other)) < 1e-6
 
 
@@ -111,10 +115,10 @@ def test_more_states_than_rows_give_the_same_law_as_fewer():
     guide = random_guide(model, states=7)
     for t in range(LENGTH + 3):
         few, many = torch.tensor([6, 0, 3]), torch.tensor([6, 0, 3] * 3)
-        torch.testing.assert_close(guide.log_weights(few, t).repeat(3, 1), guide.log_weights(many, t), rtol=0, atol=0)
-        after = guide.log_twist[min(t + 1, LENGTH)]
+        torch.testing.assert_close(guide.logit_bias(few, t).repeat(3, 1), guide.logit_bias(many, t), rtol=0, atol=0)
+        after = guide.log_value_table[min(t + 1, LENGTH)]
         expected = [[float(after[s]) for s in guide.transitions[row]] for row in few.tolist()]
-        assert guide.log_weights(few, t).tolist() == expected
+        assert guide.logit_bias(few, t).tolist() == expected
     one, all_rows = guided(model, guide, PROMPTS["several"]), []
     for row in range(0, len(one), 97):
         alone = one.select(torch.tensor([row]))
@@ -128,7 +132,9 @@ def test_a_constant_twist_changes_nothing(constant):
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
     # A constant at each number of tokens read, the same for states that are open and that have ended.
-    flat = replace(guide, log_twist=constant + torch.arange(LENGTH + 1.0)[:, None].expand_as(guide.log_twist))
+    flat = replace(
+        guide, log_value_table=constant + torch.arange(LENGTH + 1.0)[:, None].expand_as(guide.log_value_table)
+    )
     plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH)
     torch.testing.assert_close(guided(model, flat, PROMPTS["several"]).proposal_logprob, plain.proposal_logprob)
     one, other = (model.sample(200, PROMPTS["several"], 3, max_completion_length=LENGTH, guide=g) for g in (flat, None))
@@ -178,7 +184,7 @@ def test_another_law_is_scored_without_the_guide_or_with_one_that_is_given():
     torch.testing.assert_close(other, plain, rtol=0, atol=0)
     states = guide.states(samples.tokens)
     for law, row, t in zip(laws, samples.flat_rows.tolist(), samples.flat_columns.tolist(), strict=True):
-        weights = guide.log_weights(states[row, t][None], t)[0]
+        weights = guide.logit_bias(states[row, t][None], t)[0]
         token = samples.tokens[row, t]
         assert float(own[row, t]) == pytest.approx(float((law + weights).log_softmax(-1)[token]), abs=1e-12)
 

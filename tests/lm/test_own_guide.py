@@ -62,7 +62,7 @@ def test_gradients_and_distances_are_those_of_the_law_itself(model: LanguageMode
     with policy.unguided():
         plain = policy.read(listed)
     states = guide.states(listed.tokens)[listed.flat_rows, listed.flat_columns]
-    logits = plain.logits(slice(0, len(plain))) + guide.log_weights_at(states, listed.flat_columns)
+    logits = plain.logits(slice(0, len(plain))) + guide.logit_bias_at(states, listed.flat_columns)
     law = logits.log_softmax(-1)
     chosen = law.gather(-1, listed.flat_tokens[:, None]).squeeze(-1)
     wanted = torch.autograd.grad((weights[listed.flat_rows] * chosen).sum(), parameters)

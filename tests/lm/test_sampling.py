@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from enumerable import FLOAT32_ONLY, LAWS, POSITIONS, PROMPTS, SIZES, TOKENS, tiny_model
+from enumerable import FLOAT32_ONLY, POSITIONS, PROMPTS, SETTINGS, SIZES, TOKENS, tiny_model
 from tiltlm.errors import NumericalError, UsageError
 from tiltlm.exact import enumerate_completions
 from tiltlm.lm import Samples, SamplingSettings, sampling
@@ -44,7 +44,7 @@ def chi_squared(samples: Samples, truth: Samples, fewest: float = 5.0) -> float:
 def test_sampled_logprobs_equal_rescored_ones_in_float64(architecture, tokens):
     model = tiny_model(architecture, tokens)
     for prompts in PROMPTS.values():
-        for law in LAWS.values():
+        for law in SETTINGS.values():
             samples = model.sample(60, prompts, seed=1, max_completion_length=5, **settings(law))
             with torch.no_grad():
                 rescored = model.logprob(samples)
@@ -55,7 +55,7 @@ def test_sampled_logprobs_equal_rescored_ones_in_float64(architecture, tokens):
 @pytest.mark.parametrize("architecture", SIZES)
 def test_sampled_logprobs_equal_rescored_ones_in_float32(architecture, law):
     model = tiny_model(architecture, "several_eos", torch.float32)
-    samples = model.sample(300, PROMPTS["several"], seed=2, max_completion_length=12, **settings(LAWS[law]))
+    samples = model.sample(300, PROMPTS["several"], seed=2, max_completion_length=12, **settings(SETTINGS[law]))
     assert samples.proposal_logprob.dtype == torch.float32
     with torch.no_grad():
         rescored = model.logprob(samples)
@@ -72,12 +72,12 @@ def test_sampled_logprobs_equal_rescored_ones_for_every_kind_of_cache(architectu
 
 
 @pytest.mark.parametrize("prompts", ["none", "several"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", SETTINGS)
 @pytest.mark.parametrize(("architecture", "tokens"), [("gpt2", "several_eos"), ("llama", "pad_is_eos")])
 def test_frequencies_follow_the_enumerated_law(architecture, tokens, law, prompts):
     model = tiny_model(architecture, tokens)
-    samples = model.sample(4000, PROMPTS[prompts], seed=4, max_completion_length=4, **settings(LAWS[law]))
-    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, settings=LAWS[law])
+    samples = model.sample(4000, PROMPTS[prompts], seed=4, max_completion_length=4, **settings(SETTINGS[law]))
+    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, settings=SETTINGS[law])
     assert chi_squared(samples, truth) > 1e-4
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from enumerable import LAWS, PROMPTS, tiny_model
+from enumerable import PROMPTS, SETTINGS, tiny_model
 from tiltlm.errors import UsageError
 from tiltlm.lm import LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.memory import Memory, even_pieces
@@ -36,7 +36,12 @@ def model(request) -> LanguageModel:
 @pytest.mark.parametrize("law", ["plain", "all_three"])
 def test_logprob_and_its_gradient_equal_the_naive_computation(model, law):
     samples = model.sample(
-        12, PROMPTS["several"], 0, max_completion_length=6, top_p=LAWS[law].top_p, temperature=LAWS[law].temperature
+        12,
+        PROMPTS["several"],
+        0,
+        max_completion_length=6,
+        top_p=SETTINGS[law].top_p,
+        temperature=SETTINGS[law].temperature,
     )
     weights = torch.randn(samples.tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, naive = model.logprob(samples), naive_logprob(model, samples)

@@ -52,7 +52,7 @@ def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: A
         tokens = torch.tensor([prompt + ids])
         pi, a = (model.model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (policy, base))
         states = guide.states(samples.tokens[i : i + 1])[0]
-        weights = torch.stack([guide.log_weights(states[t][None], t)[0] for t in range(len(ids))])
+        weights = torch.stack([guide.logit_bias(states[t][None], t)[0] for t in range(len(ids))])
         g = (a + weights).log_softmax(-1).detach()
         at = torch.arange(len(ids)), torch.tensor(ids)
         pulls = g.exp() - pi.exp(), torch.eye(pi.shape[-1], dtype=pi.dtype)[ids] - pi.exp()

@@ -65,9 +65,9 @@ def test_the_law_is_that_of_the_table(model: LanguageModel, transitions: Transit
     # More rows than states, and fewer.
     for rows in (3, 40):
         states = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(rows))
-        assert torch.equal(one.log_weights(states, 1), other.log_weights(states, 1))
+        assert torch.equal(one.logit_bias(states, 1), other.logit_bias(states, 1))
         columns = torch.randint(LENGTH, (rows,), generator=torch.Generator().manual_seed(rows))
-        assert torch.equal(one.log_weights_at(states, columns), other.log_weights_at(states, columns))
+        assert torch.equal(one.logit_bias_at(states, columns), other.logit_bias_at(states, columns))
 
 
 def test_a_file_holds_a_row_for_each_place(transitions: Transitions, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_file_holds_a_row_for_each_place(transitions: Transitions, tmp_path: P
         guide.save(tmp_path / name)
         again = Guide.load(tmp_path / name)
         assert torch.equal(again.transitions[:], guide.transitions[:])
-        assert torch.equal(again.log_twist, guide.log_twist)
+        assert torch.equal(again.log_value_table, guide.log_value_table)
         assert again.start == 5
         assert type(again.transitions) is type(guide.transitions)
     wide = replace(

@@ -228,8 +228,8 @@ def test_where_the_guide_is_the_policy_it_is_gdc_plus_plus(world: World) -> None
         trainer = build_trainer(world, method=name, rule="kl", check_steps=99, batch_size=30)
         if trainer.guidance:
             guide = trainer.guidance.guide
-            flat_twist = torch.zeros_like(guide.log_twist)
-            trainer.guidance.guide = replace(guide, log_twist=flat_twist, log_scale=world.truth.log_z)
+            flat_table = torch.zeros_like(guide.log_value_table)
+            trainer.guidance.guide = replace(guide, log_value_table=flat_table, log_scale=world.truth.log_z)
         trainer.accumulate(trainer.draw(), world.truth.log_z)
         found[name] = gradient(trainer)
     assert found["gdc++"].norm() > 0.1

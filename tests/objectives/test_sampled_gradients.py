@@ -74,7 +74,7 @@ def advanced(world: World, rule: str) -> Trainer:
     if rule == "guided":
         # Its own guide hardly ever draws what the filter rejects, and what is left of E[π/q] is then never seen.
         guide = trainer.guidance.guide
-        trainer.guidance.guide = replace(guide, log_twist=guide.log_twist.clamp_min(-2.0))
+        trainer.guidance.guide = replace(guide, log_value_table=guide.log_value_table.clamp_min(-2.0))
     for _ in range(3):
         trainer.train_step()
     return trainer

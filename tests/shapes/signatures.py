@@ -106,20 +106,20 @@ def advance(guide: Guide, states: Int[Tensor, "N"], tokens: Int[Tensor, "N"]) ->
 
 
 @shaped
-def log_weights(
-    states: Int[Tensor, "N"], t: int, transitions: Int[Tensor, "S V"], log_twist: Float[Tensor, "read 2*S"]
+def logit_bias(
+    states: Int[Tensor, "N"], t: int, transitions: Int[Tensor, "S V"], log_value_table: Float[Tensor, "read 2*S"]
 ) -> Float[Tensor, "N V"]:
-    return Guide(transitions, log_twist).log_weights(states, t)
+    return Guide(transitions, log_value_table).logit_bias(states, t)
 
 
 @shaped
-def log_weights_at(
+def logit_bias_at(
     states: Int[Tensor, "P"],
     columns: Int[Tensor, "P"],
     transitions: Int[Tensor, "S V"],
-    log_twist: Float[Tensor, "read 2*S"],
+    log_value_table: Float[Tensor, "read 2*S"],
 ) -> Float[Tensor, "P V"]:
-    return Guide(transitions, log_twist).log_weights_at(states, columns)
+    return Guide(transitions, log_value_table).logit_bias_at(states, columns)
 
 
 @shaped

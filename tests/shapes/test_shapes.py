@@ -57,9 +57,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "fit_moments": lambda: shaped.fit_moments(logs(101, K), logs(101), [-1.5, -1.4, -1.6]),
     "begin": lambda: shaped.begin(Guide(*guide()), N),
     "advance": lambda: shaped.advance(Guide(*guide()), whole(2 * S, N), whole(V, N)),
-    "log_weights, fewer rows than states": lambda: shaped.log_weights(whole(2 * S, 2), 1, *guide()),
-    "log_weights, more rows than states": lambda: shaped.log_weights(whole(2 * S, N), T, *guide()),
-    "log_weights_at": lambda: shaped.log_weights_at(whole(2 * S, N), whole(T, N), *guide()),
+    "logit_bias, fewer rows than states": lambda: shaped.logit_bias(whole(2 * S, 2), 1, *guide()),
+    "logit_bias, more rows than states": lambda: shaped.logit_bias(whole(2 * S, N), T, *guide()),
+    "logit_bias_at": lambda: shaped.logit_bias_at(whole(2 * S, N), whole(T, N), *guide()),
     "draw": lambda: shaped.draw(logs(N, V), SamplingSettings(), 0),
 }
 
@@ -73,7 +73,7 @@ def test_shapes_are_those_that_the_signature_states(case: str) -> None:
     "mistake",
     [
         lambda: shaped.prefix_weights(logs(N, T), logs(T, N)),
-        lambda: shaped.log_weights_at(whole(2 * S, N), whole(T, N + 1), *guide()),
+        lambda: shaped.logit_bias_at(whole(2 * S, N), whole(T, N + 1), *guide()),
         lambda: shaped.log_score(target(), logs(N), torch.ones(K, N)),
         lambda: shaped.log_importance_weights(logs(N, 1), logs(N)),
     ],

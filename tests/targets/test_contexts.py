@@ -107,7 +107,7 @@ def test_a_promise_is_near_the_exact_one_of_the_last_token(
     states: PrefixStates, model: MarkovModel, tokens: Tensor
 ) -> None:
     target = markov_target(model, phrase(WANTED, VOCABULARY), [Term(contains("x"), "filter", 1.0)])
-    exact, cells = target.log_twist, split(states, model, tokens)
+    exact, cells = target.log_value_table, split(states, model, tokens)
     last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=0)
     at = torch.arange(LENGTH)
 

@@ -130,7 +130,7 @@ def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
     twist = ValueFunction.of(base(), target, replace(sample, features=one))
     assert len(twist.states.transitions) == 1
     assert twist.learned is None
-    assert bool(torch.isfinite(twist.guide(target.log_tilt(one)).log_twist).all())
+    assert bool(torch.isfinite(twist.guide(target.log_tilt(one)).log_value_table).all())
 
 
 @pytest.mark.parametrize("name", ["reward", "mixed"])
@@ -148,7 +148,7 @@ def test_the_same_samples_teach_the_same_states() -> None:
     target, sample = TARGETS["reward"], drawn("reward")
     again = ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
     assert torch.equal(again.transitions[:], guide("reward").transitions[:])
-    assert torch.equal(again.log_twist, guide("reward").log_twist)
+    assert torch.equal(again.log_value_table, guide("reward").log_value_table)
     assert 2 < len(again.transitions) <= LEVELS + 2
 
 
@@ -161,7 +161,7 @@ def test_what_the_automata_tell_is_not_learned_again() -> None:
 def test_a_tilt_that_leans_further_makes_the_levels_tell_more() -> None:
     sample, values = drawn("reward"), drawn("reward").features[:, 0]
     twist = ValueFunction.of(base(), TARGETS["reward"], sample)
-    spread = [float(twist.guide(strength * values).log_twist[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
+    spread = [float(twist.guide(strength * values).log_value_table[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
     assert spread[0] < 0.1 * spread[2]
     assert spread == sorted(spread)
 

@@ -97,7 +97,7 @@ def test_with_many_samples_the_twist_is_the_exact_promise(name: str) -> None:
     z = math.exp(truth(name).log_z)
     error = total = 0.0
     for (t, state), value in exact.items():
-        found = float(own.log_twist[t, state].exp())
+        found = float(own.log_value_table[t, state].exp())
         error += visits[t, state] * abs(found - value / z)
         total += visits[t, state] * value / z
         # No text goes on from a final state, so that it knows its value and not an average.
@@ -142,8 +142,8 @@ def test_whatever_the_samples_the_guide_reaches_all_of_the_target() -> None:
     """A state that no sample of the target passed may still lead there."""
     few = drawn("several", 30, seed=1)
     own = guide("several", few)
-    assert bool(torch.isfinite(own.log_twist).all())
-    assert float(own.log_twist.min()) >= math.log(FLOOR) - 1e-12
+    assert bool(torch.isfinite(own.log_value_table).all())
+    assert float(own.log_value_table.min()) >= math.log(FLOOR) - 1e-12
     assert math.isfinite(exact_kl(truth("several").logprob, guided("several", own)))
 
 
@@ -181,24 +181,24 @@ def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> No
         near = [NEIGHBOUR ** abs(t - u) for u in range(3)]
         above, below = (sum(x * w for x, w in zip(xs, near, strict=True)) for xs in (sums, counts))
         expected = (above + PRIOR_SAMPLES * anywhere) / (below + PRIOR_SAMPLES)
-        assert float(own.log_twist[t, 0].exp()) == pytest.approx(expected)
-    assert float(own.log_twist[3, 0].exp()) == pytest.approx(1.0)
-    assert own.log_twist[:, 1].exp().tolist() == pytest.approx([1.0] * 4)
+        assert float(own.log_value_table[t, 0].exp()) == pytest.approx(expected)
+    assert float(own.log_value_table[3, 0].exp()) == pytest.approx(1.0)
+    assert own.log_value_table[:, 1].exp().tolist() == pytest.approx([1.0] * 4)
 
 
 def test_a_constant_in_the_tilt_is_no_matter_and_the_same_samples_give_the_same_guide() -> None:
     tilt = TARGETS["several"].log_tilt(drawn("several").features)
     one, again, more = (twist("several").guide(t) for t in (tilt, tilt, tilt + 123.0))
     other = guide("several")
-    assert torch.equal(one.log_twist, again.log_twist)
-    assert torch.equal(one.log_twist, other.log_twist)
+    assert torch.equal(one.log_value_table, again.log_value_table)
+    assert torch.equal(one.log_value_table, other.log_value_table)
     assert torch.equal(one.transitions[:], other.transitions[:])
-    torch.testing.assert_close(one.log_twist, more.log_twist, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.log_value_table, more.log_value_table, rtol=0, atol=1e-9)
 
 
 def test_no_tilt_is_no_guide() -> None:
     own = twist("several").guide(torch.zeros(MANY, dtype=torch.float64))
-    torch.testing.assert_close(own.log_twist, torch.zeros_like(own.log_twist), rtol=0, atol=1e-9)
+    torch.testing.assert_close(own.log_value_table, torch.zeros_like(own.log_value_table), rtol=0, atol=1e-9)
     torch.testing.assert_close(guided("several", own), truth("several").base_logprob, rtol=0, atol=1e-9)
 
 
@@ -208,8 +208,8 @@ def test_samples_that_all_end_early_leave_the_full_length_open() -> None:
     short = sample.samples.lengths <= 3
     few = BaseSample(sample.samples.select(short).trimmed(), sample.features[short], LENGTH)
     own = guide("filter", few)
-    assert own.log_twist.shape[0] == LENGTH + 1
-    assert bool(torch.isfinite(own.log_twist).all())
+    assert own.log_value_table.shape[0] == LENGTH + 1
+    assert bool(torch.isfinite(own.log_value_table).all())
     assert float(guided("filter", own).exp()[truth("filter").features[:, 0] > 0].sum()) > 0.9
 
 
@@ -232,6 +232,6 @@ def test_an_automaton_that_leaves_out_a_rule_is_believed_as_far_as_samples_bear_
     weights = torch.tensor([1.0] * 10 + [0.0] * 90 + [1.0] * 100, dtype=torch.float64)
     told = torch.tensor([-math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
     guide = ValueFunction(states, visited, 1).guide(weights.log(), None, told)
-    worth = (guide.log_twist[-1, 4:] + guide.log_scale).exp()
+    worth = (guide.log_value_table[-1, 4:] + guide.log_scale).exp()
     torch.testing.assert_close(worth[:2], torch.tensor([0.1, 0.1], dtype=torch.float64), atol=0.01, rtol=0)
     torch.testing.assert_close(worth[2:], torch.tensor([1.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)

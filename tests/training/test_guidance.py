@@ -139,9 +139,9 @@ def test_it_leans_no_further_than_a_bound(world: World, far: float) -> None:
     assert own.offsets.tolist() == [MOST_OFFSET if far > 0 else -MOST_OFFSET]
     at_the_bound = own.guide
     own.set_offsets(torch.tensor([2 * far], dtype=torch.float64))
-    assert torch.equal(own.guide.log_twist, at_the_bound.log_twist)
+    assert torch.equal(own.guide.log_value_table, at_the_bound.log_value_table)
     own.set_offsets(torch.zeros(1, dtype=torch.float64))
-    assert not torch.equal(own.guide.log_twist, at_the_bound.log_twist)
+    assert not torch.equal(own.guide.log_value_table, at_the_bound.log_value_table)
 
 
 def test_without_feedback_nothing_leans_and_the_target_stays_whatever_leans(world: World) -> None:
@@ -151,7 +151,7 @@ def test_without_feedback_nothing_leans_and_the_target_stays_whatever_leans(worl
         for _ in range(2):
             trainer.train_step()
         assert (float(guidance(trainer).offsets) != 0) == (feedback > 0)
-        assert torch.equal(first.log_twist, guidance(trainer).guide.log_twist) == (feedback == 0)
+        assert torch.equal(first.log_value_table, guidance(trainer).guide.log_value_table) == (feedback == 0)
         assert trainer.target is target is world.target
 
 
@@ -187,7 +187,7 @@ def test_a_kept_guide_leans_until_the_policy_has_its_moment(world: World) -> Non
     for _ in range(12):
         trainer.train_step()
         assert trainer.roles.policy.guide is not None
-        assert torch.equal(trainer.roles.policy.guide.log_twist, own.guide.log_twist)
+        assert torch.equal(trainer.roles.policy.guide.log_value_table, own.guide.log_value_table)
     assert abs(policy_mean(world, trainer) - goal) < 0.2 * abs(before - goal)
 
 
@@ -238,11 +238,11 @@ def test_a_resumed_guided_run_is_the_uninterrupted_one(world: World, tmp_path: P
     assert lines.lines == whole_lines.lines
     assert_same(state(trainer), state(whole))
     assert torch.equal(guidance(trainer).offsets, guidance(whole).offsets)
-    assert torch.equal(guidance(trainer).guide.log_twist, guidance(whole).guide.log_twist)
+    assert torch.equal(guidance(trainer).guide.log_value_table, guidance(whole).guide.log_value_table)
     for one in (trainer, whole):
         kept = one.roles.policy.guide
         assert (kept is not None) == ("kept" in name)
-        assert kept is None or torch.equal(kept.log_twist, guidance(one).guide.log_twist)
+        assert kept is None or torch.equal(kept.log_value_table, guidance(one).guide.log_value_table)
     assert (float(guidance(whole).offsets) != 0) == ("feedback" in name or "policy" in name)
 
 
@@ -256,7 +256,7 @@ def test_training_brings_the_policy_to_the_target(world: World) -> None:
 def test_a_wrong_guide_still_brings_it_there(world: World) -> None:
     trainer = build_trainer(world, method="guided", rule="kl", check_steps=4, batch_size=400, max_steps=25)
     guide = random_guide(world.base)
-    guidance(trainer).guide = replace(guide, log_twist=0.3 * guide.log_twist)
+    guidance(trainer).guide = replace(guide, log_value_table=0.3 * guide.log_value_table)
     trainer.train()
     assert world.kl(trainer.roles.policy) < 0.4
 

@@ -157,7 +157,7 @@ def test_what_pulls_on_every_row_reads_every_row(
     trainer = build_trainer(world, policy=near(world.base), method=method, rule=rule, batch_size=N)
     if trainer.guidance:  # a good guide draws no impossible row
         guide = trainer.guidance.guide
-        trainer.guidance.guide = replace(guide, log_twist=0.0 * guide.log_twist)
+        trainer.guidance.guide = replace(guide, log_value_table=0.0 * guide.log_value_table)
     passes = PassCounter(monkeypatch)
     batch = trainer.draw()
     assert bool((batch.features[:, 0] == 0).any())

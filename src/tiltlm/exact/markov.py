@@ -125,7 +125,7 @@ class MarkovTarget:
     log_tilt: Tensor
 
     @cached_property
-    def log_twist(self) -> Tensor:
+    def log_value_table(self) -> Tensor:
         """log ψ_t(c, s) = log E_a[P/a | context c, state s after t tokens] [T + 1, C, S]."""
         contexts = len(self.model.logprob)
         twists = [self.log_tilt.double().expand(contexts, -1)]
@@ -136,12 +136,12 @@ class MarkovTarget:
     @property
     def log_z(self) -> float:
         """log Z = log ψ of the empty prefix."""
-        return float(self.log_twist[0, self.model.start, self.automaton.start])
+        return float(self.log_value_table[0, self.model.start, self.automaton.start])
 
     def next_token(self, t: int) -> Tensor:
         """log p(v|c, s) [C, S, V] after ``t`` tokens; the base's own law where the target has no probability left."""
-        promise = self.log_twist[t][..., None]
-        law = self.model.logprob[:, None] + self._after(self.log_twist[t + 1]) - promise
+        promise = self.log_value_table[t][..., None]
+        law = self.model.logprob[:, None] + self._after(self.log_value_table[t + 1]) - promise
         return torch.where(promise > -math.inf, law, self.model.logprob[:, None])
 
     @cached_property
@@ -194,6 +194,6 @@ class MarkovTarget:
             total += float((here * torch.where(here > 0, divergence, 0.0)).sum())
         return total
 
-    def _after(self, log_twist: Tensor) -> Tensor:
+    def _after(self, log_value_table: Tensor) -> Tensor:
         """log ψ(c, s) [C, S] as it stands after each next token [C, S, V]."""
-        return log_twist[self.model.following[:, None], self.automaton.transitions[None]]
+        return log_value_table[self.model.following[:, None], self.automaton.transitions[None]]

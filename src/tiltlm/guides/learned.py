@@ -112,13 +112,13 @@ class LearnedStates:
         scale = Scale.of(tilt)
         logit = scale.logit(along[:, : self.sums.shape[1]].exp())
         shift, slope = Prefixes(torch.empty(0), logit, self.share, scale.place(tilt)).lines(self.sums)
-        rows, final = torch.full((len(guide.log_twist),), len(shift) - 1), len(shift) - 1
+        rows, final = torch.full((len(guide.log_value_table),), len(shift) - 1), len(shift) - 1
         rows[:final] = torch.arange(final)
-        promise = scale.logit(guide.log_twist.exp())
+        promise = scale.logit(guide.log_value_table.exp())
         still_open = promise[:, self.of] + shift[rows, None] + slope[rows, None] * self.nats
         ended = promise[:, self.of + len(guide.transitions)] + shift[final] + slope[final] * self.nats
         value = scale.value(torch.cat([still_open, ended], 1).sigmoid())
-        return self.states.guide(value.clamp_min(float(guide.log_twist.exp().min())).log())
+        return self.states.guide(value.clamp_min(float(guide.log_value_table.exp().min())).log())
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ def learned_states(
         return None
     scale = Scale.of(tilt)
     # A table knows its own samples too well to say what is left to learn of them.
-    log_twist = torch.zeros(tokens.shape, dtype=torch.float64)
+    log_values = torch.zeros(tokens.shape, dtype=torch.float64)
     for half, other in zip(halves, reversed(halves), strict=True):
         guide = replace(twist, visited=twist.visited[other]).guide(log_weights[other], log_ratio[other])
-        log_twist[half] = replace(twist, visited=twist.visited[half]).along(guide)[:, : tokens.shape[1]]
+        log_values[half] = replace(twist, visited=twist.visited[half]).along(guide)[:, : tokens.shape[1]]
     share = ratio[:, None] * mask / mask.sum(1, keepdim=True).clamp_min(1)
-    prefixes = Prefixes(tokens, scale.logit(log_twist.exp()), share, scale.place(tilt))
+    prefixes = Prefixes(tokens, scale.logit(log_values.exp()), share, scale.place(tilt))
     found = _fit_as_far_as_it_holds(prefixes, halves, twist.states.transitions.shape[1])
     if found is None:
         return None

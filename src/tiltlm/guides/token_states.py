@@ -49,10 +49,10 @@ class PrefixStates:
         assert self.values is not None
         return (self.values > 0).all(1).double()
 
-    def guide(self, log_twist: Tensor) -> Guide:
+    def guide(self, log_value_table: Tensor) -> Guide:
         """A guide over these states, from log ψ [T + 1, 2S]."""
         table = self.transitions
-        return Guide(table[:] if table.counts.shape[1] == 1 else table, log_twist, self.start)
+        return Guide(table[:] if table.counts.shape[1] == 1 else table, log_value_table, self.start)
 
 
 def prefix_automaton(features: Sequence[Feature]) -> Automaton:

@@ -55,7 +55,7 @@ class ValueFunction:
         if any(feature.automaton() is not None for feature in target.features):
             last_tokens = LastTokens.empty(tokens[mask], model.vocab_size, model.device)
             twist = _with_chain(model, prefix_states(model, target.features, samples), base_sample, last_tokens)
-            promise = twist.toward(target, base_sample).log_twist[:, : len(twist.states.transitions)].exp()
+            promise = twist.toward(target, base_sample).log_value_table[:, : len(twist.states.transitions)].exp()
             finer = with_contexts(twist.states, last_tokens, promise, tokens, twist.states_before(mask))
             if finer is not twist.states:
                 twist = replace(_with_chain(model, finer, base_sample), forward_passes=2)
@@ -110,7 +110,7 @@ class ValueFunction:
 
     def along(self, guide: Guide) -> Tensor:
         """log ψ of the guide's states after each token of the samples [N, T], 0 where a row had ended before."""
-        cells = guide.log_twist.reshape(-1)
+        cells = guide.log_value_table.reshape(-1)
         return torch.cat([cells, cells.new_zeros(1)])[self.visited[:, 1:]]
 
     def _final(self, counts: Tensor, sums: Tensor, mean: Tensor, told: Tensor | None) -> Tensor:

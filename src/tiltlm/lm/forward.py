@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tiltlm.lm.guide import Lift
+from tiltlm.lm.guide import LogitBias
 
 # A strip of logits stays in a CPU's cache. A piece has as many bytes, but at least so many rows that a matrix product
 # over it is fast.
@@ -26,23 +26,25 @@ FEWEST_ROWS = 128
 class ForwardPass:
     """One forward pass over P positions: ``hidden`` [P, H], and ``weight`` [V, H], ``bias`` [V] of the output layer.
 
-    Without a weight ``hidden`` holds the logits [P, V] themselves. ``compute`` is the dtype of the product. ``lift`` is
-    the logit bias of the model's own guide.
+    Without a weight ``hidden`` holds the logits [P, V] themselves. ``compute`` is the dtype of the product.
+    ``logit_bias`` is that of the model's own guide.
     """
 
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None
     compute: torch.dtype
-    lift: Lift | None = None
+    logit_bias: LogitBias | None = None
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, lift: Lift | None = None) -> ForwardPass:
+    def of(
+        cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, logit_bias: LogitBias | None = None
+    ) -> ForwardPass:
         """With the dtype in which the output layer computes, under autocast or not."""
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            return cls(hidden, weight, bias, torch.get_autocast_dtype(device), lift)
-        return cls(hidden, weight, bias, (hidden if weight is None else weight).dtype, lift)
+            return cls(hidden, weight, bias, torch.get_autocast_dtype(device), logit_bias)
+        return cls(hidden, weight, bias, (hidden if weight is None else weight).dtype, logit_bias)
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -77,13 +79,13 @@ class ForwardPass:
         if self.weight is not None:
             found = linear(found, self.weight, self.bias)
         found = found if found.dtype == torch.float64 else found.float()
-        return found if self.lift is None else found + self.lift.at(piece).to(found)
+        return found if self.logit_bias is None else found + self.logit_bias.at(piece).to(found)
 
     def cast(self) -> ForwardPass:
         """The same, with everything in the dtype of the product."""
         weight = self.weight.to(self.compute) if self.weight is not None else None
         bias = self.bias.to(self.compute) if self.bias is not None else None
-        return ForwardPass(self.hidden.to(self.compute), weight, bias, self.compute, self.lift)
+        return ForwardPass(self.hidden.to(self.compute), weight, bias, self.compute, self.logit_bias)
 
 
 def split(whole: slice, size: int) -> Iterator[slice]:

@@ -43,7 +43,7 @@ class StripLogits:
     def at(self, piece: slice, strip: slice, scratch: Scratch) -> Tensor:
         """Logits [s, V] of a strip, in float32 or better; the caller may overwrite them."""
         found = self._plain(piece, strip, scratch)
-        return found if self.forward.lift is None else found.add_(self.forward.lift.at(strip).to(found))
+        return found if self.forward.logit_bias is None else found.add_(self.forward.logit_bias.at(strip).to(found))
 
     def _plain(self, piece: slice, strip: slice, scratch: Scratch) -> Tensor:
         if self.forward.weight is None:

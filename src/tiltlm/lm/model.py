@@ -28,7 +28,7 @@ from tiltlm.lm.prompts import Messages, Prompts, encode_prompts
 from tiltlm.lm.samples import Samples, SamplingSettings
 from tiltlm.lm.sampling import sample_batch
 from tiltlm.lm.scoring_pass import causal_pass, decoder_pass
-from tiltlm.lm.token_scores import token_logprobs
+from tiltlm.lm.token_scores import logit_bias, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -257,10 +257,8 @@ class LanguageModel:
             else:
                 read = causal_pass(self.model, self._inner, layer, samples)
             last = read[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
-            own = self.guide
-            lift = own.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if own is not None else None
             weight, bias = (layer.weight, layer.bias) if layer is not None else (None, None)
-            return ForwardPass.of(last, weight, bias, lift)
+            return ForwardPass.of(last, weight, bias, logit_bias(samples, self.guide))
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:

@@ -26,4 +26,4 @@ class GuideProcessor:
         states = guide.begin(len(written))
         for column in written.unbind(-1):
             states = guide.advance(states, column)
-        return scores + guide.log_weights(states, written.shape[1])
+        return scores + guide.logit_bias(states, written.shape[1])

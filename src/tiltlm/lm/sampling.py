@@ -34,11 +34,11 @@ def draw(
     logits: Tensor,
     settings: SamplingSettings,
     generator: torch.Generator,
-    log_weights: Callable[[slice], Tensor] | None = None,
+    logit_bias: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token [N] per row of logits [N, V] under ``settings``, and its log-probability [N], in float32 or better.
 
-    ``log_weights`` of a slice of rows are added to their logits first. The cumulative distribution is inverted, much
+    ``logit_bias`` of a slice of rows are added to their logits first. The cumulative distribution is inverted, much
     cheaper than ``torch.multinomial`` on a CPU; a token of probability zero is never drawn.
     """
     n, width = logits.shape
@@ -48,7 +48,7 @@ def draw(
     tokens, masses = [], []
     for start in range(0, n, rows):
         piece = slice(start, start + rows)
-        weighted = logits[piece] if log_weights is None else logits[piece] + log_weights(piece)
+        weighted = logits[piece] if logit_bias is None else logits[piece] + logit_bias(piece)
         probabilities = settings.probabilities(weighted)
         drawn = invert(probabilities, uniform[piece])
         tokens.append(drawn.squeeze(-1))
@@ -78,7 +78,7 @@ def _below(value: Tensor, total: Tensor) -> Tensor:
 
 
 def _weights(guide: Guide, states: Tensor, t: int, rows: slice) -> Tensor:
-    return guide.log_weights(states[rows], t)
+    return guide.logit_bias(states[rows], t)
 
 
 @torch.no_grad()

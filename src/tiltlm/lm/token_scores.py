@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tiltlm.lm.forward import ForwardPass
-from tiltlm.lm.guide import Guide, Lift
+from tiltlm.lm.guide import Guide, LogitBias
 from tiltlm.lm.logit_strips import GatheredRows, LogitGradients, Scratch, StripLogits
 from tiltlm.lm.precision import original_of
 from tiltlm.lm.samples import Samples, SamplingSettings
@@ -55,12 +55,12 @@ def token_logprobs(
     """log q of the sampled tokens [N, T] under ``settings`` and ``guide``, 0 where masked, with gradient."""
     if settings == SamplingSettings() and guide is None:
         return next_token(samples, forward).policy
-    tokens, lift, forward = samples.flat_tokens, logit_bias(samples, guide), forward.cast()
+    tokens, bias, forward = samples.flat_tokens, logit_bias(samples, guide), forward.cast()
 
     def piece_logprobs(piece: slice) -> Tensor:
         logits = forward.logits(piece)
-        if lift is not None:
-            logits = logits + lift.at(piece).to(logits)
+        if bias is not None:
+            logits = logits + bias.at(piece).to(logits)
         return settings.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
 
     found = [checkpoint(piece_logprobs, piece, use_reentrant=False) for piece in forward.pieces()]
@@ -73,8 +73,8 @@ def _spread(values: Tensor, samples: Samples) -> Tensor:
     return table.index_put((samples.flat_rows, samples.flat_columns), values)
 
 
-def logit_bias(samples: Samples, guide: Guide | None) -> Lift | None:
-    return guide.lift(samples.tokens, samples.flat_rows, samples.flat_columns) if guide is not None else None
+def logit_bias(samples: Samples, guide: Guide | None) -> LogitBias | None:
+    return guide.bias_of(samples.tokens, samples.flat_rows, samples.flat_columns) if guide is not None else None
 
 
 class Job:
@@ -85,11 +85,11 @@ class Job:
     ) -> None:
         self.tokens, self.guide = samples.flat_tokens, logit_bias(samples, guide)
         self.base, self.gradient = base.cast() if base else None, gradient
-        self.compute, self.lift = policy.compute, policy.lift
+        self.compute, self.logit_bias = policy.compute, policy.logit_bias
 
     def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> ForwardPass:
         """The policy's forward pass, from the tensors that autograd tracks."""
-        return ForwardPass(hidden, weight, bias, self.compute, self.lift)
+        return ForwardPass(hidden, weight, bias, self.compute, self.logit_bias)
 
     def guide_logprobs(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
         """log g [p, V]; overwrites ``base_logits``."""

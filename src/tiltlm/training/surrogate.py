@@ -69,7 +69,7 @@ def guide_record(
     """The guide's part of a record; with several prompts its values are already divided by each prompt's Z."""
     if guide is None or scored.guide is None or scored.expected is None:
         return None
-    log_values = guide.promises(samples.tokens, samples.mask).double()
+    log_values = guide.log_values(samples.tokens, samples.mask).double()
     log_expected = scored.expected.double() + guide.log_scale
     if not isinstance(log_z, Tensor):
         log_values, log_expected = log_values - log_z, log_expected - log_z
