@@ -32,13 +32,13 @@ from tiltlm.lm import LanguageModel, Roles, Samples, SamplingSettings
 from tiltlm.sampling import (
     SAMPLERS,
     Draws,
-    Guided,
+    GuidedBase,
     Metropolis,
-    Proposal,
     QuasiRejection,
     Rejection,
     Resampling,
     Sampler,
+    TargetProposal,
     TargetSampler,
     TargetSamples,
     build_proposal,
@@ -84,7 +84,7 @@ def truth(target: TiltedTarget = TARGET, prompt: str | None = None) -> ExactTarg
     return exact_target(base(), target, listed(prompt))
 
 
-def proposal(source: str | None = "base", target: TiltedTarget = TARGET, **settings: Any) -> Proposal:
+def proposal(source: str | None = "base", target: TiltedTarget = TARGET, **settings: Any) -> TargetProposal:
     prompts = base().encode_prompts(settings.pop("prompts", None))
     roles = settings.pop("roles", None) or Roles(policy(), base=base())
     given: dict[str, Any] = {"policy": True, "base_sample": base_sample(), "prompts": prompts, **settings}
@@ -251,7 +251,7 @@ def foretold(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estima
         (Metropolis(burn_in=5), "policy"),
         (Metropolis(burn_in=0), "base"),
         (Resampling(oversample=4, least=1), "base"),
-        (Guided(), "guided"),
+        (GuidedBase(), "guided"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
@@ -322,7 +322,7 @@ def test_a_seed_fixes_the_texts_and_is_none_that_fitted_the_target() -> None:
     assert drawn(40, "mcmc", "base", seed=None).samples.texts != drawn(40, "mcmc", "base", seed=None).samples.texts
 
 
-class Counting(Proposal):
+class Counting(TargetProposal):
     """A proposal that remembers how much it was asked for."""
 
     asked: list[int]
@@ -339,10 +339,10 @@ def counting(source: str, target: TiltedTarget = TARGET) -> Counting:
     return made
 
 
-@pytest.mark.parametrize("sampler", [Rejection(), QuasiRejection(), Metropolis(), Resampling(), Guided()])
+@pytest.mark.parametrize("sampler", [Rejection(), QuasiRejection(), Metropolis(), Resampling(), GuidedBase()])
 def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
     rejects = type(sampler) is Rejection
-    source = counting("guided" if isinstance(sampler, Guided) else "base", BINARY if rejects else TARGET)
+    source = counting("guided" if isinstance(sampler, GuidedBase) else "base", BINARY if rejects else TARGET)
     work = TargetSampler(source, sampler, 900, seed=0, pilot=1_500)
     forecast, told = work.forecast(), []
     texts = list(work.texts(lambda found, n: told.append((found, n))))
@@ -353,7 +353,7 @@ def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
     assert max(source.asked) <= ROUND
     exact = not isinstance(sampler, Rejection | Metropolis)
     assert work.drawn == forecast.draws if exact else abs(work.drawn / forecast.draws - 1) < 0.25
-    if not isinstance(sampler, Guided):
+    if not isinstance(sampler, GuidedBase):
         assert all(float(part.log_weights.min()) > -math.inf for part in texts)
 
 

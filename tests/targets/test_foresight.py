@@ -14,7 +14,7 @@ from tiltlm.errors import UsageError
 from tiltlm.estimation import Estimate
 from tiltlm.exact import enumerate_completions, exact_target
 from tiltlm.features import Feature, build_feature, contains, length, measure
-from tiltlm.guides import ValueFunction
+from tiltlm.guides import estimate_values
 from tiltlm.guides.chain import Chain
 from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
 from tiltlm.guides.token_states import prefix_states
@@ -82,7 +82,7 @@ def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp
     assert torch.equal(own.samples.tokens, few.samples.tokens)
     torch.testing.assert_close(own.samples.proposal_logprob, few.samples.proposal_logprob, rtol=0, atol=1e-5)
     # A guide made of it is nearer than one of the base's samples alone.
-    kept = ValueFunction.of(base, fitted, sample)
+    kept = estimate_values(base, fitted, sample)
     assert kept.states.values is not None
     guide = kept.guide(sample.log_weights(fitted), sample.log_ratio, fitted.log_tilt(kept.states.values))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import Feature, callable_feature, contains, length, regex
-from tiltlm.guides import ValueFunction
+from tiltlm.guides import estimate_values
 from tiltlm.guides.learned import LEVELS
 from tiltlm.lm import Guide, LanguageModel, SamplingSettings
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample, measure_samples
@@ -55,7 +55,7 @@ def truth(name: str) -> ExactTarget:
 @cache
 def guide(name: str, n: int = MANY) -> Guide:
     target, sample = TARGETS[name], drawn(name, n)
-    return ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    return estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_what_an_automaton_tells_is_kept_and_the_rest_is_learned() -> None:
     """Beside a word, an expression: nearer than under the automaton's own states."""
     known, sample = truth("mixed"), drawn("mixed")
     blind = TiltedTarget(TARGETS["mixed"].terms[:1])
-    states = ValueFunction.of(base(), blind, BaseSample(sample.samples, sample.features[:, :1], LENGTH))
+    states = estimate_values(base(), blind, BaseSample(sample.samples, sample.features[:, :1], LENGTH))
     automaton_only = guided("mixed", states.guide(TARGETS["mixed"].log_tilt(sample.features)))
     own = guided("mixed", guide("mixed"))
     assert exact_kl(known.logprob, own) < 0.7 * exact_kl(known.logprob, automaton_only)
@@ -119,7 +119,7 @@ def noise(n: int, seed: int, filtered: bool) -> tuple[TiltedTarget, BaseSample]:
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("n", [100, 1000])
 def test_noise_teaches_nothing(n: int, filtered: bool) -> None:
-    learned = [ValueFunction.of(base(), *noise(n, seed, filtered)).learned for seed in range(20)]
+    learned = [estimate_values(base(), *noise(n, seed, filtered)).learned for seed in range(20)]
     assert sum(states is not None for states in learned) <= 2
 
 
@@ -127,7 +127,7 @@ def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
     target, sample = noise(100, 0, True)
     one = torch.zeros_like(sample.features)
     one[7] = 1
-    twist = ValueFunction.of(base(), target, replace(sample, features=one))
+    twist = estimate_values(base(), target, replace(sample, features=one))
     assert len(twist.states.transitions) == 1
     assert twist.learned is None
     assert bool(torch.isfinite(twist.guide(target.log_tilt(one)).log_value_table).all())
@@ -135,9 +135,9 @@ def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
 
 @pytest.mark.parametrize("name", ["reward", "mixed"])
 def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltlm.guides.learned.MOST_STATES", 3)
+    monkeypatch.setattr("tiltlm.guides.estimate.MOST_STATES", 3)
     target, sample = TARGETS[name], drawn(name)
-    few = ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    few = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     assert len(few.transitions) < len(guide(name).transitions)
     law = guided(name, few)
     assert float(law.exp().sum()) == pytest.approx(1, abs=1e-9)
@@ -146,7 +146,7 @@ def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pyte
 
 def test_the_same_samples_teach_the_same_states() -> None:
     target, sample = TARGETS["reward"], drawn("reward")
-    again = ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    again = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     assert torch.equal(again.transitions[:], guide("reward").transitions[:])
     assert torch.equal(again.log_value_table, guide("reward").log_value_table)
     assert 2 < len(again.transitions) <= LEVELS + 2
@@ -155,13 +155,13 @@ def test_the_same_samples_teach_the_same_states() -> None:
 def test_what_the_automata_tell_is_not_learned_again() -> None:
     word = TiltedTarget((Term(contains("c"), "filter"),))
     sample = draw_base_sample(base(), word.features, 500, None, LENGTH, seed=3)
-    assert ValueFunction.of(base(), word, sample).learned is None
+    assert estimate_values(base(), word, sample).learned is None
 
 
 def test_a_tilt_that_leans_further_makes_the_levels_tell_more() -> None:
     sample, values = drawn("reward"), drawn("reward").features[:, 0]
-    twist = ValueFunction.of(base(), TARGETS["reward"], sample)
-    spread = [float(twist.guide(strength * values).log_value_table[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
+    twist = estimate_values(base(), TARGETS["reward"], sample)
+    spread = [float(twist.guide(strength * values).log_twist[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
     assert spread[0] < 0.1 * spread[2]
     assert spread == sorted(spread)
 
@@ -172,5 +172,5 @@ def test_samples_of_another_law_teach_by_their_weights() -> None:
     with torch.no_grad():
         base_logprob = base().logprob(replace(mixed, guide=None), settings=SamplingSettings())
     sample = BaseSample(mixed, measure_samples(target.features, mixed), LENGTH, base_logprob)
-    own = ValueFunction.of(base(), target, sample).guide(sample.log_weights(target), sample.log_ratio)
+    own = estimate_values(base(), target, sample).guide(sample.log_weights(target), sample.log_ratio)
     assert exact_kl(known.logprob, guided("reward", own)) < 0.4 * exact_kl(known.logprob, known.base_logprob)

@@ -14,7 +14,7 @@ from torch import Tensor
 from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import contains, length, negation, wordlist
-from tiltlm.guides import ValueFunction
+from tiltlm.guides import ValueFunction, estimate_values
 from tiltlm.guides.token_states import PrefixStates
 from tiltlm.guides.value import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
 from tiltlm.lm import Guide, LanguageModel, SamplingSettings
@@ -56,13 +56,13 @@ def truth(name: str) -> ExactTarget:
 
 @cache
 def twist(name: str) -> ValueFunction:
-    return ValueFunction.of(base(), TARGETS[name], drawn(name))
+    return estimate_values(base(), TARGETS[name], drawn(name))
 
 
 def guide(name: str, sample: BaseSample | None = None) -> Guide:
     sample = sample or drawn(name)
     log_tilt = TARGETS[name].log_tilt(sample.features)
-    return ValueFunction.of(base(), TARGETS[name], sample).guide(log_tilt)
+    return estimate_values(base(), TARGETS[name], sample).guide(log_tilt)
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
     target = TiltedTarget((Term(contains("a"), "filter"), Term(length("characters"), "reward", coefficient=0.1)))
     sample = draw_base_sample(base(), target.features, MANY, None, LENGTH, seed=0)
     known = exact_target(base(), target, truth("filter").samples)
-    own = ValueFunction.of(base(), target, sample).guide(target.log_tilt(sample.features))
+    own = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     with torch.no_grad():
         law = base().logprob(replace(known.samples, guide=own)).sum(-1)
     assert exact_kl(known.logprob, law) < 0.4 * exact_kl(known.logprob, known.base_logprob)

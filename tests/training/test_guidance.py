@@ -15,7 +15,7 @@ from torch import Tensor
 
 from enumerable import random_guide
 from tiltlm.features import build_feature
-from tiltlm.guides import ValueFunction
+from tiltlm.guides import estimate_values
 from tiltlm.lm import SamplingSettings
 from tiltlm.objectives import Guided
 from tiltlm.targets import Term, TiltedTarget, draw_base_sample, fit_target
@@ -204,7 +204,7 @@ def test_the_trainer_lets_any_policy_keep_its_guide(world: World) -> None:
 def test_a_target_without_moments_has_nothing_to_lean(world: World) -> None:
     target = TiltedTarget(world.target.terms[:1])
     sample = replace(world.base_sample, features=world.base_sample.features[:, :1])
-    own = Guidance(world.base, target, sample, ValueFunction.of(world.base, target, sample), 0.5)
+    own = Guidance(world.base, target, sample, estimate_values(world.base, target, sample), 0.5)
     assert own.offsets.tolist() == []
     assert own.moments == []
     batch_guide = own.guide

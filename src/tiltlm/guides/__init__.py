@@ -1,5 +1,6 @@
 """Guides: value functions of prefixes that reweight the base's next token."""
 
-from tiltlm.guides.value import ValueFunction, guide_toward
+from tiltlm.guides.estimate import estimate_values, guide_toward
+from tiltlm.guides.value import ValueFunction
 
-__all__ = ["ValueFunction", "guide_toward"]
+__all__ = ["ValueFunction", "estimate_values", "guide_toward"]

@@ -11,18 +11,14 @@ once, shrunk towards 0 as far as samples that they were not fitted on ask for; r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tiltlm.guides.token_states import MOST_STATES, PrefixStates
-from tiltlm.lm import Guide, Transitions
-
-if TYPE_CHECKING:
-    from tiltlm.guides.value import ValueFunction
+from tiltlm.guides.token_states import PrefixStates
+from tiltlm.lm import Guide
 
 # Levels of the sum, over the range that the samples show.
 LEVELS = 64
@@ -143,42 +139,7 @@ class Scale:
         return self.least + (self.greatest - self.least) * places
 
 
-def learned_states(
-    twist: ValueFunction, tokens: Tensor, mask: Tensor, log_weights: Tensor, log_ratio: Tensor
-) -> LearnedStates | None:
-    """Levels beside the states of ``twist``; None where two halves of the samples tell nothing of one another.
-
-    ``tokens`` and ``mask`` [N, T] are those of the samples that ``twist`` follows; ``log_weights`` and ``log_ratio``
-    [N] are log P(x) − log q(x) and log a(x) − log q(x).
-    """
-    ratio = log_ratio.exp()
-    tilt = (log_weights - log_ratio - log_weights.logsumexp(0)).exp() * ratio.sum()
-    # Both halves have the same share of what is wanted.
-    order = tilt.argsort(descending=True, stable=True)
-    halves = [order[0::2].sort().values, order[1::2].sort().values]
-    if any(not bool((tilt[half] > 0).any()) for half in halves):
-        return None
-    scale = Scale.of(tilt)
-    # A table knows its own samples too well to say what is left to learn of them.
-    log_values = torch.zeros(tokens.shape, dtype=torch.float64)
-    for half, other in zip(halves, reversed(halves), strict=True):
-        guide = replace(twist, visited=twist.visited[other]).guide(log_weights[other], log_ratio[other])
-        log_values[half] = replace(twist, visited=twist.visited[half]).along(guide)[:, : tokens.shape[1]]
-    share = ratio[:, None] * mask / mask.sum(1, keepdim=True).clamp_min(1)
-    prefixes = Prefixes(tokens, scale.logit(log_values.exp()), share, scale.place(tilt))
-    found = _fit_as_far_as_it_holds(prefixes, halves, twist.states.transitions.shape[1])
-    if found is None:
-        return None
-    weights, sums = found
-    reached = prefixes.sums(weights)[mask]
-    levels = min(LEVELS, MOST_STATES // len(twist.states.transitions))
-    if levels < 2 or float(reached.max() - reached.min()) <= 0:
-        return None
-    step = float(reached.max() - reached.min()) / (levels - 1)
-    return _with_levels(twist, tokens, mask, weights, step, sums, share)
-
-
-def _fit_as_far_as_it_holds(prefixes: Prefixes, halves: list[Tensor], vocabulary: int) -> tuple[Tensor, Tensor] | None:
+def fit_token_weights(prefixes: Prefixes, halves: list[Tensor], vocabulary: int) -> tuple[Tensor, Tensor] | None:
     """Weights [V], and the sums [N, T] of each half by those of the other; None where they tell nothing for sure."""
     parts = [prefixes.select(half) for half in halves]
     none = torch.zeros(vocabulary, dtype=torch.float64)
@@ -214,21 +175,3 @@ def _fit(prefixes: Prefixes, start: Tensor, shrinkage: float) -> Tensor:
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()
-
-
-def _with_levels(
-    twist: ValueFunction, tokens: Tensor, mask: Tensor, weights: Tensor, step: float, sums: Tensor, share: Tensor
-) -> LearnedStates:
-    """Each state at each level of the sum: levels count along with what the automata count."""
-    table, whole = twist.states.transitions, (weights / step).round().long()
-    along = (whole[tokens] * mask).cumsum(1)
-    low, high = min(0, int(along.min())), max(0, int(along.max()))
-    levels, changes = torch.arange(high - low + 1), len(table.counts)
-    pairs, changed = torch.unique(whole * changes + table.changes, return_inverse=True)
-    level = (levels + (pairs // changes)[:, None]).clamp(0, high - low)
-    after = table.counts[pairs % changes][:, :, None] * len(levels) + level[:, None, :]
-    both = Transitions(table.places, changed, after.flatten(1))
-    state = torch.arange(len(table)).repeat_interleave(len(levels))
-    start = twist.states.start * len(levels) - low
-    nats = (levels + low).repeat(len(table)).double() * step
-    return LearnedStates(PrefixStates(both, start), state, nats, sums, share)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tiltlm.estimation import mixture
-from tiltlm.guides.value import guide_toward
+from tiltlm.guides.estimate import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.token_scores import token_logprobs
 from tiltlm.targets.base_sample import BaseSample, measure_samples

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import Strata
 from tiltlm.guides.chain import Chain
-from tiltlm.guides.context_classes import LastTokens, with_contexts
-from tiltlm.guides.learned import LearnedStates, learned_states
-from tiltlm.guides.token_states import PrefixStates, one_state, prefix_states
-from tiltlm.lm import Guide, LanguageModel
+from tiltlm.guides.learned import LearnedStates
+from tiltlm.guides.token_states import PrefixStates
+from tiltlm.lm import Guide
 from tiltlm.targets.base_sample import BaseSample
 from tiltlm.targets.target import Target
 
@@ -43,31 +41,6 @@ class ValueFunction:
     chain: Chain | None = None
     learned: LearnedStates | None = None
     forward_passes: int = 0
-
-    @staticmethod
-    def of(model: LanguageModel, target: Target, base_sample: BaseSample) -> ValueFunction:
-        """Follow the samples that the target was fitted on through the states of its features; the model reads them.
-
-        Features without an automaton have learned states, if there is enough to learn.
-        """
-        samples = base_sample.samples
-        tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
-        if any(feature.automaton() is not None for feature in target.features):
-            last_tokens = LastTokens.empty(tokens[mask], model.vocab_size, model.device)
-            twist = _with_chain(model, prefix_states(model, target.features, samples), base_sample, last_tokens)
-            promise = twist.toward(target, base_sample).log_value_table[:, : len(twist.states.transitions)].exp()
-            finer = with_contexts(twist.states, last_tokens, promise, tokens, twist.states_before(mask))
-            if finer is not twist.states:
-                twist = replace(_with_chain(model, finer, base_sample), forward_passes=2)
-        else:
-            states, length = one_state(model), base_sample.max_completion_length
-            twist = ValueFunction(states, cells_visited(states, tokens, mask, length), length)
-        if all(feature.automaton() is not None for feature in target.features):
-            return twist
-        log_weights, log_ratio = base_sample.log_weights(target), base_sample.log_ratio
-        if (strata := Strata.of(samples.prompt_ids, len(samples))).count > 1:
-            log_weights = strata.softmax(log_weights).log()
-        return replace(twist, learned=learned_states(twist, tokens, mask, log_weights, log_ratio))
 
     def states_before(self, mask: Tensor) -> Tensor:
         """The states of the samples before each of their tokens [N, T], −1 where ``mask`` [N, T] is 0."""
@@ -144,22 +117,6 @@ class ValueFunction:
         spread = weights[:, None].expand_as(self.visited).reshape(-1)
         total = torch.zeros(cells + 1, dtype=torch.float64).index_add_(0, self.visited.reshape(-1), spread)
         return total[:-1].reshape(self.length + 1, -1)
-
-
-def _with_chain(
-    model: LanguageModel, states: PrefixStates, base_sample: BaseSample, last_tokens: LastTokens | None = None
-) -> ValueFunction:
-    """The twist of these states, with the chain that the model's laws at the samples' prefixes make of them."""
-    samples, length = base_sample.samples, base_sample.max_completion_length
-    chain = Chain.empty(states, length, model.device)
-    chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
-    visited = cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length)
-    return ValueFunction(states, visited, length, chain, forward_passes=1)
-
-
-def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample) -> Guide:
-    """The guide toward a target, made of the samples of the base that it was fitted on."""
-    return ValueFunction.of(base, target, base_sample).toward(target, base_sample)
 
 
 def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:

@@ -1,18 +1,13 @@
 """Sampling from the target itself, exactly or nearly, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
-from tiltlm.sampling.sampler import (
-    SAMPLERS,
-    Guided,
-    Metropolis,
-    QuasiRejection,
-    Rejection,
-    Resampling,
-    Sampler,
-    build_sampler,
-    known_bound,
-)
-from tiltlm.sampling.target_proposal import Draws, Proposal, build_proposal
+from tiltlm.sampling.guided_base import GuidedBase
+from tiltlm.sampling.metropolis import Metropolis
+from tiltlm.sampling.registry import SAMPLERS, build_sampler
+from tiltlm.sampling.rejection import QuasiRejection, Rejection, known_bound
+from tiltlm.sampling.resampling import Resampling
+from tiltlm.sampling.sampler import Sampler
+from tiltlm.sampling.target_proposal import Draws, TargetProposal, build_proposal
 from tiltlm.sampling.target_sampler import TargetSampler, TargetSamples, sample_target
 
 __all__ = [
@@ -20,13 +15,13 @@ __all__ = [
     "CurvePoint",
     "Draws",
     "Forecast",
-    "Guided",
+    "GuidedBase",
     "Metropolis",
-    "Proposal",
     "QuasiRejection",
     "Rejection",
     "Resampling",
     "Sampler",
+    "TargetProposal",
     "TargetSampler",
     "TargetSamples",
     "build_proposal",

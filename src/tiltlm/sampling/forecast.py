@@ -22,8 +22,10 @@ from tiltlm.estimation import (
     pareto_k_threshold,
     proposal_law,
 )
-from tiltlm.sampling.sampler import Metropolis, QuasiRejection, Rejection, Sampler
-from tiltlm.sampling.target_proposal import Proposal, Source
+from tiltlm.sampling.metropolis import Metropolis
+from tiltlm.sampling.rejection import QuasiRejection, Rejection
+from tiltlm.sampling.sampler import Sampler
+from tiltlm.sampling.target_proposal import Source, TargetProposal
 from tiltlm.targets.constrain import ENOUGH_SAMPLES
 
 # Chains that repeat themselves this often are worth a word.
@@ -64,7 +66,7 @@ class CurvePoint:
 
 def foretell(
     sampler: Sampler,
-    proposal: Proposal,
+    proposal: TargetProposal,
     weights: Mapping[int, Tensor],
     texts_of: Mapping[int, int],
     *,

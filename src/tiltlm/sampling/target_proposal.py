@@ -51,7 +51,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Proposal:
+class TargetProposal:
     """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``.
 
     ``reason`` says why it was chosen, where it was chosen among others.
@@ -95,7 +95,7 @@ def build_proposal(
     base_sample: BaseSample | None = None,
     prompts: Prompts,
     max_completion_length: int = 40,
-) -> Proposal:
+) -> TargetProposal:
     """The proposal called ``source``, by default the nearest to the target of those at hand.
 
     That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where they
@@ -125,10 +125,10 @@ def build_proposal(
                     "there; take another proposal, with rejection, qrs, resample or mcmc"
                 )
             guide = guide_toward(base, target, base_sample)
-    return Proposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
+    return TargetProposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
 
 
-def _nearest(proposals: Sequence[Proposal]) -> Proposal:
+def _nearest(proposals: Sequence[TargetProposal]) -> TargetProposal:
     """The one of which most draws carry the target's weight, by a trial of each."""
     if len(proposals) == 1:
         return proposals[0]

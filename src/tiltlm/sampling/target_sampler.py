@@ -12,10 +12,10 @@ from torch import Tensor
 from tiltlm.errors import UnreachableTargetError, UsageError
 from tiltlm.estimation import no_hit
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples
-from tiltlm.sampling.acceptance import Intake
 from tiltlm.sampling.forecast import CurvePoint, Forecast, foretell, qrs_curve
-from tiltlm.sampling.sampler import Sampler, build_sampler
-from tiltlm.sampling.target_proposal import CALLED, Draws, Proposal, build_proposal
+from tiltlm.sampling.registry import build_sampler
+from tiltlm.sampling.sampler import Acceptance, Sampler
+from tiltlm.sampling.target_proposal import CALLED, Draws, TargetProposal, build_proposal
 from tiltlm.targets import BaseSample, FittedTarget, Target
 
 PILOT = 2_048
@@ -54,7 +54,7 @@ class TargetSampler:
 
     def __init__(
         self,
-        proposal: Proposal,
+        proposal: TargetProposal,
         sampler: Sampler,
         n: int,
         *,
@@ -132,11 +132,11 @@ class TargetSampler:
         if forecast.draws > self.max_draws:
             raise self._too_many(f"take about {forecast.draws:,} draws")
         rate = forecast.acceptance.value
-        intakes = {place: self.sampler.begin(n, rate, self.choices) for place, n in self.texts_of.items()}
+        acceptances = {place: self.sampler.begin(n, rate, self.choices) for place, n in self.texts_of.items()}
         draws, self._pilot = self._pilot, None
         while self.found < self.n:
-            for place, part in (draws or self._round(intakes)).by_prompt():
-                given = intakes[place].take(part) if intakes[place].left else None
+            for place, part in (draws or self._round(acceptances)).by_prompt():
+                given = acceptances[place].take(part) if acceptances[place].left else None
                 if given is not None:
                     self.found += len(given)
                     yield given
@@ -144,10 +144,10 @@ class TargetSampler:
             if progress is not None:
                 progress(self.found, self.n)
 
-    def _round(self, intakes: Mapping[int, Intake]) -> Draws:
+    def _round(self, acceptances: Mapping[int, Acceptance]) -> Draws:
         """The next draws, equally many for each prompt that still needs some."""
-        places = [place for place, intake in intakes.items() if intake.left][:ROUND]
-        wanted = max(math.ceil(intakes[place].wanted) for place in places)
+        places = [place for place, acceptance in acceptances.items() if acceptance.left][:ROUND]
+        wanted = max(math.ceil(acceptances[place].wanted) for place in places)
         size = len(places) * max(1, min(wanted, ROUND // len(places)))
         if self.drawn + size > self.max_draws:
             needed = f"take about {math.ceil(self.n * self.drawn / self.found):,}" if self.found else "take many more"

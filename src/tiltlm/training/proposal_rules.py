@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,17 +98,19 @@ class Closer:
 
 # The published algorithm estimates both distances on this many further batches of q.
 PUBLISHED_EXTRA_BATCHES = 10
-RULES = ("on_policy", "interval", "kl", "tv", "published", "guided")
+# The rules of ``method.proposal``, made with ``method.check_steps``.
+RULES: dict[str, Callable[[int], ProposalRule]] = {
+    "on_policy": lambda check_steps: Constant(POLICY),
+    "interval": Interval,
+    "kl": lambda check_steps: Closer("kl", check_steps),
+    "tv": lambda check_steps: Closer("tv", check_steps),
+    "published": lambda check_steps: Closer("kl", check_steps, PUBLISHED_EXTRA_BATCHES),
+    "guided": lambda check_steps: Constant(GUIDED),
+}
 
 
 def proposal_rule(name: str, check_steps: int = 10) -> ProposalRule:
     """The rule of this name. Raises UsageError for an unknown one."""
-    if name in ("on_policy", "guided"):
-        return Constant(POLICY if name == "on_policy" else GUIDED)
-    if name == "interval":
-        return Interval(check_steps)
-    if name in ("kl", "tv"):
-        return Closer(name, check_steps)
-    if name == "published":
-        return Closer("kl", check_steps, PUBLISHED_EXTRA_BATCHES)
-    raise UsageError(f"method.proposal: '{name}' is not known; {nearest(name, RULES)}")
+    if name not in RULES:
+        raise UsageError(f"method.proposal: '{name}' is not known; {nearest(name, RULES)}")
+    return RULES[name](check_steps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltlm.config.training import TrainingArguments
 from tiltlm.errors import CheckpointError, NumericalError
 from tiltlm.estimation import partition_for
-from tiltlm.guides import ValueFunction
+from tiltlm.guides import estimate_values
 from tiltlm.lm import Guide, Roles
 from tiltlm.rollouts.proposal import GUIDED, POLICY, Proposal
 from tiltlm.targets import BaseSample, Target
@@ -111,7 +111,7 @@ class Trainer:
         if not (in_force or self.keeps_guide):
             return None
         with self.roles.use("base") as base:
-            values = ValueFunction.of(base, self.target, base_sample)
+            values = estimate_values(base, self.target, base_sample)
             guidance: Guidance | None = None
             if in_force:
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
