@@ -161,7 +161,7 @@ def test_what_the_automata_tell_is_not_learned_again() -> None:
 def test_a_tilt_that_leans_further_makes_the_levels_tell_more() -> None:
     sample, values = drawn("reward"), drawn("reward").features[:, 0]
     twist = estimate_values(base(), TARGETS["reward"], sample)
-    spread = [float(twist.guide(strength * values).log_twist[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
+    spread = [float(twist.guide(strength * values).log_value_table[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
     assert spread[0] < 0.1 * spread[2]
     assert spread == sorted(spread)
 
