@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from command_line import Answer, Command, assert_one_error, files_under, write_config
-from tiltlm.sampling import Draws, Proposal
+from tiltlm.sampling import Draws, TargetProposal
 
 QUICK = ("--pilot", 256, "--device", "cpu")
 SEEDED = (*QUICK, "--seed", 0)
@@ -170,15 +170,15 @@ def test_too_few_hits_are_refused_with_a_count(tiltlm: Command, finished: Path) 
 
 
 def test_ctrl_c_leaves_what_was_found(tiltlm: Command, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, calls = Proposal.draw, []
+    draw, calls = TargetProposal.draw, []
 
-    def until_stopped(self: Proposal, n: int, places: Any, generator: torch.Generator) -> Draws:
+    def until_stopped(self: TargetProposal, n: int, places: Any, generator: torch.Generator) -> Draws:
         calls.append(n)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(self, n, places, generator)
 
-    monkeypatch.setattr(Proposal, "draw", until_stopped)
+    monkeypatch.setattr(TargetProposal, "draw", until_stopped)
     answer = tiltlm("sample", "runs/done", "--sampler", "rejection", "-n", 900, *SEEDED)
     assert answer.code == 130
     found = len(answer.out.splitlines())
