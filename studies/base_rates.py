@@ -9,7 +9,8 @@ import argparse
 
 import torch
 
-from tiltlm.app.build import build_base, build_terms, encode_prompts, read_prompts
+from tiltlm.app.build import build_base, build_terms
+from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.config.study import load_study
 from tiltlm.estimation import mean

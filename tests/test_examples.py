@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiltlm.app.build import check_names
+from tiltlm.app.plan import plan_run
 from tiltlm.config.run import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_config_is_valid(path: Path) -> None:
     config = load_config(path)
-    check_names(config)
+    plan_run(config)
     assert config.model == "embedded"
 
 

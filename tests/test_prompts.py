@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from enumerable import tiny_model
-from tiltlm.app.build import encode_prompts, read_prompts
+from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.prompt_data import PromptData, prompt_rows, stated_prompts
 from tiltlm.config.run import apply_override, parse_config
 from tiltlm.errors import UsageError

@@ -119,8 +119,8 @@ def build_trainer(
         TrainingArguments(**args),
         base_sample=base_sample or world.base_sample,
         seed=seed,
-        checkpoint_dir=folder,
     )
+    trainer.checkpoint_dir = folder
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer

@@ -67,3 +67,10 @@ def test_help_names_what_is_promised(tiltlm: Command, command: str) -> None:
 def test_help_lists_every_command(tiltlm: Command) -> None:
     listed = re.findall(r"^  (\w+)  ", tiltlm("--help").out.split("Commands:")[1], re.MULTILINE)
     assert listed == list(PROMISED)
+
+
+def test_version_is_printed_without_torch(tiltlm: Command) -> None:
+    from tiltlm._version import __version__
+
+    answer = tiltlm("--version")
+    assert (answer.code, answer.out) == (0, f"tiltlm {__version__}\n")

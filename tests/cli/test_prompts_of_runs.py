@@ -10,7 +10,7 @@ import pytest
 
 import tiltlm as package
 from command_line import Command, assert_one_error, write_config
-from tiltlm.app.build import read_prompts
+from tiltlm.app.prompts import read_prompts
 from tiltlm.config.run import load_config
 from tiltlm.training.drawer import Drawer
 

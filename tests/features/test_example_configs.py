@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltlm.app.build import build_terms, check_names
+from tiltlm.app.build import build_terms
+from tiltlm.app.plan import plan_run
 from tiltlm.config.run import load_config
 from tiltlm.features import build_feature, measure, sentiment
 from tiltlm.lm import LanguageModel, Samples
@@ -48,7 +49,7 @@ def drawn(model: str) -> Samples:
 def test_every_example_fits_on_a_small_sample(path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     config = load_config(path)
-    check_names(config)
+    plan_run(config)
     terms = build_terms(config)
     samples = drawn(config.model)
     sample = BaseSample(samples, measure_samples([term.feature for term in terms], samples), 40)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tiltlm.app.build import build_base, build_method, build_roles, build_terms
+from tiltlm.app.build import build_base, build_roles
 from tiltlm.app.display import Display
-from tiltlm.app.fit import state_target, stream
+from tiltlm.app.fit import fit_run_target, stream
+from tiltlm.app.plan import plan_run
 from tiltlm.config.run import parse_config
 from tiltlm.lm import LanguageModel, Samples
 from tiltlm.targets import fit_target
@@ -119,18 +120,19 @@ def retold(samples: Samples, rows: Rows, model: LanguageModel) -> Samples:
 def run(name: str, texts: Sequence[Rows] = ()) -> Outcome:
     """One of ``RUNS``, fitted and trained on ``texts``, those of the fit first; on what it draws if there are none."""
     config = parse_config({**COMMON, **RUNS[name]})
+    plan = plan_run(config)
     roles = build_roles(config, build_base(config))
     with roles.use("base") as base:
-        stated = state_target(config, base, Display(Console(file=io.StringIO())))
+        stated = fit_run_target(plan, base, Display(Console(file=io.StringIO())))
         drawn = stated.base_sample.samples
         used = retold(drawn, texts[0], base) if texts else drawn
     features = measure_samples(stated.target.features, used)
-    target = fit_target(build_terms(config), BaseSample(used, features, config.max_completion_length))
+    target = fit_target(plan.terms, BaseSample(used, features, config.max_completion_length))
     seed = stream(config.seed, "train")
     recorder = Recorder(
         roles,
         target,
-        build_method(config.method),
+        plan.method,
         config.training,
         base_sample=target.base_sample,
         seed=seed,

@@ -98,15 +98,16 @@ def trainer_of(
     rule = arguments.pop("rule", "on_policy")
     folder = arguments.pop("folder", None)
     each = arguments.get("samples_per_prompt") or 1
-    return Trainer(
+    trainer = Trainer(
         Roles(policy or world.base.copy(), base=world.base),
         world.target,
         Method(BUILT_IN[method](), proposal_rule(rule, 2)),
         TrainingArguments(**arguments),
         base_sample=drawn(world, fit, each=each),
         seed=5,
-        checkpoint_dir=folder,
     )
+    trainer.checkpoint_dir = folder
+    return trainer
 
 
 def true_gradient(world: Conditional, policy: LanguageModel, weights: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How a run ends: both models evaluated on samples, the texts kept, and the tuned model written for others to load."""
+"""The end of a run: evaluate both models, keep texts, and write the tuned model for others to load."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def evaluate(
     return before, after
 
 
-def publish(
+def write_result(
     directory: RunDirectory, config: RunConfig, roles: Roles, report: FitReport, before: Evaluation, after: Evaluation
 ) -> None:
     """Write the texts and the tuned model, the latter whole or not at all. Raises TiltError when the disk is full."""

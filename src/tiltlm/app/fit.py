@@ -1,4 +1,4 @@
-"""The target of a run: what its config states, fitted on samples of the base."""
+"""The target of a run, fitted on samples of the base."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiltlm.app.build import build_own_target, build_terms, encode_prompts, read_prompts
 from tiltlm.app.display import Display
+from tiltlm.app.plan import RunPlan
+from tiltlm.app.prompts import encode_prompts
 from tiltlm.config.run import RunConfig
 from tiltlm.errors import UnreachableTargetError
 from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
@@ -30,8 +31,8 @@ STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6, "refe
 
 
 @dataclass(frozen=True)
-class Stated:
-    """A target, fitted or the user's own, with the base samples that say how it stands."""
+class RunTarget:
+    """A target, fitted or the user's own, with the base samples and the report of its fit."""
 
     target: Target
     base_sample: BaseSample
@@ -48,20 +49,18 @@ def goals(report: FitReport) -> dict[str, float | None]:
     return {term.name: term.goal for term in report.terms}
 
 
-def state_target(
-    config: RunConfig, base: LanguageModel, display: Display, checkpoint_dir: Path | None = None
-) -> Stated:
-    """Fit the target of a config on samples of the base, drawn now or, on resuming, read back."""
-    own = build_own_target(config) if config.target.python else None
-    terms = [] if own else build_terms(config)
-    features = list(own.features) if own else [term.feature for term in terms]
+def fit_run_target(
+    plan: RunPlan, base: LanguageModel, display: Display, checkpoint_dir: Path | None = None
+) -> RunTarget:
+    """Fit the target of a run on samples of the base, drawn now or, on resuming, read back."""
+    config = plan.config
     sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
     if sample is None:
-        prompts = encode_prompts(base, read_prompts(config).training)
+        prompts = encode_prompts(base, plan.prompts.training)
         with display.counting("sampling the base") as progress:
             sample = draw_base_sample(
                 base,
-                features,
+                plan.features,
                 config.target.samples,
                 prompts,
                 config.max_completion_length,
@@ -69,21 +68,21 @@ def state_target(
                 progress,
                 samples_per_prompt=config.training.samples_per_prompt or 1,
             )
-    if own:
-        return Stated(own, sample, report_fit(own, sample))
-    found = _foreseen(config, base, terms, sample, display) if sample.base_logprob is None else None
+    if plan.own_target is not None:
+        return RunTarget(plan.own_target, sample, report_fit(plan.own_target, sample))
+    found = _rare_events(config, base, plan.terms, sample, display) if sample.base_logprob is None else None
     if found is not None and found.trusted:
         sample = found.sample
     try:
-        fitted = fit_target(terms, sample)
+        fitted = fit_target(plan.terms, sample)
     except UnreachableTargetError as error:
         raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
     if sample.base_logprob is None and needs_a_second_look(fitted):
-        fitted = _looked_again(config, base, fitted, display)
-    return Stated(fitted, fitted.base_sample, fitted.report)
+        fitted = _refitted(config, base, fitted, display)
+    return RunTarget(fitted, fitted.base_sample, fitted.report)
 
 
-def _looked_again(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
+def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
     """The target fitted anew with texts of guides toward it, and a word on what that changed."""
     with display.counting("looking again with a guide") as progress:
         again = look_again(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
@@ -96,7 +95,7 @@ def _looked_again(config: RunConfig, base: LanguageModel, fitted: FittedTarget, 
     return again
 
 
-def _foreseen(
+def _rare_events(
     config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
 ) -> Foresight | None:
     """Texts that pass the filters, found with a guide where hardly a sample does; None where nothing is to be found."""

@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from tiltlm.app.build import build_base, check_names, encode_prompts, read_prompts
+from tiltlm.app.build import build_base
 from tiltlm.app.display import Display
-from tiltlm.app.fit import state_target
+from tiltlm.app.fit import fit_run_target
 from tiltlm.app.load import load_run
+from tiltlm.app.plan import plan_run
+from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.run import RunConfig, load_config
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Roles
@@ -42,12 +44,12 @@ def sampler_of_config(
 ) -> TargetSampler:
     """A sampler of a config's target, fitted on samples of the base now. Raises UsageError, UnreachableTargetError."""
     config = load_config(path, [*overrides, *([f"device={device}"] if device != "auto" else [])])
-    check_names(config)
+    plan = plan_run(config)
     base = build_base(config)
-    stated = state_target(config, base, display)
-    for warning in stated.report.warnings:
+    fitted = fit_run_target(plan, base, display)
+    for warning in fitted.report.warnings:
         display.say(f"note: {warning}")
-    return _sampler(config, Roles(base, base=base), stated.target, stated.base_sample, n, policy=False, **settings)
+    return _sampler(config, Roles(base, base=base), fitted.target, fitted.base_sample, n, policy=False, **settings)
 
 
 def _sampler(

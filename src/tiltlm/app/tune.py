@@ -6,24 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from tiltlm.app.build import (
-    build_base,
-    build_callbacks,
-    build_method,
-    build_roles,
-    check_expressible,
-    check_names,
-    encode_prompts,
-    method_notes,
-    read_prompts,
-)
+from tiltlm.app.build import build_base, build_roles
 from tiltlm.app.display import Display, plain_console
-from tiltlm.app.finish import evaluate, publish
-from tiltlm.app.fit import Stated, goals, state_target, stream
+from tiltlm.app.finish import evaluate, write_result
+from tiltlm.app.fit import RunTarget, fit_run_target, goals, stream
+from tiltlm.app.method import build_method, check_expressible, method_notes
+from tiltlm.app.plan import RunPlan, plan_run
+from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.run import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
 from tiltlm.evaluation.evaluate import Evaluation
 from tiltlm.features import run_file_form
@@ -40,6 +33,9 @@ from tiltlm.training.interrupt import sigterm_interrupts
 from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.progress import Progress
 from tiltlm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,10 @@ def tune(
     )
     directory = RunDirectory(Path(output_dir))
     directory.check_free()
+    plan = RunPlan(config, build_method(config.method), target.terms, None, read_prompts(config))
     roles = build_roles(config, base)
-    stated = Stated(target, target.base_sample, target.report)
-    display = Display(plain_console(), goals(stated.report))
+    fitted = RunTarget(target, target.base_sample, target.report)
+    display = Display(plain_console(), goals(fitted.report))
     for term in target.terms:
         if run_file_form(term.feature) is None:
             display.say(
@@ -122,7 +119,8 @@ def tune(
                 f"define its function in a module"
             )
     with sigterm_interrupts():
-        return _run(config, directory, roles, stated, display, callbacks, resume=False)
+        accelerator = build_accelerator(config.training, base.device)
+        return Job(plan, directory, roles, fitted, display, accelerator, tuple(callbacks)).run(resume=False)
 
 
 def _stated_prompts(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
@@ -182,7 +180,7 @@ def tune_config(
     Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
     """
     display = Display(console or plain_console())
-    check_names(config)
+    plan = plan_run(config)
     directory = RunDirectory(output_dir)
     resume = resume and directory.run_path.exists()
     if resume:
@@ -190,106 +188,126 @@ def tune_config(
         check_same_config(began, config.to_json(), config.stated(), done=is_done(began))
     else:
         directory.check_free()
-    callbacks = [*build_callbacks(config), *callbacks]
     with sigterm_interrupts():
         base = build_base(config)
-        # Before the first sample, because this is where a precision, or a LoRA setting, turns out to be impossible.
-        build_accelerator(config.training, base.device)
+        # Before the first sample: an impossible precision or LoRA setting shows here.
+        accelerator = build_accelerator(config.training, base.device)
         roles = build_roles(config, base)
         if not roles.shared:
-            base.freeze()  # nobody else holds it
+            base.freeze()  # no one else uses it
         try:
             with roles.use("base") as model:
-                stated = state_target(config, model, display, directory.checkpoint_dir if resume else fit_dir)
+                fitted = fit_run_target(plan, model, display, directory.checkpoint_dir if resume else fit_dir)
         except KeyboardInterrupt:
             if not resume:
                 RunDirectory.create(output_dir, config.to_json(), config.seed)
             directory.mark_interrupted()
             raise
-        display.goals = goals(stated.report)
-        for warning in stated.report.warnings:
+        display.goals = goals(fitted.report)
+        for warning in fitted.report.warnings:
             display.say(f"note: {warning}")
-        return _run(config, directory, roles, stated, display, callbacks, resume=resume)
+        job = Job(plan, directory, roles, fitted, display, accelerator, (*plan.callbacks, *callbacks))
+        return job.run(resume=resume)
 
 
-def _held_out(config: RunConfig, base: LanguageModel) -> Prompts | None:
-    """The prompts that are for evaluation alone; UsageError, before training, for one that is too long."""
-    data = read_prompts(config).held_out
-    if data is None:
-        return None
-    prompts = encode_prompts(base, data)
-    base.check_length(prompts, config.max_completion_length)
-    return prompts
+@dataclass(frozen=True)
+class Job:
+    """A run from its fitted target to its report."""
 
+    plan: RunPlan
+    directory: RunDirectory
+    roles: Roles
+    target: RunTarget
+    display: Display
+    accelerator: Accelerator
+    callbacks: tuple[Callback, ...] = ()
 
-def _run(
-    config: RunConfig,
-    directory: RunDirectory,
-    roles: Roles,
-    stated: Stated,
-    display: Display,
-    callbacks: Sequence[Callback],
-    *,
-    resume: bool,
-) -> Run:
-    method = build_method(config.method)
-    check_expressible(method.objective, stated.target)
-    for note in method_notes(method.objective, stated.target):
-        display.say(f"note: {note}")
-    recorder = Recorder(directory)
-    trainer = Trainer(
-        roles,
-        stated.target,
-        method,
-        config.training,
-        base_sample=stated.base_sample,
-        seed=stream(config.seed, "train"),
-        checkpoint_dir=directory.checkpoint_dir,
-    )
-    for callback in (recorder, display, *callbacks):
-        trainer.add_callback(callback)
-    with roles.use("base") as base:
-        weights = base.fingerprint()
-        held_out = _held_out(config, base)
-    if resume:
-        check_same_base(directory, weights)
-        trainer.resume()
-        directory.truncate_metrics(trainer.step)
-        directory.mark_running()
-    else:
-        directory = RunDirectory.create(directory.path, config.to_json(), config.seed)
-    trackers: Trackers | None = None
-    try:
+    def run(self, *, resume: bool) -> Run:
+        """Train, evaluate, write the tuned model and the report; with ``resume`` from the latest checkpoint."""
+        config, method, target = self.plan.config, self.plan.method, self.target.target
+        check_expressible(method.objective, target)
+        for note in method_notes(method.objective, target):
+            self.display.say(f"note: {note}")
+        trainer = self._trainer()
+        with self.roles.use("base") as base:
+            weights = base.fingerprint()
+            held_out = self._held_out(base)
+        self._open_directory(trainer, weights, resume=resume)
+        trackers = None
+        try:
+            if not resume:
+                save_base_sample(self.directory.checkpoint_dir, self.target.base_sample)
+            if config.report_to:
+                trackers = Trackers(config.report_to, config.to_json(), self.directory.path)
+                trainer.add_callback(trackers)
+            device, report = str(self.roles.policy.device), self.target.report.to_json()
+            self.directory.write_run(base_fingerprint=weights, device=device, target=report)
+            run = self._train_and_finish(trainer, held_out)
+        except KeyboardInterrupt:
+            self.directory.mark_interrupted()
+            raise
+        except BaseException as error:
+            self.directory.mark_failed(error)
+            raise
+        finally:
+            if trackers:
+                trackers.close()
+        if run.status == "done":
+            write_report(self.directory)
+        return run
+
+    def _trainer(self) -> Trainer:
+        config = self.plan.config
+        trainer = Trainer(
+            self.roles,
+            self.target.target,
+            self.plan.method,
+            config.training,
+            base_sample=self.target.base_sample,
+            seed=stream(config.seed, "train"),
+            accelerator=self.accelerator,
+        )
+        trainer.checkpoint_dir = self.directory.checkpoint_dir
+        for callback in (Recorder(self.directory), self.display, *self.callbacks):
+            trainer.add_callback(callback)
+        return trainer
+
+    def _held_out(self, base: LanguageModel) -> Prompts | None:
+        """The prompts for evaluation alone. Raises UsageError, before training, for one that is too long."""
+        data = self.plan.prompts.held_out
+        if data is None:
+            return None
+        prompts = encode_prompts(base, data)
+        base.check_length(prompts, self.plan.config.max_completion_length)
+        return prompts
+
+    def _open_directory(self, trainer: Trainer, weights: str, *, resume: bool) -> None:
+        """Create the run directory, or resume the trainer from it if its base is the same."""
         if not resume:
-            save_base_sample(directory.checkpoint_dir, stated.base_sample)
-        if config.report_to:
-            trackers = Trackers(config.report_to, config.to_json(), directory.path)
-            trainer.add_callback(trackers)
-        device, target = str(roles.policy.device), stated.report.to_json()
-        directory.write_run(base_fingerprint=weights, device=device, target=target)
+            config = self.plan.config
+            RunDirectory.create(self.directory.path, config.to_json(), config.seed)
+            return
+        check_same_base(self.directory, weights)
+        trainer.resume()
+        self.directory.truncate_metrics(trainer.step)
+        self.directory.mark_running()
+
+    def _train_and_finish(self, trainer: Trainer, held_out: Prompts | None) -> Run:
+        """The steps that are left, then both evaluations and the tuned model on disk."""
+        config, target, directory = self.plan.config, self.target, self.directory
         for callback in trainer.callbacks:
-            callback.on_train_begin(trainer.progress, roles, stated.target)
+            callback.on_train_begin(trainer.progress, self.roles, target.target)
         began, every = trainer.step, config.training.save_steps
-        with display.training(began, config.training.max_steps):
+        with self.display.training(began, config.training.max_steps):
             outcome = trainer.train()
         final = {"progress": outcome.progress.to_json(), "seconds": outcome.progress.seconds}
         if outcome.status == "interrupted":
             directory.mark_interrupted(**final)
-            return Run(directory, "interrupted", roles, stated.report, None, None)
+            return Run(directory, "interrupted", self.roles, target.report, None, None)
         if trainer.step > began and not (every and trainer.step % every == 0):
-            trainer.save()  # so that no step has to be taken again should the evaluation be cut short
+            trainer.save()  # so that no step is repeated if the evaluation is cut short
         seed = stream(config.seed, "evaluate")
-        before, after = evaluate(config, roles, stated.target, stated.base_sample, held_out, seed, display)
-        publish(directory, config, roles, stated.report, before, after)
+        before, after = evaluate(config, self.roles, target.target, target.base_sample, held_out, seed, self.display)
+        write_result(directory, config, self.roles, target.report, before, after)
         directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
-    except KeyboardInterrupt:
-        directory.mark_interrupted()
-        raise
-    except BaseException as error:
-        directory.mark_failed(error)
-        raise
-    finally:
-        if trackers:
-            trackers.close()
-    write_report(directory)
-    return Run(directory, "done", roles, stated.report, before, after)
+        return Run(directory, "done", self.roles, target.report, before, after)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,13 +30,9 @@ def terminal(*, stderr: bool = True) -> Console:
 
 def quiet() -> None:
     """Keep other libraries' progress bars and notes out of the user's terminal."""
-    if os.environ.get("TILTLM_TRACEBACK"):
-        return
-    warnings.filterwarnings("ignore")
-    from transformers.utils import logging
+    from tiltlm.app.display import quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
 
 
 def run_of(source: str) -> RunDirectory | None:

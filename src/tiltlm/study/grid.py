@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tiltlm.app.build import build_method, build_own_target, build_terms, check_expressible, check_names
+from tiltlm.app.build import build_own_target, build_terms
+from tiltlm.app.method import build_method, check_expressible
+from tiltlm.app.plan import plan_run
 from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.config.study import MethodSection, StudyConfig, TaskSection
 from tiltlm.errors import ModelError, UsageError
@@ -140,7 +142,7 @@ def _checked_names(config: RunConfig) -> str | None:
     """Why the method cannot match the target; None where it can, and all else that can be checked now is right."""
     reason = why_not(config)
     if reason is None:
-        check_names(config)
+        plan_run(config)
     return reason
 
 

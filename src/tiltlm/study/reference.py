@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltlm.app.build import build_base, encode_prompts, read_prompts
+from tiltlm.app.build import build_base
 from tiltlm.app.display import Display
-from tiltlm.app.fit import Stated, state_target, stream
+from tiltlm.app.fit import RunTarget, fit_run_target, stream
+from tiltlm.app.plan import plan_run
+from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.run import RunConfig
 from tiltlm.config.study import ReferenceSection
 from tiltlm.errors import CheckpointError, UsageError
@@ -119,9 +121,9 @@ def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, 
     Raises UnreachableTargetError for a target that the base's samples do not reach.
     """
     base = build_base(config).freeze()
-    stated = state_target(config, base, display)
-    save_base_sample(folder, stated.base_sample)
-    drawn, reason = _best(base, stated, config, settings, display)
+    fitted = fit_run_target(plan_run(config), base, display)
+    save_base_sample(folder, fitted.base_sample)
+    drawn, reason = _best(base, fitted, config, settings, display)
     reference = _weighted(drawn)
     _save(folder, reference)
     hits = len(reference)
@@ -138,7 +140,7 @@ def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, 
             "pareto_k_threshold": pareto_k_threshold(hits),
             "kl_p_a": reference.kl_p_a,
             "base_fingerprint": base.fingerprint(),
-            "target": stated.report.to_json(),
+            "target": fitted.report.to_json(),
         },
     )
 
@@ -183,7 +185,7 @@ class Drawn:
 
 
 def _best(
-    base: LanguageModel, stated: Stated, config: RunConfig, settings: ReferenceSection, display: Display
+    base: LanguageModel, stated: RunTarget, config: RunConfig, settings: ReferenceSection, display: Display
 ) -> tuple[Drawn, str]:
     """The draws on which most of the target's weight rests, and why these."""
     generator = torch.Generator(base.device).manual_seed(stream(settings.seed, "reference"))
@@ -207,7 +209,7 @@ def _best(
 def _draw(
     guide: Guide | None,
     base: LanguageModel,
-    stated: Stated,
+    stated: RunTarget,
     config: RunConfig,
     settings: ReferenceSection,
     generator: torch.Generator,

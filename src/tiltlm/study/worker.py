@@ -13,7 +13,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tiltlm.cli.common import quiet
 from tiltlm.config.run import parse_config
 from tiltlm.config.study import CurveSection, ReferenceSection
 from tiltlm.errors import TiltError
@@ -54,7 +53,9 @@ def main() -> None:
     job = json.load(sys.stdin)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     answer: dict[str, str | None] = {"status": "failed", "error": None}
-    quiet()
+    from tiltlm.app.display import quiet_libraries
+
+    quiet_libraries()
     try:
         answer = {"status": work(job), "error": None}
     except KeyboardInterrupt:

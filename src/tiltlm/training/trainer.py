@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from tiltlm.training.surrogate import updates_per_batch
 from tiltlm.training.timer import Timer
 from tiltlm.training.whole_batch import WholeBatch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 # Drawing ahead pays off if the last step waited longer than this for features, in seconds.
 WORTH_DRAWING_AHEAD = 0.05
 
@@ -70,15 +73,16 @@ class Trainer:
         *,
         base_sample: BaseSample,
         seed: int = 0,
-        checkpoint_dir: Path | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         objective = method.objective
         self.roles, self.target, self.rule, self.args = roles, target, method.rule, args
         self.callbacks: list[Callback] = []
-        self.checkpoint_dir = checkpoint_dir
+        # Where save and resume keep checkpoints; None: nowhere.
+        self.checkpoint_dir: Path | None = None
         self.iterations = updates_per_batch(objective, args.num_iterations)
         check_pool(args, self.iterations, objective, method.rule)
-        self.accelerator = build_accelerator(args, roles.policy.device)
+        self.accelerator = accelerator or build_accelerator(args, roles.policy.device)
         self.ranks, self.timer, self.counter = Ranks(), Timer(), PassCounter()
         self.counter.count_fit(base_sample)
         critic = Critic(roles.policy) if objective.has_critic else None
