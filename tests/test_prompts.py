@@ -13,7 +13,8 @@ import torch
 from enumerable import tiny_model
 from tiltlm.app.prompts import encode_prompts, read_prompts
 from tiltlm.config.prompt_data import PromptData, prompt_rows, stated_prompts
-from tiltlm.config.run import apply_override, parse_config
+from tiltlm.config.run import parse_config
+from tiltlm.config.yaml_file import apply_override
 from tiltlm.errors import UsageError
 from tiltlm.features import callable_feature, measure
 from tiltlm.lm import LanguageModel

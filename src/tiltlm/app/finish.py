@@ -75,7 +75,7 @@ def write_result(
     try:
         roles.policy.save_pretrained(partial)
         keeps = roles.policy.guide is not None
-        card = model_card(config.model, config.to_json(), report, after, keeps_guide=keeps)
+        card = model_card(config.model, config.to_json(), report.to_json(), after.to_json(), keeps_guide=keeps)
         (partial / "README.md").write_text(card, "utf-8")
         shutil.rmtree(directory.policy_dir, ignore_errors=True)
         os.replace(partial, directory.policy_dir)

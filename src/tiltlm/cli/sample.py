@@ -148,8 +148,8 @@ def _sample_target(
 ) -> None:
     """Say what the texts will be like, then write them as they are found."""
     from tiltlm.app.display import Display
+    from tiltlm.app.qrs_curve import check_path, write_curve
     from tiltlm.app.sample_target import forecast_table, sampler_of_config, sampler_of_run
-    from tiltlm.reports.qrs_curve import check_path, write_curve
 
     if curve is not None:
         if work["rule"].name != "qrs":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,7 +19,9 @@ from pydantic import (
 )
 
 from tiltlm.config.training import TrainingArguments
-from tiltlm.errors import UsageError, nearest
+from tiltlm.config.validation import explained, reject_switches
+from tiltlm.config.yaml_file import apply_override, read_mapping
+from tiltlm.errors import UsageError
 
 FeatureSpec = str | dict[str, Any]
 
@@ -191,96 +191,12 @@ def _beyond(stated: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain data; 1e-4 is a number, as in YAML 1.2, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(keys):
-            if key.value in [earlier.value for earlier in keys[:i]]:
-                problem = f"the key '{key.value}' stands there twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    if problem is None or mark is None:
-        return " ".join(str(error).split())
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
     raw = read_mapping(Path(path), "config", "`model: embedded`", "`tiltlm init` writes one to start from")
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw)
-
-
-def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, Any]:
-    """The keys and values of a YAML file that is to be ``what``, such as ``example``. Raises UsageError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what}: {path} cannot be read ({error}); {advice}") from error
-    try:
-        raw = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{what}: {path} is not valid YAML: {_yaml_problem(error)}") from error
-    if not isinstance(raw, dict):
-        raise UsageError(f"{what}: {path} must hold keys and values, such as {example}; it holds {raw!r:.60}")
-    return raw
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted ``key=value`` in a raw config; the value is read as YAML. Raises UsageError."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"'{override}': an override reads key=value, e.g. training.max_steps=100")
-    try:
-        parsed = _read_yaml(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"'{override}': the value is not valid YAML: {_yaml_problem(error)}") from error
-    *parents, last = key.split(".")
-    place: Any = raw
-    for part in parents:
-        if isinstance(place, list):
-            place = place[_index(place, part, override)]
-            continue
-        inner = place.get(part)
-        if isinstance(inner, str) and part == "method":
-            inner = {"name": inner}
-        if isinstance(inner, str) and part == "prompts":
-            inner = {"path": inner}
-        if not isinstance(inner, dict | list):
-            inner = {}
-        place[part] = inner
-        place = inner
-    if isinstance(place, list):
-        place[_index(place, last, override)] = parsed
-    elif last == "feature" or not isinstance(place.get(last), dict) or isinstance(parsed, dict) or parsed is None:
-        place[last] = parsed
-    elif last == "method":
-        place[last] = {**place[last], "name": parsed}
-    else:
-        raise UsageError(f"'{override}': {key} holds keys of its own ({', '.join(place[last])}); name one of them")
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise UsageError(f"'{override}': '{part}' is no place in a list of {len(items)}; count from 0")
-    return int(part)
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
@@ -291,53 +207,6 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
         raise UsageError(f"config: {explained(error, _valid_keys)}") from error
     reject_switches(raw, config)
     return config
-
-
-def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
-    """What pydantic refused, field by field; ``valid_keys`` are those at a place of the file."""
-    problems: dict[str, list[Any]] = {}
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
-        problems.setdefault(location, []).append(problem)
-    return "; ".join(_explain(field, found, valid_keys) for field, found in problems.items())
-
-
-def _explain(field: str, problems: Sequence[Any], valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
-    """One sentence for what pydantic says of one field: several things where it may be of several types."""
-    *parents, key = field.split(".")
-    kind, value = problems[0]["type"], problems[0]["input"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
-        return f"unknown key '{field}'; {nearest(key, valid_keys(parents))}"
-    if kind == "missing":
-        return f"'{field}' is missing; it has no default"
-    if kind == "value_error":
-        return f"{field or 'the file'}: {problems[0]['msg'].removeprefix('Value error, ')}"
-    wanted = " or ".join(dict.fromkeys(_wanted(problem) for problem in problems))
-    shown = repr(value)
-    return f"{field}: must be {wanted} (it is {shown if len(shown) <= 80 else shown[:79] + '…'})"
-
-
-def _wanted(problem: Any) -> str:
-    if problem["type"] in ("model_type", "model_attributes_type", "dataclass_type", "dict_type"):
-        return "a mapping of keys and values"
-    return str(problem["msg"]).removeprefix("Input should be ")
-
-
-def _is_union_tag(part: str) -> bool:
-    return "[" in part or part in ("str", "text", "list", "mapping")
-
-
-def reject_switches(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
-    """Refuse true and false for a number: pydantic takes them for 1 and 0, and a moment of 1 is a filter."""
-    if isinstance(raw, Mapping):
-        for key, value in raw.items():
-            inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
-            reject_switches(value, inner, f"{field}.{key}" if field else str(key), what)
-    elif isinstance(raw, list) and isinstance(parsed, list):
-        for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
-            reject_switches(value, inner, f"{field}.{i}", what)
-    elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
-        raise UsageError(f"{what}: {field}: must be a number (it is {raw})")
 
 
 def _valid_keys(location: Sequence[str]) -> list[str]:

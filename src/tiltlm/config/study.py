@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tiltlm.config.run import RunConfig, Section, apply_override, explained, read_mapping, reject_switches
+from tiltlm.config.run import RunConfig, Section
+from tiltlm.config.validation import explained, reject_switches
+from tiltlm.config.yaml_file import apply_override, read_mapping
 from tiltlm.errors import UsageError, nearest
 
 # What a study decides for each of its runs.

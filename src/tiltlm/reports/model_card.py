@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from tiltlm.reports.summary import prompts_in_words
 
-if TYPE_CHECKING:
-    from tiltlm.evaluation.evaluate import Evaluation
-    from tiltlm.targets import FitReport
-
-# Whoever loads the weights alone has another law than the one that was measured.
+# Without the guide file, the saved weights define a different distribution from the one that was measured.
 KEPT_GUIDE = """These figures are of the weights **together with `guide.safetensors`**, which reweights each next token.
 tiltlm loads it with them; in transformers pass it to every `generate`:
 
@@ -28,14 +24,19 @@ model.generate(**inputs, logits_processor=[GuideProcessor(guide, prompt_length=i
 
 
 def model_card(
-    base: str, config: Mapping[str, Any], report: FitReport, evaluation: Evaluation, *, keeps_guide: bool
+    base: str, config: Mapping[str, Any], target: Mapping[str, Any], evaluation: Mapping[str, Any], *, keeps_guide: bool
 ) -> str:
-    """Markdown with the target, the figures and the configuration."""
+    """Markdown with the target, the figures and the configuration.
+
+    ``target`` and ``evaluation`` (of the tuned model) are the sections of ``run.json``.
+    """
     rows = []
-    for term in report.terms:
-        goal = "" if term.goal is None else f"{term.goal:g}"
-        rows.append(f"| {_cell(term.name)} | {term.kind} | {goal} | {term.base} | {evaluation.moments[term.name]} |")
-    asked = prompts_in_words({"prompts": evaluation.prompts, "prompts_from": evaluation.prompts_from})
+    for feature in target["features"]:
+        goal = "" if feature["goal"] is None else f"{feature['goal']:g}"
+        name, tuned = feature["name"], _estimate(evaluation["moments"][feature["name"]])
+        rows.append(f"| {_cell(name)} | {feature['kind']} | {goal} | {_estimate(feature['base'])} | {tuned} |")
+    asked = prompts_in_words(evaluation)
+    where = f" on {asked}" if asked else ""
     adapter = "peft" if config.get("peft") else "transformers"
     kept = KEPT_GUIDE if keeps_guide else ""
     return f"""---
@@ -51,13 +52,21 @@ Tuned by [tiltlm](https://pypi.org/project/tiltlm/). The licence of the base mod
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-KL(p‖π) {evaluation.kl_p_pi} (it was {report.kl_p_a} for the base), KL(π‖a) {evaluation.kl_pi_a}, both in nats per
-sequence, on {evaluation.samples:,} fresh samples{f" on {asked}" if asked else ""}; each figure with its standard error.
+KL(p‖π) {_estimate(evaluation["kl_p_pi"])} (base: {_estimate(target["kl_p_a"])}) and KL(π‖a)
+{_estimate(evaluation["kl_pi_a"])}, both in nats per sequence, on {evaluation["samples"]:,} fresh samples{where}.
+Each figure has its standard error.
 
 {kept}```yaml
 {yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip()}
 ```
 """
+
+
+def _estimate(entry: Mapping[str, float | None] | None) -> str:
+    """An estimate of a record; "unknown" where it is not finite."""
+    if entry is None or entry["value"] is None:
+        return "unknown"
+    return f"{entry['value']:.4g}" + ("" if entry["se"] is None else f" ± {entry['se']:.2g}")
 
 
 def _cell(text: str) -> str:

@@ -1,0 +1,57 @@
+"""What pydantic refuses in a config, as one message that names each field, its value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from tiltlm.errors import UsageError, nearest
+
+
+def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
+    """What pydantic refused, field by field; ``valid_keys`` are those at a place of the file."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
+        problems.setdefault(location, []).append(problem)
+    return "; ".join(_explain(field, found, valid_keys) for field, found in problems.items())
+
+
+def _explain(field: str, problems: Sequence[Any], valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
+    """One sentence for what pydantic says of one field: several things where it may be of several types."""
+    *parents, key = field.split(".")
+    kind, value = problems[0]["type"], problems[0]["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
+        return f"unknown key '{field}'; {nearest(key, valid_keys(parents))}"
+    if kind == "missing":
+        return f"'{field}' is missing; it has no default"
+    if kind == "value_error":
+        return f"{field or 'the file'}: {problems[0]['msg'].removeprefix('Value error, ')}"
+    wanted = " or ".join(dict.fromkeys(_wanted(problem) for problem in problems))
+    shown = repr(value)
+    return f"{field}: must be {wanted} (it is {shown if len(shown) <= 80 else shown[:79] + '…'})"
+
+
+def _wanted(problem: Any) -> str:
+    if problem["type"] in ("model_type", "model_attributes_type", "dataclass_type", "dict_type"):
+        return "a mapping of keys and values"
+    return str(problem["msg"]).removeprefix("Input should be ")
+
+
+def _is_union_tag(part: str) -> bool:
+    return "[" in part or part in ("str", "text", "list", "mapping")
+
+
+def reject_switches(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
+    """Refuse true and false for a number: pydantic takes them for 1 and 0, and a moment of 1 is a filter."""
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
+            reject_switches(value, inner, f"{field}.{key}" if field else str(key), what)
+    elif isinstance(raw, list) and isinstance(parsed, list):
+        for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
+            reject_switches(value, inner, f"{field}.{i}", what)
+    elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
+        raise UsageError(f"{what}: {field}: must be a number (it is {raw})")
