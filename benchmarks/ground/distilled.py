@@ -10,8 +10,8 @@ from torch import Tensor
 from ground.policies import GuideKept
 from ground.runs import Budget, Drawn, Falls, Runs
 from tiltlm.estimation import mixture
-from tiltlm.guides.chain import Chain
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.chain import MarkovChain
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.guides.value import ValueFunction
 from tiltlm.lm.token_scores import gram
 from tiltlm.objectives import Guided, GuideRecord, MinimumVariance, Record, estimators
@@ -85,13 +85,13 @@ def guides_of(runs: Runs) -> Guides:
     assert runs.fit_sample is not None
     world, fit, graph = runs.world, runs.fit_sample, runs.world.graph
     inner = len(graph.child)
-    states = PrefixStates.of(world.automaton.transitions, int(world.state[0]), world.automaton.values)
+    states = TokenStates.of(world.automaton.transitions, int(world.state[0]), world.automaton.values)
     depth = torch.arange(graph.length).repeat_interleave(torch.tensor(graph.layers))
     depth = torch.cat([depth, torch.full((graph.leaves,), graph.length)])
     passed = torch.cat([fit.nodes, fit.leaf[..., None] + inner], -1)
     laws, promises = [], []
     for r in range(runs.count):
-        chain = Chain.empty(states, graph.length)
+        chain = MarkovChain.empty(states, graph.length)
         visits = torch.bincount(fit.nodes[r].flatten(), minlength=inner).double()
         seen = visits.nonzero().squeeze(-1)
         chain.add(world.state[seen], depth[seen], world.base[seen].exp(), visits[seen], visits[seen])

@@ -10,8 +10,8 @@ from tiltlm.exact import enumerate_completions
 from tiltlm.features import Feature
 from tiltlm.features.automaton import Automaton, Phrases
 from tiltlm.features.batch import Batch
-from tiltlm.guides.chain import Chain
-from tiltlm.guides.token_states import PrefixStates, prefix_states
+from tiltlm.guides.chain import MarkovChain
+from tiltlm.guides.token_states import TokenStates, build_token_states
 from tiltlm.lm import LanguageModel, Samples, Transitions
 
 LENGTH = 5
@@ -41,8 +41,8 @@ def samples(model: LanguageModel) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def states(model: LanguageModel, samples: Samples) -> PrefixStates:
-    return prefix_states(model, [Lead()], samples)
+def states(model: LanguageModel, samples: Samples) -> TokenStates:
+    return build_token_states(model, [Lead()], samples)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def rate(model: LanguageModel) -> float:
     return float(listed.sequence_logprob.exp()[passed].sum())
 
 
-def learned(states: PrefixStates, model: LanguageModel, samples: Samples) -> Chain:
-    chain = Chain.empty(states, LENGTH)
+def learned(states: TokenStates, model: LanguageModel, samples: Samples) -> MarkovChain:
+    chain = MarkovChain.empty(states, LENGTH)
     chain.learn(model, samples)
     return chain
 
 
-def test_it_promises_the_rate(states: PrefixStates, model: LanguageModel, samples: Samples, rate: float) -> None:
+def test_it_promises_the_rate(states: TokenStates, model: LanguageModel, samples: Samples, rate: float) -> None:
     assert states.transitions.counts.shape[1] == 2 * LENGTH + 1
     assert states.start > 0
     promise = learned(states, model, samples).promise(states.passing())
@@ -66,9 +66,9 @@ def test_it_promises_the_rate(states: PrefixStates, model: LanguageModel, sample
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.06)
 
 
-def test_counts_are_states_like_any_others(states: PrefixStates, model: LanguageModel, samples: Samples) -> None:
+def test_counts_are_states_like_any_others(states: TokenStates, model: LanguageModel, samples: Samples) -> None:
     """The same table written out, of which every state that many prefixes are in is promised the same."""
-    written = PrefixStates(Transitions.of(states.transitions[:]), states.start, states.values)
+    written = TokenStates(Transitions.of(states.transitions[:]), states.start, states.values)
     chain, other = (learned(one, model, samples) for one in (states, written))
     often = (chain.visits.sum(0)[chain.row] > 200).nonzero().squeeze(-1)
     assert len(often) > 5
@@ -78,7 +78,7 @@ def test_counts_are_states_like_any_others(states: PrefixStates, model: Language
 
 
 def test_with_little_room_all_counts_of_a_place_go_on_alike(
-    states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
+    states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltlm.guides.chain.MOST_APART", 0)
     chain = learned(states, model, samples)
@@ -93,7 +93,7 @@ def test_with_little_room_all_counts_of_a_place_go_on_alike(
 
 
 def test_ends_are_known_by_position_where_steps_are_not(
-    states: PrefixStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
+    states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltlm.guides.chain.MOST_STEPS", 1)
     chain = learned(states, model, samples)

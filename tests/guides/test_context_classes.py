@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tiltlm.exact import MarkovModel, markov_target, phrase
 from tiltlm.features import contains
-from tiltlm.guides.chain import Chain
+from tiltlm.guides.chain import MarkovChain
 from tiltlm.guides.context_classes import ENOUGH_PREFIXES, LastTokens, with_contexts
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.lm import Transitions
 from tiltlm.targets import Term
 
@@ -40,12 +40,12 @@ def tokens(model: MarkovModel) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def states() -> PrefixStates:
+def states() -> TokenStates:
     automaton = phrase(WANTED, VOCABULARY)
-    return PrefixStates.of(automaton.transitions, automaton.start, automaton.values)
+    return TokenStates.of(automaton.transitions, automaton.start, automaton.values)
 
 
-def learned(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> tuple[Chain, LastTokens, Tensor]:
+def learned(states: TokenStates, model: MarkovModel, tokens: Tensor) -> tuple[MarkovChain, LastTokens, Tensor]:
     """A chain and the laws by last token that know the model's laws at these prefixes; the states before each token."""
     guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
     before = guide.states(tokens) % len(states.transitions)
@@ -53,19 +53,19 @@ def learned(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> tuple[C
     laws = model.logprob[last].exp().flatten(0, 1).float()
     ones = torch.ones(len(laws), dtype=torch.float64)
     columns = torch.arange(LENGTH).expand_as(tokens).flatten()
-    chain = Chain.empty(states, LENGTH)
+    chain = MarkovChain.empty(states, LENGTH)
     chain.add(before.flatten(), columns, laws, ones)
     last_tokens = LastTokens.empty(tokens, VOCABULARY, torch.device("cpu"))
     last_tokens.add(torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=VOCABULARY).flatten(), laws, ones)
     return chain, last_tokens, before
 
 
-def split(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> PrefixStates:
+def split(states: TokenStates, model: MarkovModel, tokens: Tensor) -> TokenStates:
     chain, last_tokens, before = learned(states, model, tokens)
     return with_contexts(states, last_tokens, chain.promise(states.passing()), tokens, before)
 
 
-def test_a_cell_is_the_state_of_its_kin(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+def test_a_cell_is_the_state_of_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     cells = split(states, model, tokens)
     assert cells.kin is not None
     assert len(cells.transitions) > len(states.transitions)
@@ -78,7 +78,7 @@ def test_a_cell_is_the_state_of_its_kin(states: PrefixStates, model: MarkovModel
     assert torch.equal(cells.values, states.values[cells.kin])
 
 
-def test_a_text_ends_in_the_state_of_its_kin(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+def test_a_text_ends_in_the_state_of_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     ending = states.transitions[:].clone()
     ending[:, 0] += len(ending)
     cells = split(replace(states, transitions=Transitions.of(ending)), model, tokens)
@@ -91,7 +91,7 @@ def test_a_text_ends_in_the_state_of_its_kin(states: PrefixStates, model: Markov
 
 
 def test_tokens_that_bring_what_is_wanted_have_classes_of_their_own(
-    states: PrefixStates, model: MarkovModel, tokens: Tensor
+    states: TokenStates, model: MarkovModel, tokens: Tensor
 ) -> None:
     cells = split(states, model, tokens)
     after = cells.transitions[cells.start]
@@ -104,14 +104,14 @@ def test_tokens_that_bring_what_is_wanted_have_classes_of_their_own(
 
 
 def test_a_promise_is_near_the_exact_one_of_the_last_token(
-    states: PrefixStates, model: MarkovModel, tokens: Tensor
+    states: TokenStates, model: MarkovModel, tokens: Tensor
 ) -> None:
     target = markov_target(model, phrase(WANTED, VOCABULARY), [Term(contains("x"), "filter", 1.0)])
     exact, cells = target.log_value_table, split(states, model, tokens)
     last = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=0)
     at = torch.arange(LENGTH)
 
-    def miss(of: PrefixStates) -> float:
+    def miss(of: TokenStates) -> float:
         chain, _, before = learned(of, model, tokens)
         guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
         truth = exact[at, last, guide.states(tokens)]
@@ -122,9 +122,7 @@ def test_a_promise_is_near_the_exact_one_of_the_last_token(
     assert miss(cells) < 0.35 * miss(states)
 
 
-def test_a_cell_that_was_never_seen_goes_on_as_its_kin(
-    states: PrefixStates, model: MarkovModel, tokens: Tensor
-) -> None:
+def test_a_cell_that_was_never_seen_goes_on_as_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     cells = split(states, model, tokens)
     assert cells.kin is not None
     chain, _, _ = learned(cells, model, tokens)
@@ -141,7 +139,7 @@ def test_a_cell_that_was_never_seen_goes_on_as_its_kin(
     torch.testing.assert_close(steps(chain._anywhere(), cell), moved / moved.sum(), atol=1e-3, rtol=0)
 
 
-def test_few_prefixes_split_nothing(states: PrefixStates, model: MarkovModel, tokens: Tensor) -> None:
+def test_few_prefixes_split_nothing(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     few = tokens[: ENOUGH_PREFIXES // LENGTH]
     chain, last_tokens, before = learned(states, model, few)
     assert with_contexts(states, last_tokens, chain.promise(states.passing()), few, before) is states

@@ -15,10 +15,10 @@ from tiltlm.estimation import Estimate
 from tiltlm.exact import enumerate_completions, exact_target
 from tiltlm.features import Feature, build_feature, contains, length, measure
 from tiltlm.guides import estimate_values
-from tiltlm.guides.chain import Chain
-from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
-from tiltlm.guides.token_states import prefix_states
-from tiltlm.guides.value import guide_of
+from tiltlm.guides.chain import MarkovChain
+from tiltlm.guides.rare_events import RareEventEstimate, estimate_rare_event, rare_filters
+from tiltlm.guides.token_states import build_token_states
+from tiltlm.guides.value import build_guide
 from tiltlm.lm import LanguageModel, SamplingSettings
 from tiltlm.targets import BaseSample, draw_base_sample, fit_target, state_terms
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
@@ -49,12 +49,12 @@ def test_it_estimates_the_rate_of_what_it_has_never_seen(base: LanguageModel, na
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     passing = (measure(filters, listed.texts) > 0).all(1)
     rate = float(listed.sequence_logprob.exp()[passing].sum())
-    found = foresee(base, filters, filters, without_hits(base, filters, 300, 1), n=400, seed=3)
+    found = estimate_rare_event(base, filters, filters, without_hits(base, filters, 300, 1), n=400, seed=3)
     assert 0 < rate < 0.05
     assert found.hits > 20 * rate * 400
     assert abs(found.log_z.value - math.log(rate)) < 4 * found.log_z.se
     assert found.log_z.se < 0.2
-    assert found.trusted
+    assert found.reliable
 
 
 def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     few = draw_base_sample(base, features, 300, None, LENGTH, seed=1)
     assert rare_filters(terms, few) == features[:1]
-    found = foresee(base, features[:1], features, few, n=800, seed=5)
-    sample = found.sample
+    found = estimate_rare_event(base, features[:1], features, few, n=800, seed=5)
+    sample = found.base_sample
     assert len(sample.samples) == len(sample.features) == 300 + 3 * 800
     fitted = fit_target(terms, sample)
     truth = exact_target(base, fitted, listed)
@@ -98,7 +98,7 @@ def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp
 
 def test_weights_of_the_mixture_have_mean_one_and_a_bound(base: LanguageModel) -> None:
     filters = [build_feature({"contains": "d b c"})]
-    sample = foresee(base, filters, filters, without_hits(base, filters, 300, 1), n=300, seed=2).sample
+    sample = estimate_rare_event(base, filters, filters, without_hits(base, filters, 300, 1), n=300, seed=2).base_sample
     ratio = sample.log_ratio.exp()
     assert float(ratio.mean()) == pytest.approx(1, abs=5 * float(ratio.std()) / len(ratio) ** 0.5)
     # The base's share bounds a/m.
@@ -120,12 +120,12 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     rate = float(listed.sequence_logprob.exp()[measure(filters, listed.texts)[:, 0] > 0].sum())
     many = base.sample(3000, seed=2, max_completion_length=LENGTH)
-    states = prefix_states(base, filters, many)
-    chain = Chain.empty(states, LENGTH)
+    states = build_token_states(base, filters, many)
+    chain = MarkovChain.empty(states, LENGTH)
     chain.learn(base, many)
     promise = chain.promise(states.passing())
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
-    law = replace(listed, guide=guide_of(states, promise, states.passing()), settings=SamplingSettings())
+    law = replace(listed, guide=build_guide(states, promise, states.passing()), settings=SamplingSettings())
     with torch.no_grad():
         assert float(base.logprob(law).sum(-1).exp().sum()) == pytest.approx(1, abs=1e-6)
 
@@ -134,10 +134,10 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
     """Learning from guided samples, weighed, gives the mean laws of the base in each state."""
     filters = [build_feature({"contains": "d b"})]
     samples = base.sample(4000, seed=4, max_completion_length=LENGTH)
-    states = prefix_states(base, filters, samples)
-    plain, guided = Chain.empty(states, LENGTH), Chain.empty(states, LENGTH)
+    states = build_token_states(base, filters, samples)
+    plain, guided = MarkovChain.empty(states, LENGTH), MarkovChain.empty(states, LENGTH)
     plain.learn(base, samples)
-    guide = base.placed(guide_of(states, plain.promise(states.passing()), states.passing()))
+    guide = base.placed(build_guide(states, plain.promise(states.passing()), states.passing()))
     drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
         log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double()
@@ -153,26 +153,28 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
 def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageModel) -> None:
     feature = contains("d")
     sample = draw_base_sample(base, [feature], 100, None, LENGTH, seed=0)
-    guide = prefix_states(base, [feature], sample.samples).guide(torch.zeros(1, 2))
+    guide = build_token_states(base, [feature], sample.samples).guide(torch.zeros(1, 2))
     even = torch.full((100,), math.log(1e-4), dtype=torch.float64)
-    found = Foresight(guide, sample.samples, even, sample, Estimate(math.log(1e-4), 0.0))
+    found = RareEventEstimate(guide, sample.samples, even, sample, Estimate(math.log(1e-4), 0.0))
     assert "a rate of 0.0001 (± 0 %): about 300,000 samples" in found.advice()
     uneven = torch.full((100,), -math.inf, dtype=torch.float64)
     assert "0 of 100 texts pass" in replace(found, log_weights=uneven).advice()
     uneven[3] = -20.0
     assert "(ESS 1.0): the base hardly ever writes it" in replace(found, log_weights=uneven).advice()
-    assert not replace(found, log_weights=uneven).trusted
+    assert not replace(found, log_weights=uneven).reliable
 
 
 def test_what_cannot_be_read_off_a_prefix_is_refused(base: LanguageModel) -> None:
     sample = draw_base_sample(base, [length("characters")], 20, None, LENGTH, seed=0)
     with pytest.raises(UsageError, match="cannot"):
-        foresee(base, [length("characters")], [length("characters")], sample)
+        estimate_rare_event(base, [length("characters")], [length("characters")], sample)
 
 
 def test_what_cannot_be_written_at_all_is_told_and_no_crash(base: LanguageModel) -> None:
     """No token of the vocabulary makes the word, so that no state promises anything."""
     feature = contains("zebra")
-    found = foresee(base, [feature], [feature], draw_base_sample(base, [feature], 100, None, LENGTH, seed=1), n=50)
-    assert (found.hits, found.trusted, found.log_z.value) == (0, False, -math.inf)
+    found = estimate_rare_event(
+        base, [feature], [feature], draw_base_sample(base, [feature], 100, None, LENGTH, seed=1), n=50
+    )
+    assert (found.hits, found.reliable, found.log_z.value) == (0, False, -math.inf)
     assert "0 of 50 texts pass" in found.advice()

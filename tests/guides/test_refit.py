@@ -10,7 +10,7 @@ import torch
 from enumerable import tiny_model
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains, measure
-from tiltlm.guides.refit import look_again, needs_a_second_look
+from tiltlm.guides.refit import needs_refit, refit
 from tiltlm.lm import LanguageModel
 from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, state_terms
 
@@ -33,7 +33,7 @@ def test_weights_are_right_though_guides_were_made_of_the_same_samples(base: Lan
     for seed in range(40):
         drawn = draw_base_sample(base, features, 160, None, LENGTH, seed=seed)
         if float(drawn.features.sum(0).min()) > 0:
-            sample = look_again(base, fit_target(terms, drawn), n=80, seed=1000 * seed).base_sample
+            sample = refit(base, fit_target(terms, drawn), n=80, seed=1000 * seed).base_sample
             assert len(sample.samples) == 160 + 2 * 80
             assert sample.plain == 160
             weights, x = sample.log_ratio.exp(), sample.features.double()
@@ -49,7 +49,7 @@ def test_a_fit_is_nearer_to_the_truth_after_a_second_look(base: LanguageModel) -
     features = [term.feature for term in terms]
     drawn = draw_base_sample(base, features, 160, None, LENGTH, seed=3)
     before = fit_target(terms, drawn)
-    after = look_again(base, before, n=400, seed=5)
+    after = refit(base, before, n=400, seed=5)
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     law = listed.sequence_logprob.double()
     phi = measure(features, listed.texts).double()
@@ -66,6 +66,6 @@ def test_only_a_fit_whose_weight_a_few_texts_carry_is_looked_at_again(base: Lang
     rare, common = contains("d b"), contains("a")
     few = draw_base_sample(base, [rare], 160, None, LENGTH, seed=0)
     many = draw_base_sample(base, [common], 640, None, LENGTH, seed=0)
-    assert needs_a_second_look(fit_target(state_terms([(rare, 0.3)]), few))
-    assert not needs_a_second_look(fit_target(state_terms([(common, 0.6)]), many))
-    assert not needs_a_second_look(fit_target(state_terms([(rare, 1.0)]), few))  # a filter has a foresight of its own
+    assert needs_refit(fit_target(state_terms([(rare, 0.3)]), few))
+    assert not needs_refit(fit_target(state_terms([(common, 0.6)]), many))
+    assert not needs_refit(fit_target(state_terms([(rare, 1.0)]), few))  # a filter has a foresight of its own

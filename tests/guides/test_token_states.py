@@ -30,10 +30,10 @@ from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.guides.token_states import (
     MOST_PLACES,
     Moving,
-    PrefixStates,
+    TokenStates,
     TokenTree,
     _changed,
-    prefix_states,
+    build_token_states,
     token_texts,
 )
 from tiltlm.lm import LanguageModel, Samples
@@ -69,9 +69,9 @@ def samples(embedded: LanguageModel) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def states_of(embedded: LanguageModel, samples: Samples) -> Callable[[str], PrefixStates]:
+def states_of(embedded: LanguageModel, samples: Samples) -> Callable[[str], TokenStates]:
     """The states of FEATURES by name; thousands of them take a while, so each is found once."""
-    return cache(lambda name: prefix_states(embedded, FEATURES[name], samples))
+    return cache(lambda name: build_token_states(embedded, FEATURES[name], samples))
 
 
 def automaton_of(features: list[Feature]) -> Automaton:
@@ -94,7 +94,7 @@ def visited(automaton: Automaton, samples: Samples) -> set[State]:
     return {read(automaton, decode(list(prefix), skip_special_tokens=True)) for prefix in prefixes}
 
 
-def follow(states: PrefixStates, tokens: torch.Tensor) -> torch.Tensor:
+def follow(states: TokenStates, tokens: torch.Tensor) -> torch.Tensor:
     """The state before each token, and the last one [N, T + 1]."""
     guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
     before = guide.states(tokens)
@@ -103,7 +103,7 @@ def follow(states: PrefixStates, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_transitions_are_steps_over_the_decoded_text(
-    embedded: LanguageModel, samples: Samples, name: str, states_of: Callable[[str], PrefixStates]
+    embedded: LanguageModel, samples: Samples, name: str, states_of: Callable[[str], TokenStates]
 ) -> None:
     """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
     automaton, states = automaton_of(FEATURES[name]), states_of(name)
@@ -130,7 +130,7 @@ def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageMod
     """A phrase that no sample holds is read to its end, and what its last state says is known from a text of it."""
     phrase = "purple elephants dance"
     assert not any(phrase in text for text in samples.texts)
-    states = prefix_states(embedded, [contains(phrase)], samples)
+    states = build_token_states(embedded, [contains(phrase)], samples)
     ids = torch.tensor([embedded.tokenizer.encode(f" {phrase}.", add_special_tokens=False)])
     last = int(follow(states, ids)[0, -1])
     assert states.values is not None
@@ -140,7 +140,7 @@ def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageMod
 
 
 def test_values_of_states_are_those_of_texts_that_end_there(
-    samples: Samples, states_of: Callable[[str], PrefixStates]
+    samples: Samples, states_of: Callable[[str], TokenStates]
 ) -> None:
     """On every sample that ends in a state that is one text's alone: the features agree."""
     for name, features in FEATURES.items():
@@ -155,7 +155,7 @@ def test_values_of_states_are_those_of_texts_that_end_there(
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_an_end_keeps_the_state(embedded: LanguageModel, name: str, states_of: Callable[[str], PrefixStates]) -> None:
+def test_an_end_keeps_the_state(embedded: LanguageModel, name: str, states_of: Callable[[str], TokenStates]) -> None:
     states = states_of(name)
     s = len(states.transitions)
     assert states.transitions.shape == (s, embedded.vocab_size)
@@ -173,7 +173,7 @@ def test_the_last_state_of_every_completion_settles_the_values(tokens: str, feat
     """Also where one of several EOS tokens is a word itself."""
     model = tiny_model("gpt2", tokens)
     # States are those of longer texts too, so that none is left out because it is only ever the last.
-    states = prefix_states(model, TINY[features], enumerate_completions(model, max_completion_length=5))
+    states = build_token_states(model, TINY[features], enumerate_completions(model, max_completion_length=5))
     listed = enumerate_completions(model, max_completion_length=4)
     last = follow(states, listed.tokens)[:, -1].tolist()
     values = torch.stack([f(listed.texts, completion_ids=listed.completion_ids) for f in TINY[features]], 1)
@@ -227,9 +227,9 @@ def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
 def test_too_many_states_are_merged_and_the_guide_still_samples(
     embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = prefix_states(embedded, FEATURES[name], samples)
+    whole = build_token_states(embedded, FEATURES[name], samples)
     monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", most)
-    states = prefix_states(embedded, FEATURES[name], samples)
+    states = build_token_states(embedded, FEATURES[name], samples)
     s = len(states.transitions)
     assert s < len(whole.transitions)
     assert states.transitions[:, embedded.eos_ids[0]].tolist() == list(range(s, 2 * s))
@@ -248,7 +248,7 @@ def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
     monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 1)
     for features in FEATURES.values():
         automaton = automaton_of(features)
-        states = prefix_states(embedded, features, samples)
+        states = build_token_states(embedded, features, samples)
         coarse = {automaton.coarse(state)[1] for state in visited(automaton, samples)}
         assert len(states.transitions.places) == len({automaton.start[1], *coarse})
 
@@ -257,7 +257,7 @@ def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=4)
     monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 2)
-    states = prefix_states(model, TINY["both"], listed)
+    states = build_token_states(model, TINY["both"], listed)
     twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         law = model.logprob(replace(listed, guide=states.guide(twist))).sum(-1).exp()
@@ -269,8 +269,8 @@ def test_without_any_automaton_the_features_are_named() -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=2)
     with pytest.raises(UsageError, match=r"^method: .*'matches 'a\+'', 'length in tokens' cannot"):
-        prefix_states(model, [regex("a+"), length("tokens")], listed)
-    assert len(prefix_states(model, [regex("a+"), contains("a")], listed).transitions) > 1
+        build_token_states(model, [regex("a+"), length("tokens")], listed)
+    assert len(build_token_states(model, [regex("a+"), contains("a")], listed).transitions) > 1
 
 
 def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
@@ -282,7 +282,7 @@ def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
     totals = [read(automaton, text)[0] for text in samples.texts]
     assert sum(total != 0 for total in totals) > 20
     monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 70)
-    last = follow(prefix_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
+    last = follow(build_token_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
     found: dict[int, list[int]] = {}
     for state, total in zip(last, totals, strict=True):
         found.setdefault(state, []).append(total)

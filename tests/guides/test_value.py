@@ -15,7 +15,7 @@ from enumerable import tiny_model
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_target
 from tiltlm.features import contains, length, negation, wordlist
 from tiltlm.guides import ValueFunction, estimate_values
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.guides.value import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
 from tiltlm.lm import Guide, LanguageModel, SamplingSettings
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
@@ -174,7 +174,7 @@ def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> No
         visited[row, t] += 1
         visited[row, t + 1 :] = nothing
     tilt = torch.tensor([0.4, 0.8, 2.0, 0.8], dtype=torch.float64)
-    own = ValueFunction(PrefixStates.of(transitions), visited, 3).guide(tilt.log())
+    own = ValueFunction(TokenStates.of(transitions), visited, 3).guide(tilt.log())
     counts, sums = [4, 2, 1], [4.0, 2.8, 0.8]
     anywhere = (sum(sums) + 1) / (sum(counts) + 1)
     for t in range(3):
@@ -226,7 +226,7 @@ def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
 
 def test_an_automaton_that_leaves_out_a_rule_is_believed_as_far_as_samples_bear_it_out() -> None:
     """Of the texts that it says no of, a tenth are wanted: so is a state of which no sample ended."""
-    states = PrefixStates.of(torch.tensor([[0, 1, 2, 3]] * 4), values=torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+    states = TokenStates.of(torch.tensor([[0, 1, 2, 3]] * 4), values=torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
     ended = torch.tensor([0] * 100 + [2] * 100)
     visited = torch.stack([torch.zeros_like(ended), 8 + ended], 1)
     weights = torch.tensor([1.0] * 10 + [0.0] * 90 + [1.0] * 100, dtype=torch.float64)

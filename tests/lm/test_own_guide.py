@@ -12,7 +12,7 @@ from enumerable import tiny_model
 from tiltlm.errors import ModelError
 from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains
-from tiltlm.guides.token_states import prefix_states
+from tiltlm.guides.token_states import build_token_states
 from tiltlm.lm import Guide, GuideProcessor, LanguageModel, Roles, SamplingSettings, next_token
 
 LENGTH = 4
@@ -25,7 +25,7 @@ def model() -> LanguageModel:
 
 
 def guide_of(model: LanguageModel) -> Guide:
-    states = prefix_states(model, [contains("a b")], enumerate_completions(model, max_completion_length=LENGTH))
+    states = build_token_states(model, [contains("a b")], enumerate_completions(model, max_completion_length=LENGTH))
     generator = torch.Generator().manual_seed(0)
     return states.guide(torch.randn(LENGTH + 1, 2 * len(states.transitions), generator=generator).double())
 

@@ -11,8 +11,8 @@ from tiltlm.app.plan import RunPlan
 from tiltlm.app.prompts import encode_prompts
 from tiltlm.config.run import RunConfig
 from tiltlm.errors import UnreachableTargetError
-from tiltlm.guides.rare_events import Foresight, foresee, rare_filters
-from tiltlm.guides.refit import look_again, needs_a_second_look
+from tiltlm.guides.rare_events import RareEventEstimate, estimate_rare_event, rare_filters
+from tiltlm.guides.refit import needs_refit, refit
 from tiltlm.lm import LanguageModel
 from tiltlm.targets import (
     BaseSample,
@@ -71,13 +71,13 @@ def fit_run_target(
     if plan.own_target is not None:
         return RunTarget(plan.own_target, sample, report_fit(plan.own_target, sample))
     found = _rare_events(config, base, plan.terms, sample, display) if sample.base_logprob is None else None
-    if found is not None and found.trusted:
-        sample = found.sample
+    if found is not None and found.reliable:
+        sample = found.base_sample
     try:
         fitted = fit_target(plan.terms, sample)
     except UnreachableTargetError as error:
         raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
-    if sample.base_logprob is None and needs_a_second_look(fitted):
+    if sample.base_logprob is None and needs_refit(fitted):
         fitted = _refitted(config, base, fitted, display)
     return RunTarget(fitted, fitted.base_sample, fitted.report)
 
@@ -85,7 +85,7 @@ def fit_run_target(
 def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
     """The target fitted anew with texts of guides toward it, and a word on what that changed."""
     with display.counting("looking again with a guide") as progress:
-        again = look_again(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
+        again = refit(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
     before, after = fitted.report, again.report
     display.say(
         f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carried the target's weight (ESS); with "
@@ -97,13 +97,13 @@ def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, disp
 
 def _rare_events(
     config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
-) -> Foresight | None:
+) -> RareEventEstimate | None:
     """Texts that pass the filters, found with a guide where hardly a sample does; None where nothing is to be found."""
     filters = rare_filters(terms, sample)
     if not filters:
         return None
     with display.counting("looking for rare texts with a guide") as progress:
-        found = foresee(
+        found = estimate_rare_event(
             base,
             filters,
             [term.feature for term in terms],

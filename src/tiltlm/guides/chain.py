@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from tiltlm.guides.context_classes import LastTokens
 from tiltlm.guides.edges import Slots, Steps, shrunk_mean
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 
 # Ends are averaged over the positions of a stretch, and there are at most so many; many steps over several stretches.
@@ -35,7 +35,7 @@ GUESS = 0.5
 
 
 @dataclass
-class Chain:
+class MarkovChain:
     """``transitions`` [S, V] as in a ``Guide``, for texts of at most ``length`` tokens.
 
     A state has a ``row`` [S], of R, with a step for each slot of its place; all counts of a ``place`` [R] share one, or
@@ -62,7 +62,7 @@ class Chain:
     mean_law: Tensor
 
     @staticmethod
-    def empty(states: PrefixStates, length: int, device: torch.device | None = None) -> Chain:
+    def empty(states: TokenStates, length: int, device: torch.device | None = None) -> MarkovChain:
         """A chain that has seen nothing."""
         transitions, counts = states.transitions, states.transitions.counts.shape[1]
         kin = torch.arange(len(transitions.places)) if states.kin is None else states.kin
@@ -79,7 +79,7 @@ class Chain:
         stretches = min(length, MOST_STRETCHES)
         moved = torch.zeros(min(stretches, max(1, MOST_STEPS // int(ends[-1]))), int(ends[-1]), device=device)
         sums = [torch.zeros(stretches, len(place), dtype=torch.float64, device=device) for _ in range(3)]
-        return Chain(
+        return MarkovChain(
             transitions=transitions,
             start=states.start,
             length=length,

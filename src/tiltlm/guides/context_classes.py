@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltlm.guides.token_states import MOST_STATES, MOST_TRANSITIONS, PrefixStates
+from tiltlm.guides.token_states import MOST_STATES, MOST_TRANSITIONS, TokenStates
 from tiltlm.lm import Transitions
 
 # Cells that splitting may add; each costs a row of the vocabulary.
@@ -66,8 +66,8 @@ class LastTokens:
 
 
 def with_contexts(
-    states: PrefixStates, last_tokens: LastTokens, promise: Tensor, tokens: Tensor, visited: Tensor
-) -> PrefixStates:
+    states: TokenStates, last_tokens: LastTokens, promise: Tensor, tokens: Tensor, visited: Tensor
+) -> TokenStates:
     """The states, with those split that many tokens lead to; the same where there is nothing to split.
 
     ``promise`` [T + 1, S] is ψ of the states as they are; ``tokens`` [N, T] those of samples, and ``visited`` [N, T]
@@ -141,8 +141,8 @@ def _classes(rows: Tensor, weights: Tensor, most: int) -> Tensor:
 
 
 def _split(
-    states: PrefixStates, split: Tensor, of_token: Tensor, classes: int, place: Tensor, last: Tensor
-) -> PrefixStates:
+    states: TokenStates, split: Tensor, of_token: Tensor, classes: int, place: Tensor, last: Tensor
+) -> TokenStates:
     """Cells behind the places as they are: split place by split place, by the last class and that before it."""
     table, f = states.transitions, len(states.transitions.places)
     first = torch.full((f,), -1)
@@ -158,7 +158,7 @@ def _split(
     cell = torch.where(first[to] >= 0, first[to] + of_token * classes + own[:, None], to)
     counts = table.counts.shape[1]
     of_kin = (kin[:, None] * counts + torch.arange(counts)).reshape(-1)
-    return PrefixStates(
+    return TokenStates(
         Transitions(torch.where(ended, to + len(kin), cell).int(), table.changes[kin], table.counts),
         states.start,
         None if states.values is None else states.values[of_kin],

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tiltlm.estimation import Strata
-from tiltlm.guides.chain import Chain
+from tiltlm.guides.chain import MarkovChain
 from tiltlm.guides.context_classes import LastTokens, with_contexts
 from tiltlm.guides.learned import LEVELS, LearnedStates, Prefixes, Scale, fit_token_weights
-from tiltlm.guides.token_states import MOST_STATES, PrefixStates, one_state, prefix_states
+from tiltlm.guides.token_states import MOST_STATES, TokenStates, build_token_states, single_state
 from tiltlm.guides.value import ValueFunction, cells_visited
 from tiltlm.lm import Guide, LanguageModel, Transitions
 from tiltlm.targets import BaseSample, Target
@@ -26,13 +26,13 @@ def estimate_values(model: LanguageModel, target: Target, base_sample: BaseSampl
     tokens, mask = samples.tokens.cpu(), samples.mask.cpu()
     if any(feature.automaton() is not None for feature in target.features):
         last_tokens = LastTokens.empty(tokens[mask], model.vocab_size, model.device)
-        twist = _with_chain(model, prefix_states(model, target.features, samples), base_sample, last_tokens)
-        promise = twist.toward(target, base_sample).log_value_table[:, : len(twist.states.transitions)].exp()
+        twist = _with_chain(model, build_token_states(model, target.features, samples), base_sample, last_tokens)
+        promise = twist.guide_toward(target, base_sample).log_value_table[:, : len(twist.states.transitions)].exp()
         finer = with_contexts(twist.states, last_tokens, promise, tokens, twist.states_before(mask))
         if finer is not twist.states:
             twist = replace(_with_chain(model, finer, base_sample), forward_passes=2)
     else:
-        states, length = one_state(model), base_sample.max_completion_length
+        states, length = single_state(model), base_sample.max_completion_length
         twist = ValueFunction(states, cells_visited(states, tokens, mask, length), length)
     if all(feature.automaton() is not None for feature in target.features):
         return twist
@@ -44,15 +44,15 @@ def estimate_values(model: LanguageModel, target: Target, base_sample: BaseSampl
 
 def guide_toward(base: LanguageModel, target: Target, base_sample: BaseSample) -> Guide:
     """The guide toward a target, made of the samples of the base that it was fitted on."""
-    return estimate_values(base, target, base_sample).toward(target, base_sample)
+    return estimate_values(base, target, base_sample).guide_toward(target, base_sample)
 
 
 def _with_chain(
-    model: LanguageModel, states: PrefixStates, base_sample: BaseSample, last_tokens: LastTokens | None = None
+    model: LanguageModel, states: TokenStates, base_sample: BaseSample, last_tokens: LastTokens | None = None
 ) -> ValueFunction:
     """The twist of these states, with the chain that the model's laws at the samples' prefixes make of them."""
     samples, length = base_sample.samples, base_sample.max_completion_length
-    chain = Chain.empty(states, length, model.device)
+    chain = MarkovChain.empty(states, length, model.device)
     chain.learn(model, samples, base_sample.prefix_log_ratio, last_tokens)
     visited = cells_visited(states, samples.tokens.cpu(), samples.mask.cpu(), length)
     return ValueFunction(states, visited, length, chain, forward_passes=1)
@@ -108,4 +108,4 @@ def _with_levels(
     state = torch.arange(len(table)).repeat_interleave(len(levels))
     start = twist.states.start * len(levels) - low
     nats = (levels + low).repeat(len(table)).double() * step
-    return LearnedStates(PrefixStates(both, start), state, nats, sums, share)
+    return LearnedStates(TokenStates(both, start), state, nats, sums, share)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.lm import Guide
 
 # Levels of the sum, over the range that the samples show.
@@ -94,7 +94,7 @@ class LearnedStates:
     ``sums`` and ``share`` [N, T] are of the samples' prefixes, the sums by weights fitted on the other half of them.
     """
 
-    states: PrefixStates
+    states: TokenStates
     of: Tensor
     nats: Tensor
     sums: Tensor

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tiltlm.estimation import Estimate, Strata, effective_sample_size, log_partition
 from tiltlm.features import Feature
-from tiltlm.guides.chain import Chain
+from tiltlm.guides.chain import MarkovChain
 from tiltlm.guides.refit import as_mixture
-from tiltlm.guides.token_states import prefix_states
-from tiltlm.guides.value import guide_of
+from tiltlm.guides.token_states import build_token_states
+from tiltlm.guides.value import build_guide
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.target import Term
@@ -32,7 +32,7 @@ ENOUGH_HITS = 30.0
 
 
 @dataclass(frozen=True)
-class Foresight:
+class RareEventEstimate:
     """Guided ``samples`` of the last round with log a − log g [N], −inf where a filter fails.
 
     ``sample`` holds all texts, the base's and the guided ones of every round, as one sample of the mixture of their
@@ -40,9 +40,9 @@ class Foresight:
     """
 
     guide: Guide
-    samples: Samples
+    guided_samples: Samples
     log_weights: Tensor
-    sample: BaseSample
+    base_sample: BaseSample
     log_z: Estimate
 
     @property
@@ -56,14 +56,14 @@ class Foresight:
         return effective_sample_size(self.log_weights).value if self.hits else 0.0
 
     @property
-    def trusted(self) -> bool:
+    def reliable(self) -> bool:
         """Whether the weights are even enough for a target to be fitted on these texts."""
         return self.ess >= TRUSTED
 
     def advice(self) -> str:
         """What it found, and what to do about it, in one sentence or two."""
-        n = len(self.samples)
-        if not self.trusted:
+        n = len(self.guided_samples)
+        if not self.reliable:
             return (
                 f"Guided toward it, {self.hits} of {n} texts pass, but their weights are too uneven for an estimate "
                 f"(ESS {self.ess:.1f}): the base hardly ever writes it. Start from a looser feature, or from a prompt "
@@ -87,7 +87,7 @@ def rare_filters(terms: Sequence[Term], sample: BaseSample) -> list[Feature]:
     return features if float(strata.sum(passed.double()).mean()) < ENOUGH_HITS / strata.count else []
 
 
-def foresee(
+def estimate_rare_event(
     base: LanguageModel,
     filters: Sequence[Feature],
     features: Sequence[Feature],
@@ -97,21 +97,21 @@ def foresee(
     rounds: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Foresight:
+) -> RareEventEstimate:
     """How often the base passes all ``filters``, from its ``sample``, though hardly a text of it does.
 
     Draws ``rounds`` times ``n`` guided completions, each round with a guide that has learnt from those before, and
     measures all ``features`` of the target on them. Raises UsageError where the filters cannot be read off a prefix.
     """
     length, plain = sample.max_completion_length, sample.samples
-    states = prefix_states(base, filters, plain)
-    chain = Chain.empty(states, length, base.device)
+    states = build_token_states(base, filters, plain)
+    chain = MarkovChain.empty(states, length, base.device)
     chain.learn(base, plain)
     wanted = [k for k, feature in enumerate(features) if feature in filters]
     texts, measured, guides = [plain], [sample.features], list[Guide]()
     log_weights = torch.empty(0)
     for i in range(rounds):
-        guides.append(base.placed(guide_of(states, chain.promise(states.passing()), states.passing())))
+        guides.append(base.placed(build_guide(states, chain.promise(states.passing()), states.passing())))
         drawn = base.sample(n, plain.prompts, seed + i, max_completion_length=length, guide=guides[-1])
         values = measure_samples(features, drawn)
         with torch.no_grad():
@@ -128,4 +128,4 @@ def foresee(
     mixed = as_mixture(base, texts, torch.cat(measured), guides, length, forward_passes)
     passed = torch.where((mixed.features[:, wanted] > 0).all(1), mixed.log_ratio, -math.inf)
     log_z = log_partition(passed) if bool((passed > -math.inf).any()) else Estimate(-math.inf, math.nan)
-    return Foresight(guides[-1], drawn, log_weights, mixed, log_z)
+    return RareEventEstimate(guides[-1], drawn, log_weights, mixed, log_z)

@@ -25,7 +25,7 @@ from tiltlm.targets.constrain import FittedTarget, fit_target
 UNSURE = 0.15
 
 
-def needs_a_second_look(fitted: FittedTarget) -> bool:
+def needs_refit(fitted: FittedTarget) -> bool:
     """Whether a few samples carry the weight of a target with moments, of which a feature can be read off a prefix.
 
     It is for one prompt: with several each would need guided texts of its own.
@@ -36,7 +36,7 @@ def needs_a_second_look(fitted: FittedTarget) -> bool:
     return moments and readable and one and ess.se > UNSURE * ess.value
 
 
-def look_again(
+def refit(
     base: LanguageModel,
     fitted: FittedTarget,
     *,

@@ -25,7 +25,7 @@ MOST_STATES = 2**17
 
 
 @dataclass(frozen=True)
-class PrefixStates:
+class TokenStates:
     """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s.
 
     ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them; ``counted``
@@ -40,9 +40,9 @@ class PrefixStates:
     counted: Tensor | None = None
 
     @staticmethod
-    def of(table: Tensor, start: int = 0, values: Tensor | None = None) -> PrefixStates:
+    def of(table: Tensor, start: int = 0, values: Tensor | None = None) -> TokenStates:
         """Those of a table [S, V] that is written out."""
-        return PrefixStates(Transitions.of(table), start, values)
+        return TokenStates(Transitions.of(table), start, values)
 
     def passing(self) -> Tensor:
         """1 where a text that ends in the state passes all features, else 0 [S], float64."""
@@ -67,7 +67,7 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
     return automaton
 
 
-def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> PrefixStates:
+def build_token_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> TokenStates:
     """The places that matter most, with all counts: all, if there are not too many, and coarser ones for the others.
 
     First come those of ``samples`` whose coarse stand-in would most often have gone another way; then those that would
@@ -106,7 +106,7 @@ def prefix_states(model: LanguageModel, features: Sequence[Feature], samples: Sa
         texts = _shortest_texts(transitions, counted, start)
         tell = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(number))])
         values = tell[counted]
-    return PrefixStates(transitions, start, values, counted=counted)
+    return TokenStates(transitions, start, values, counted=counted)
 
 
 def _most_reached(
@@ -174,11 +174,11 @@ def _token_rates(vocab_size: int, texts: Sequence[Sequence[int]]) -> list[float]
     return [(counts[token] + 1) / total for token in range(vocab_size)]
 
 
-def one_state(model: LanguageModel) -> PrefixStates:
+def single_state(model: LanguageModel) -> TokenStates:
     """The single state of a text of which nothing is read, and its end."""
     table = torch.zeros(1, model.vocab_size, dtype=torch.long)
     table[:, model.eos_ids] = 1
-    return PrefixStates.of(table)
+    return TokenStates.of(table)
 
 
 def _is_missed(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tiltlm.guides.chain import Chain
+from tiltlm.guides.chain import MarkovChain
 from tiltlm.guides.learned import LearnedStates
-from tiltlm.guides.token_states import PrefixStates
+from tiltlm.guides.token_states import TokenStates
 from tiltlm.lm import Guide
 from tiltlm.targets.base_sample import BaseSample
 from tiltlm.targets.target import Target
@@ -35,10 +35,10 @@ class ValueFunction:
     ``learned`` are states for features that no automaton reads. It took ``forward_passes`` of all samples.
     """
 
-    states: PrefixStates
+    states: TokenStates
     visited: Tensor
     length: int
-    chain: Chain | None = None
+    chain: MarkovChain | None = None
     learned: LearnedStates | None = None
     forward_passes: int = 0
 
@@ -47,11 +47,11 @@ class ValueFunction:
         before = self.visited[:, : mask.shape[1]] % (2 * len(self.states.transitions))
         return torch.where(mask, before, -1)
 
-    def toward(self, target: Target, base_sample: BaseSample) -> Guide:
+    def guide_toward(self, target: Target, base_sample: BaseSample) -> Guide:
         """The guide toward a target, by the samples that this twist was made of."""
-        return self.guide(base_sample.log_weights(target), base_sample.log_ratio, self.worth(target))
+        return self.guide(base_sample.log_weights(target), base_sample.log_ratio, self.final_log_tilt(target))
 
-    def worth(self, target: Target) -> Tensor | None:
+    def final_log_tilt(self, target: Target) -> Tensor | None:
         """log P(x) − log a(x) [S] of a text that ends in each state; None where the automata do not tell it."""
         values = self.states.values
         if values is None:
@@ -73,9 +73,9 @@ class ValueFunction:
         mean = weights.sum() / ratios.sum()
         final = self._final(counts, sums, mean, told)
         if self.chain is not None:
-            guide = guide_of(self.states, self.chain.promise(final), final)
+            guide = build_guide(self.states, self.chain.promise(final), final)
         else:
-            guide = guide_of(self.states, self._table(counts, sums, mean, final), final, mean)
+            guide = build_guide(self.states, self._table(counts, sums, mean, final), final, mean)
         scale = guide.log_scale + float(greatest)
         if self.learned is not None:
             guide = self.learned.guide(guide, self.along(guide), weights / ratios / mean)
@@ -119,7 +119,7 @@ class ValueFunction:
         return total[:-1].reshape(self.length + 1, -1)
 
 
-def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:
+def build_guide(states: TokenStates, promise: Tensor, final: Tensor, mean: Tensor | None = None) -> Guide:
     """The guide of what open states promise [T + 1, S] and ended texts are worth [S]; ``mean`` is that of all texts."""
     both = torch.cat([promise, final.expand_as(promise)], 1)
     mean = promise[0, states.start] if mean is None else mean
@@ -129,7 +129,7 @@ def guide_of(states: PrefixStates, promise: Tensor, final: Tensor, mean: Tensor 
     return replace(states.guide((both / mean).clamp_min(FLOOR).log()), log_scale=math.log(mean))
 
 
-def cells_visited(states: PrefixStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
+def cells_visited(states: TokenStates, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
     """The cells [N, length + 1] of samples with these tokens [N, T]; see ``ValueFunction``."""
     count = 2 * len(states.transitions)
     guide = states.guide(torch.zeros(1, count))

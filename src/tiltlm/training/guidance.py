@@ -37,7 +37,7 @@ class Guidance:
         self.base, self.features, self.feedback = base, base_sample.features, feedback
         self.values = values
         self.log_weights, self.log_ratio = base_sample.log_weights(target), base_sample.log_ratio
-        self.of_states = self.values.worth(target)
+        self.of_states = self.values.final_log_tilt(target)
         if isinstance(log_z, Tensor):
             self.log_weights = self.log_weights - log_z
             self.of_states = self.of_states - log_z.mean() if self.of_states is not None else None

@@ -121,7 +121,7 @@ class Trainer:
                 log_z = self.partition.at(base_sample.samples.prompt_ids)
                 guidance = Guidance(base, self.target, base_sample, values, objective.moment_feedback, log_z)
         if self.keeps_guide:
-            self.roles.policy.keep(guidance.guide if guidance else values.toward(self.target, base_sample))
+            self.roles.policy.keep(guidance.guide if guidance else values.guide_toward(self.target, base_sample))
         for _ in range(values.forward_passes):
             self.counter.count_pass(base_sample.samples)
         return guidance
