@@ -1,7 +1,7 @@
-"""Automata: what a prefix of a text already says of a feature, as a small state that reads one character at a time.
+"""Automata: states of a prefix that predict a feature's value, updated character by character.
 
-Guided sampling looks these states up. It stays exact whatever they are, so an automaton may leave out rare subtleties
-of the feature that it stands for; the more it tells of the value to come, the closer the guided law is to the target.
+Guides look these states up. Sampling stays exact whatever they are, so an automaton may ignore rare details of its
+feature. The better its states predict the final value, the nearer the guided base is to the target.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-# Any hashable values; automata agree on nothing else.
+# Any hashable values.
 Place = Any
 Count = Any
 Change = Any
@@ -21,10 +21,11 @@ State = tuple[Count, Place]
 
 
 class Automaton(ABC):
-    """A deterministic automaton over characters. Its state is what has been counted and the place within a word.
+    """A deterministic automaton over characters. A state is (count, place).
 
-    The place says where reading goes on, whatever has been counted; so a table of places serves all counts. The text's
-    last word counts as if a space came after it.
+    The count is what the feature has counted so far. The place is the position within a word or phrase; where the next
+    character leads depends on the place alone, so one table of places serves all counts. A subclass defines ``start``,
+    ``counts`` and ``move``. The defaults of ``forget`` and ``add`` fit whole numbers in ascending order.
     """
 
     @property
@@ -35,30 +36,30 @@ class Automaton(ABC):
     @property
     @abstractmethod
     def counts(self) -> tuple[Count, ...]:
-        """All counts that there are."""
+        """All counts."""
 
     @abstractmethod
     def move(self, place: Place, character: str) -> tuple[Place, Change]:
-        """The place after one more character, and what changes in the count, or None."""
+        """The place after one more character, and the change of the count, None for no change."""
 
-    @abstractmethod
     def forget(self, place: Place) -> tuple[Place, Change]:
-        """A place that stands in for one seen too seldom, without what is half read; and a change, or None."""
+        """A common place that replaces a rare one, and a change or None; by default the place of ``start``."""
+        return self.start[1], None
 
-    @abstractmethod
     def add(self, count: Count, change: Change) -> Count:
-        """The count after a change."""
+        """The count after a change; by default the sum, kept within ``counts``."""
+        return max(self.counts[0], min(self.counts[-1], count + change))
 
     def step(self, state: State, character: str) -> State:
         """The state after one more character."""
         return self._after(state[0], self.move(state[1], character))
 
     def coarse(self, state: State) -> State:
-        """A state that stands in for one seen too seldom."""
+        """A common state that replaces a rare one."""
         return self._after(state[0], self.forget(state[1]))
 
     def ended(self, state: State) -> Count:
-        """What has been counted of a text that ends in the state."""
+        """The count of a text that ends in the state: its last word counts as if a space followed."""
         return self.step(state, " ")[0]
 
     def _after(self, count: Count, moved: tuple[Place, Change]) -> State:
@@ -68,10 +69,9 @@ class Automaton(ABC):
 
 @dataclass(frozen=True)
 class Phrases(Automaton):
-    """Counts whole words and phrases: ``weights`` pairs each with what it adds; the sum is kept within ±``most``.
+    """Counts whole words and phrases: ``weights`` pairs each with a number; the sum is kept within ±``most``.
 
-    The place in the tree of beginnings is the beginning itself, "" between words and None within a word that no phrase
-    begins like.
+    A place is the part of a phrase read so far: "" between words, None within a word that begins no phrase.
     """
 
     weights: tuple[tuple[str, int], ...]
@@ -83,7 +83,7 @@ class Phrases(Automaton):
     def __post_init__(self) -> None:
         values = {self._plain(" ".join(phrase.split())): value for phrase, value in self.weights}
         beginnings = {phrase[:i] for phrase in values for i in range(len(phrase) + 1)}
-        # A beginning may end with a shorter phrase: "new york", on the way to "new york city", with "york".
+        # A beginning may end with a shorter phrase: "new york", the beginning of "new york city", ends with "york".
         ends = {read: next((end for end in _ends(read) if end in values), None) for read in beginnings}
         object.__setattr__(self, "_values", {read: values[end] for read, end in ends.items() if end is not None})
         object.__setattr__(self, "_beginnings", frozenset(beginnings))
@@ -105,13 +105,10 @@ class Phrases(Automaton):
     def forget(self, place: str | None) -> tuple[str | None, None]:
         return (None if place is None or _inside(place[-1:]) else ""), None
 
-    def add(self, count: int, change: int) -> int:
-        return max(self.counts[0], min(self.most, count + change))
-
     def _place(self, place: str | None, character: str, inside: bool) -> str | None:
-        """The longest end of what was read, from a word's first letter on, that begins a phrase."""
+        """The longest suffix of the read characters, from a word's first letter on, that begins a phrase."""
         if place is not None:
-            # White space may be as long as it likes.
+            # White space of any length counts as one space.
             read = place if character == " " and place.endswith(" ") else place + character
             for end in _ends(read):
                 if end in self._beginnings:
@@ -129,21 +126,22 @@ def _inside(character: str) -> bool:
 
 
 def _ends(read: str) -> Iterator[str]:
-    """What was read, and each end of it before which no word is cut, the longest first."""
+    """The read characters and all suffixes that start at a word boundary, the longest first."""
     return (read[i:] for i in range(len(read)) if i == 0 or not _inside(read[i - 1]))
 
 
-# How many words a negation still reaches, and where among the beginnings of words.
+# The number of words that a negation still applies to, and the index of the beginning of the current word.
 WordPlace = tuple[int, int | None]
 
 
 @dataclass(frozen=True, eq=False)
 class WordSum(Automaton):
-    """Adds up what single words are worth, in whatever case; the sum is kept within ±``most``.
+    """Adds up the ``values`` of single words, ignoring case; the sum is kept within ±``most``.
 
-    Each of the ``reach`` words after one of ``negations`` counts the other way, ``negated`` times as much. A hyphen or
-    an apostrophe ends no word. A place is (words that a negation still reaches, place among the beginnings of words:
-    ``start``'s between words, None within a word that none begins like). Beginnings that go on alike are one.
+    Each of the ``reach`` words after one of ``negations`` counts with the opposite sign, times ``negated``. Hyphens and
+    apostrophes are parts of words. A place is (words that a negation still applies to, index of the beginning of the
+    current word: that of ``start`` between words, None where no word begins so). Beginnings with equal continuations
+    are one place.
     """
 
     values: Mapping[str, int]
@@ -162,7 +160,7 @@ class WordSum(Automaton):
         object.__setattr__(self, "_ends", [end for end, _ in known])
 
     def _place(self, endings: dict[str, tuple[int, bool]], known: dict[Any, int]) -> int:
-        """The place from which words go on with these ``endings``; ``known`` holds those that there are."""
+        """The index of the place with these continuations of words; ``known`` collects all places."""
         branches: dict[str, dict[str, tuple[int, bool]]] = {}
         for ending, end in endings.items():
             if ending:
@@ -189,17 +187,14 @@ class WordSum(Automaton):
         return (self.reach if negates else max(0, reached - 1), between), self._value(place)
 
     def forget(self, place: WordPlace) -> tuple[WordPlace, int | None]:
-        """A word that may end here counts; what is half read and the negation are forgotten."""
+        """A word that may end here counts; the unfinished word and the negation are dropped."""
         within = place[1]
         if within is None or within == len(self._places) - 1:
             return (0, within), None
         return (0, None), self._value(place)
 
-    def add(self, count: int, change: int) -> int:
-        return max(-self.most, min(self.most, count + change))
-
     def _value(self, place: WordPlace) -> int | None:
-        """What the word counts that ends in the place."""
+        """The number that the word ending at this place adds."""
         reached, within = place
         value = 0 if within is None else self._ends[within][0]
         if not value or not reached:
@@ -210,7 +205,7 @@ class WordSum(Automaton):
 
 @dataclass(frozen=True)
 class WordCount(Automaton):
-    """Counts words, up to ``most``; the place is whether one is within a word."""
+    """Counts words, up to ``most``; the place is True within a word."""
 
     most: int = 100
 
@@ -230,13 +225,10 @@ class WordCount(Automaton):
     def forget(self, place: bool) -> tuple[bool, None]:
         return place, None
 
-    def add(self, count: int, change: int) -> int:
-        return min(self.most, count + change)
-
 
 @dataclass(frozen=True)
 class Together(Automaton):
-    """Several automata side by side: their counts, and their places."""
+    """Several automata in parallel: tuples of their counts and of their places."""
 
     parts: tuple[Automaton, ...]
 
@@ -265,6 +257,6 @@ class Together(Automaton):
 
 
 def together(automata: Iterable[Automaton | None]) -> Automaton | None:
-    """One automaton for all that are there; None where none is."""
+    """One automaton for all that are not None; None if there is none."""
     parts = tuple(dict.fromkeys(part for part in automata if part is not None))
     return None if not parts else parts[0] if len(parts) == 1 else Together(parts)

@@ -15,7 +15,8 @@ from typing import Any, overload
 
 from tiltlm.errors import FeatureError, TiltError, UsageError, nearest
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
+from tiltlm.features.kinds import feature_kind
 
 TRL_NAMES = ("prompts", "completions", "completion_ids")
 
@@ -77,7 +78,7 @@ def feature(
     return callable_feature(function, name=name, binary=binary)
 
 
-@remembers("python")
+@feature_kind("python")
 def python_feature(
     target: str, args: Mapping[str, Any] | None = None, binary: bool = False, conversational: bool = False
 ) -> Feature:

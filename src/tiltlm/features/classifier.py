@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError, nearest
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
+from tiltlm.features.kinds import feature_kind
 from tiltlm.features.models import CLASSIFICATION, TextModel
 
 
@@ -40,7 +41,7 @@ class RewardModel(Feature):
         return self.model.measure(batch, _logits).reshape(len(batch))
 
 
-@remembers("classifier")
+@feature_kind("classifier")
 def classifier(
     model: str,
     label: str | None = None,
@@ -79,7 +80,7 @@ def classifier(
     return Classifier(name=name, binary=threshold is not None, model=found, label=label, at=threshold)
 
 
-@remembers("reward_model")
+@feature_kind("reward_model")
 def reward_model(
     model: str,
     reads: str = "text",

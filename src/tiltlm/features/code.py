@@ -22,8 +22,9 @@ from pathlib import Path
 
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
 from tiltlm.features.fields import check_reads, read_texts
+from tiltlm.features.kinds import feature_kind
 
 CHECKS = ("compiles",)
 RUNNER = Path(__file__).with_name("code_runner.py")
@@ -56,7 +57,7 @@ class Code(Feature):
         return passes(program, self.tests or "", self.timeout, self.memory)
 
 
-@remembers("code")
+@feature_kind("code")
 def code_feature(
     check: str = "compiles",
     passes: str | Path | None = None,

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,9 +32,8 @@ COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Feature(ABC):
     """Something measured on a text: φ(x), one finite number per text.
 
-    ``name`` stands in reports; ``binary`` promises that every value is 0 or 1; ``spec`` is the run file's form where
-    the feature was made by a function that ``remembers`` it. A subclass says in ``compute`` what is measured and, if it
-    can, in ``evidence`` where.
+    ``name`` appears in reports. ``binary``: every value is 0 or 1. ``spec`` is the run file's form, set by the function
+    of a ``feature_kind``. A subclass defines ``compute`` and, if it can, ``evidence`` and ``automaton``.
     """
 
     name: str
@@ -54,7 +49,7 @@ class Feature(ABC):
         return []
 
     def automaton(self) -> Automaton | None:
-        """What a prefix already says of the value, for guided sampling; None where it cannot be read off characters."""
+        """The states of a prefix that predict the value, for guides; None where characters do not tell."""
         return None
 
     def __call__(
@@ -89,7 +84,7 @@ class Feature(ABC):
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"name: expected a word or a few, got {name!r}")
         spec = None if self.spec is None else {**self.spec, "name": name.strip()}
-        return _changed(self, name=name.strip(), spec=spec)
+        return changed(self, name=name.strip(), spec=spec)
 
     def threshold(self, at: float, op: str = ">=") -> Threshold:
         """A binary feature: 1 where this one compares so (``>=``, ``>``, ``<=`` or ``<``) with ``at``, else 0."""
@@ -230,29 +225,7 @@ def _in_brackets(feature: Feature, word: str = "") -> str:
     return f"({feature.name})" if composed else feature.name
 
 
-def remembers(kind: str) -> Callable[[Callable[Arguments, Self]], Callable[Arguments, Self]]:
-    """Decorator of a function that makes features: each keeps its call as ``spec``, where JSON can hold it."""
-
-    def decorate(make: Callable[Arguments, Self]) -> Callable[Arguments, Self]:
-        signature = inspect.signature(make)
-
-        @functools.wraps(make)
-        def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Self:
-            feature, given = make(*args, **kwargs), signature.bind(*args, **kwargs).arguments
-            try:
-                arguments = json.loads(json.dumps(given, default=os.fspath))
-            except (TypeError, ValueError):
-                return feature
-            first = next(iter(signature.parameters))
-            short = [*arguments] == [first] and not isinstance(arguments[first], dict)
-            return _changed(feature, spec={kind: arguments[first] if short else arguments})
-
-        return made
-
-    return decorate
-
-
-def _changed(feature: Self, **fields: Any) -> Self:
+def changed(feature: Self, **fields: Any) -> Self:
     """A copy with other values of these fields."""
     changed = copy.copy(feature)
     for name, value in fields.items():

@@ -11,8 +11,9 @@ from typing import Any
 
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
 from tiltlm.features.fields import check_reads, read_texts
+from tiltlm.features.kinds import feature_kind
 
 CHECKS = ("valid",)
 
@@ -29,7 +30,7 @@ class Json(Feature):
         return [float(_holds(text, validator)) for text in read_texts(batch, self.reads)]
 
 
-@remembers("json")
+@feature_kind("json")
 def json_feature(
     check: str = "valid", schema: str | Path | Mapping[str, Any] | None = None, reads: str = "completion"
 ) -> Json:

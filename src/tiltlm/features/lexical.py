@@ -13,7 +13,8 @@ from pathlib import Path
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.automaton import Automaton, Phrases, WordCount
 from tiltlm.features.batch import Batch, Span
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
+from tiltlm.features.kinds import feature_kind
 
 FEMALE = ("she", "her", "herself")
 MALE = ("he", "him", "himself")
@@ -103,7 +104,7 @@ class Length(Feature):
         return WordCount() if self.unit == "words" else None
 
 
-@remembers("contains")
+@feature_kind("contains")
 def contains(phrase: str, ignore_case: bool = True) -> Pattern:
     """1 where the text has this word or phrase, on word boundaries, else 0.
 
@@ -114,7 +115,7 @@ def contains(phrase: str, ignore_case: bool = True) -> Pattern:
     return _whole_phrases(name, [phrase], _flag("contains.ignore_case", ignore_case))
 
 
-@remembers("wordlist")
+@feature_kind("wordlist")
 def wordlist(source: str | Path | Sequence[str], ignore_case: bool = True) -> Pattern:
     """1 where the text has at least one word or phrase of a list, on word boundaries, else 0.
 
@@ -137,7 +138,7 @@ def builtin_wordlists() -> list[str]:
     return sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
 
 
-@remembers("regex")
+@feature_kind("regex")
 def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_all: bool = False) -> Pattern:
     """1 where this Python regular expression matches anywhere in the text, else 0.
 
@@ -159,7 +160,7 @@ def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_
     return Pattern(name=f"matches '{_shortened(pattern)}'", binary=True, pattern=compiled, whole_words=False)
 
 
-@remembers("length")
+@feature_kind("length")
 def length(unit: str = "words") -> Length:
     """The length of the text in ``words`` (split at white space), ``characters`` (code points) or ``tokens``.
 
@@ -171,7 +172,7 @@ def length(unit: str = "words") -> Length:
     return Length(name=f"length in {unit}", binary=False, unit=unit)
 
 
-@remembers("pronouns")
+@feature_kind("pronouns")
 def pronouns(group: str, possessives: bool = False) -> Pronouns:
     """1 where the text is, by its pronouns, about women (``female``), about men (``male``) or ``neither``.
 

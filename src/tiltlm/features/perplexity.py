@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from tiltlm.errors import ModelError, UsageError, nearest
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
 from tiltlm.features.fields import read_prompts
+from tiltlm.features.kinds import feature_kind
 from tiltlm.features.models import LoadedModel, Row, TextModel
 
 VALUES = ("perplexity", "logprob")
@@ -32,7 +33,7 @@ class Perplexity(Feature):
         return logprob if self.value == "logprob" else (-logprob).exp()
 
 
-@remembers("perplexity")
+@feature_kind("perplexity")
 def perplexity(
     model: str,
     value: str = "perplexity",

@@ -1,4 +1,4 @@
-"""From the run file's form of a feature to the feature, and back."""
+"""Features from their form in a run file, and back."""
 
 from __future__ import annotations
 
@@ -7,36 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tiltlm.errors import UsageError, nearest
-from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, python_feature
-from tiltlm.features.classifier import classifier, reward_model
-from tiltlm.features.code import code_feature
+from tiltlm.features.callables import CallableFeature, callable_feature, importable_form
 from tiltlm.features.feature import Combination, Feature, Negation, Threshold, all_of, any_of, negation, threshold
-from tiltlm.features.json_schema import json_feature
-from tiltlm.features.lexical import contains, length, pronouns, regex, wordlist
-from tiltlm.features.perplexity import perplexity
-from tiltlm.features.sentiment import sentiment
-from tiltlm.features.similarity import similarity
+from tiltlm.features.kinds import FEATURE_KINDS
 
 FeatureSpec = str | Mapping[str, Any] | Feature | Callable[..., Any]
 
-MEASURES: dict[str, Callable[..., Feature]] = {
-    "contains": contains,
-    "wordlist": wordlist,
-    "regex": regex,
-    "length": length,
-    "pronouns": pronouns,
-    "sentiment": sentiment,
-    "classifier": classifier,
-    "reward_model": reward_model,
-    "similarity": similarity,
-    "perplexity": perplexity,
-    "code": code_feature,
-    "json": json_feature,
-    "python": python_feature,
-}
 COMBINATORS = ("all", "any", "not", "threshold")
-KINDS = (*MEASURES, *COMBINATORS)
-# Stands in the record of a run for a feature that no run file can name.
+# In the record of a run: a feature that no run file can name.
 OBJECT = "object"
 
 
@@ -60,18 +38,20 @@ def build_feature(spec: FeatureSpec) -> Feature:
         raise UsageError(
             f"feature: '{spec[OBJECT]}' was given in Python as an object that no run file can name (a lambda, a "
             f"function of __main__ or of a notebook, an object of a class of your own). Tune with a function that a "
-            f"module defines, or hand it over again in Python: tiltlm.app.build.load_run(run_dir, features=[...])"
+            f"module defines, or hand it over again in Python: tiltlm.app.load.load_run(run_dir, features=[...])"
         )
-    # A classifier's own threshold is an option of it.
-    options_of = {name for key in spec if key in MEASURES for name in inspect.signature(MEASURES[key]).parameters}
-    kinds = [key for key in spec if key in KINDS and key not in options_of]
-    if not kinds:
+    # The key `threshold` beside a classifier is its option, not a kind.
+    options_of = {
+        name for key in spec if key in FEATURE_KINDS for name in inspect.signature(FEATURE_KINDS[key]).parameters
+    }
+    named = [key for key in spec if key in kinds() and key not in options_of]
+    if not named:
         wrong = next((str(key) for key in spec if key != "name"), "")
-        raise UsageError(f"feature: unknown feature '{wrong}'; {nearest(wrong, KINDS)}")
-    if len(kinds) > 1:
-        raise UsageError(f"feature: {' and '.join(kinds)} in one mapping; give one, or a list under 'all' or 'any'")
-    options = {str(key): value for key, value in spec.items() if key not in (kinds[0], "name")}
-    feature = _build(kinds[0], spec[kinds[0]], options)
+        raise UsageError(f"feature: unknown feature '{wrong}'; {nearest(wrong, kinds())}")
+    if len(named) > 1:
+        raise UsageError(f"feature: {' and '.join(named)} in one mapping; give one, or a list under 'all' or 'any'")
+    options = {str(key): value for key, value in spec.items() if key not in (named[0], "name")}
+    feature = _build(named[0], spec[named[0]], options)
     return feature.renamed(spec["name"]) if "name" in spec else feature
 
 
@@ -101,19 +81,24 @@ def run_file_form(feature: Feature) -> dict[str, Any] | None:
     return form if plain.name == feature.name else {**form, "name": feature.name}
 
 
+def kinds() -> tuple[str, ...]:
+    """All names that a run file may use, those of third parties included."""
+    return (*FEATURE_KINDS, *COMBINATORS)
+
+
 def _short_form(spec: str) -> tuple[str, str]:
     kind, colon, argument = spec.partition(":")
-    if colon and kind.strip() in MEASURES:
+    if colon and kind.strip() in FEATURE_KINDS:
         return kind.strip(), argument.strip()
     if colon and kind.strip() in COMBINATORS:
         raise UsageError(f"feature: '{kind}' holds features, so it needs the long form: {{{kind}: …}}")
     hint = f"write 'python:{spec}' for a Python function; " if colon and kind.replace(".", "").isidentifier() else ""
-    raise UsageError(f"feature: unknown feature '{spec}'; {hint}{nearest(kind, KINDS)}")
+    raise UsageError(f"feature: unknown feature '{spec}'; {hint}{nearest(kind, kinds())}")
 
 
 def _build(kind: str, argument: Any, options: dict[str, Any]) -> Feature:
-    if kind in MEASURES:
-        function = MEASURES[kind]
+    if kind in FEATURE_KINDS:
+        function = FEATURE_KINDS[kind]
         if isinstance(argument, Mapping):
             return _call(kind, function, {str(key): value for key, value in argument.items()} | options)
         return _call(kind, function, {next(iter(inspect.signature(function).parameters)): argument} | options)

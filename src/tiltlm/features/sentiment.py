@@ -9,7 +9,8 @@ from typing import Any
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.automaton import Automaton, WordSum
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
+from tiltlm.features.kinds import feature_kind
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
@@ -37,7 +38,7 @@ class Sentiment(Feature):
         return _valences()
 
 
-@remembers("sentiment")
+@feature_kind("sentiment")
 def sentiment(kind: str = "compound") -> Sentiment:
     """The sentiment of the text by VADER (Hutto and Gilbert, ICWSM 2014).
 

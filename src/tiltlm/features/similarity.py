@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError
 from tiltlm.features.batch import Batch
-from tiltlm.features.feature import Feature, remembers
+from tiltlm.features.feature import Feature
+from tiltlm.features.kinds import feature_kind
 from tiltlm.features.models import TextModel
 
 
@@ -28,7 +29,7 @@ class Similarity(Feature):
         return (found @ wanted.T).amax(1)
 
 
-@remembers("similarity")
+@feature_kind("similarity")
 def similarity(
     to: str | Sequence[str],
     model: str,
