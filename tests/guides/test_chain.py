@@ -54,14 +54,14 @@ def rate(model: LanguageModel) -> float:
 
 def learned(states: TokenStates, model: LanguageModel, samples: Samples) -> MarkovChain:
     chain = MarkovChain.empty(states, LENGTH)
-    chain.learn(model, samples)
+    chain.add_samples(model, samples)
     return chain
 
 
 def test_it_promises_the_rate(states: TokenStates, model: LanguageModel, samples: Samples, rate: float) -> None:
     assert states.transitions.counts.shape[1] == 2 * LENGTH + 1
     assert states.start > 0
-    promise = learned(states, model, samples).promise(states.passing())
+    promise = learned(states, model, samples).values(states.passing())
     assert 0.1 < rate < 0.9
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.06)
 
@@ -73,18 +73,18 @@ def test_counts_are_states_like_any_others(states: TokenStates, model: LanguageM
     often = (chain.visits.sum(0)[chain.row] > 200).nonzero().squeeze(-1)
     assert len(often) > 5
     assert torch.equal(chain.visits[:, chain.row[often]], other.visits[:, other.row[often]])
-    found, expected = (one.promise(states.passing())[:, often] for one in (chain, other))
+    found, expected = (one.values(states.passing())[:, often] for one in (chain, other))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
 
 
 def test_with_little_room_all_counts_of_a_place_go_on_alike(
     states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.guides.chain.MOST_APART", 0)
+    monkeypatch.setattr("tiltlm.guides.chain.MAX_COUNT_EDGES", 0)
     chain = learned(states, model, samples)
     assert len(chain.place) == len(states.transitions.places)
     assert chain.count.tolist() == [-1] * len(chain.place)
-    promise = chain.promise(states.passing())
+    promise = chain.values(states.passing())
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.15)
     # What was counted still tells: each count more promises as much or more.
     last = promise[-2].reshape(len(states.transitions.places), -1)
@@ -95,12 +95,12 @@ def test_with_little_room_all_counts_of_a_place_go_on_alike(
 def test_ends_are_known_by_position_where_steps_are_not(
     states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.guides.chain.MOST_STEPS", 1)
+    monkeypatch.setattr("tiltlm.guides.chain.MAX_EDGE_SUMS", 1)
     chain = learned(states, model, samples)
-    assert len(chain.moved) == 1
+    assert len(chain.mass) == 1
     assert len(chain.weight) == LENGTH
-    ending = (chain._ending() * chain.visits).sum(1) / chain.visits.sum(1)
+    ending = (chain._end_rates() * chain.visits).sum(1) / chain.visits.sum(1)
     # Few prefixes are at the last.
-    torch.testing.assert_close(ending[:-1], (chain.ended.sum(1) / chain.weight.sum(1))[:-1], rtol=0.05, atol=0)
+    torch.testing.assert_close(ending[:-1], (chain.end_mass.sum(1) / chain.weight.sum(1))[:-1], rtol=0.05, atol=0)
     assert float(ending.max()) > 1.1 * float(ending.min())
-    assert float(chain.promise(states.passing())[0, states.start]) == pytest.approx(rate, rel=0.1)
+    assert float(chain.values(states.passing())[0, states.start]) == pytest.approx(rate, rel=0.1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltlm.exact import MarkovModel, markov_target, phrase
 from tiltlm.features import contains
 from tiltlm.guides.chain import MarkovChain
-from tiltlm.guides.context_classes import ENOUGH_PREFIXES, LastTokens, with_contexts
+from tiltlm.guides.context_classes import MIN_PREFIXES, LastTokenSums, split_by_context
 from tiltlm.guides.token_states import TokenStates
 from tiltlm.lm import Transitions
 from tiltlm.targets import Term
@@ -45,7 +45,7 @@ def states() -> TokenStates:
     return TokenStates.of(automaton.transitions, automaton.start, automaton.values)
 
 
-def learned(states: TokenStates, model: MarkovModel, tokens: Tensor) -> tuple[MarkovChain, LastTokens, Tensor]:
+def learned(states: TokenStates, model: MarkovModel, tokens: Tensor) -> tuple[MarkovChain, LastTokenSums, Tensor]:
     """A chain and the laws by last token that know the model's laws at these prefixes; the states before each token."""
     guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
     before = guide.states(tokens) % len(states.transitions)
@@ -55,38 +55,38 @@ def learned(states: TokenStates, model: MarkovModel, tokens: Tensor) -> tuple[Ma
     columns = torch.arange(LENGTH).expand_as(tokens).flatten()
     chain = MarkovChain.empty(states, LENGTH)
     chain.add(before.flatten(), columns, laws, ones)
-    last_tokens = LastTokens.empty(tokens, VOCABULARY, torch.device("cpu"))
+    last_tokens = LastTokenSums.empty(tokens, VOCABULARY, torch.device("cpu"))
     last_tokens.add(torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=VOCABULARY).flatten(), laws, ones)
     return chain, last_tokens, before
 
 
 def split(states: TokenStates, model: MarkovModel, tokens: Tensor) -> TokenStates:
     chain, last_tokens, before = learned(states, model, tokens)
-    return with_contexts(states, last_tokens, chain.promise(states.passing()), tokens, before)
+    return split_by_context(states, last_tokens, chain.values(states.passing()), tokens, before)
 
 
 def test_a_cell_is_the_state_of_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     cells = split(states, model, tokens)
-    assert cells.kin is not None
+    assert cells.parent is not None
     assert len(cells.transitions) > len(states.transitions)
     count, s = len(cells.transitions), len(states.transitions)
     guide = states.guide(torch.zeros(1, 2 * s))
     finer = cells.guide(torch.zeros(1, 2 * count))
-    assert torch.equal(cells.kin[finer.states(tokens)], guide.states(tokens))
+    assert torch.equal(cells.parent[finer.states(tokens)], guide.states(tokens))
     assert cells.values is not None
     assert states.values is not None
-    assert torch.equal(cells.values, states.values[cells.kin])
+    assert torch.equal(cells.values, states.values[cells.parent])
 
 
 def test_a_text_ends_in_the_state_of_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     ending = states.transitions[:].clone()
     ending[:, 0] += len(ending)
     cells = split(replace(states, transitions=Transitions.of(ending)), model, tokens)
-    assert cells.kin is not None
+    assert cells.parent is not None
     count = len(cells.transitions)
     after = cells.transitions[:, 0]
     assert bool((after >= count).all())
-    assert torch.equal(cells.kin[after - count], ending[cells.kin, 0] - len(ending))
+    assert torch.equal(cells.parent[after - count], ending[cells.parent, 0] - len(ending))
     assert bool((cells.transitions[:, 1:] < count).all())
 
 
@@ -115,7 +115,7 @@ def test_a_promise_is_near_the_exact_one_of_the_last_token(
         chain, _, before = learned(of, model, tokens)
         guide = states.guide(torch.zeros(1, 2 * len(states.transitions)))
         truth = exact[at, last, guide.states(tokens)]
-        found = chain.promise(of.passing())[at, before].log()
+        found = chain.values(of.passing())[at, before].log()
         open_rows = (truth < -1e-9) & (truth > -math.inf)
         return float((found - truth)[open_rows].square().mean().sqrt())
 
@@ -124,35 +124,35 @@ def test_a_promise_is_near_the_exact_one_of_the_last_token(
 
 def test_a_cell_that_was_never_seen_goes_on_as_its_kin(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
     cells = split(states, model, tokens)
-    assert cells.kin is not None
+    assert cells.parent is not None
     chain, _, _ = learned(cells, model, tokens)
     unseen = (chain.visits.sum(0) == 0) & (torch.arange(len(cells.transitions)) >= len(states.transitions))
     assert bool(unseen.any())
     cell = int(unseen.nonzero()[0])
-    kin = (cells.kin == cells.kin[cell]).nonzero().squeeze(-1)
-    width = len(chain.slots.targets[cell])
+    kin = (cells.parent == cells.parent[cell]).nonzero().squeeze(-1)
+    width = len(chain.edges.targets[cell])
 
     def steps(values: Tensor, row: int) -> Tensor:
         return values[..., chain.offset[row] : chain.offset[row] + width]
 
-    moved = torch.stack([steps(chain.moved, int(row)) for row in kin]).sum((0, 1), dtype=torch.float64)
-    torch.testing.assert_close(steps(chain._anywhere(), cell), moved / moved.sum(), atol=1e-3, rtol=0)
+    moved = torch.stack([steps(chain.mass, int(row)) for row in kin]).sum((0, 1), dtype=torch.float64)
+    torch.testing.assert_close(steps(chain._edge_means(), cell), moved / moved.sum(), atol=1e-3, rtol=0)
 
 
 def test_few_prefixes_split_nothing(states: TokenStates, model: MarkovModel, tokens: Tensor) -> None:
-    few = tokens[: ENOUGH_PREFIXES // LENGTH]
+    few = tokens[: MIN_PREFIXES // LENGTH]
     chain, last_tokens, before = learned(states, model, few)
-    assert with_contexts(states, last_tokens, chain.promise(states.passing()), few, before) is states
+    assert split_by_context(states, last_tokens, chain.values(states.passing()), few, before) is states
 
 
 def test_tokens_that_are_seldom_written_share_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltlm.guides.context_classes.MOST_TRANSITIONS", 3 * VOCABULARY)
+    monkeypatch.setattr("tiltlm.guides.context_classes.MAX_TRANSITIONS", 3 * VOCABULARY)
     often, seldom = [1] * 30 + [2] * 20, [5, 6]
-    last_tokens = LastTokens.empty(torch.tensor(often + seldom), VOCABULARY, torch.device("cpu"))
-    assert last_tokens.laws.shape == (4, VOCABULARY)
-    assert len(set(last_tokens.kept[[1, 2]].tolist())) == 2
-    assert last_tokens.kept[5] == last_tokens.kept[6] == last_tokens.kept[40]
+    last_tokens = LastTokenSums.empty(torch.tensor(often + seldom), VOCABULARY, torch.device("cpu"))
+    assert last_tokens.mass.shape == (4, VOCABULARY)
+    assert len(set(last_tokens.row_of_token[[1, 2]].tolist())) == 2
+    assert last_tokens.row_of_token[5] == last_tokens.row_of_token[6] == last_tokens.row_of_token[40]
     law = torch.eye(VOCABULARY)[[3, 4]]
     last_tokens.add(torch.tensor([5, 6]), law, torch.ones(2, dtype=torch.float64))
     # Two laws and one of all prefixes, which is their mean.
-    torch.testing.assert_close(last_tokens.means()[last_tokens.kept[5]], law.mean(0))
+    torch.testing.assert_close(last_tokens.means()[last_tokens.row_of_token[5]], law.mean(0))

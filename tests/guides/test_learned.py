@@ -135,7 +135,7 @@ def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
 
 @pytest.mark.parametrize("name", ["reward", "mixed"])
 def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiltlm.guides.estimate.MOST_STATES", 3)
+    monkeypatch.setattr("tiltlm.guides.estimate.MAX_STATES", 3)
     target, sample = TARGETS[name], drawn(name)
     few = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     assert len(few.transitions) < len(guide(name).transitions)

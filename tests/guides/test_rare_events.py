@@ -122,8 +122,8 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     many = base.sample(3000, seed=2, max_completion_length=LENGTH)
     states = build_token_states(base, filters, many)
     chain = MarkovChain.empty(states, LENGTH)
-    chain.learn(base, many)
-    promise = chain.promise(states.passing())
+    chain.add_samples(base, many)
+    promise = chain.values(states.passing())
     assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
     law = replace(listed, guide=build_guide(states, promise, states.passing()), settings=SamplingSettings())
     with torch.no_grad():
@@ -136,16 +136,16 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
     samples = base.sample(4000, seed=4, max_completion_length=LENGTH)
     states = build_token_states(base, filters, samples)
     plain, guided = MarkovChain.empty(states, LENGTH), MarkovChain.empty(states, LENGTH)
-    plain.learn(base, samples)
-    guide = base.placed(build_guide(states, plain.promise(states.passing()), states.passing()))
+    plain.add_samples(base, samples)
+    guide = base.placed(build_guide(states, plain.values(states.passing()), states.passing()))
     drawn = base.sample(4000, seed=5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
         log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double()
-    guided.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
+    guided.add_samples(base, drawn, log_ratio.cumsum(-1) - log_ratio)
     often = (plain.visits > 300) & (guided.visits > 300)
     assert int(often.sum()) >= 2
-    rows, seen = often.any(0), [chain._seen() for chain in (plain, guided)]
-    steps = [(one.moved / one.each(one.weight).clamp_min(1e-9))[one.each(rows)] for one in seen]
+    rows, seen = often.any(0), [chain._edge_sums() for chain in (plain, guided)]
+    steps = [(one.mass / one.per_edge(one.weight).clamp_min(1e-9))[one.per_edge(rows)] for one in seen]
     assert float((steps[0] - steps[1]).abs().max()) < 0.06
     assert torch.allclose(plain.weight[often], guided.weight[often], rtol=0.25)
 
@@ -160,7 +160,7 @@ def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageMo
     uneven = torch.full((100,), -math.inf, dtype=torch.float64)
     assert "0 of 100 texts pass" in replace(found, log_weights=uneven).advice()
     uneven[3] = -20.0
-    assert "(ESS 1.0): the base hardly ever writes it" in replace(found, log_weights=uneven).advice()
+    assert "(ESS 1.0): the base hardly ever writes such a text" in replace(found, log_weights=uneven).advice()
     assert not replace(found, log_weights=uneven).reliable
 
 

@@ -28,11 +28,11 @@ from tiltlm.features import (
 )
 from tiltlm.features.automaton import Automaton, State, together
 from tiltlm.guides.token_states import (
-    MOST_PLACES,
-    Moving,
+    MAX_PLACES,
+    ChangeRecorder,
     TokenStates,
-    TokenTree,
-    _changed,
+    TokenTrie,
+    _apply_changes,
     build_token_states,
     token_texts,
 )
@@ -107,7 +107,7 @@ def test_transitions_are_steps_over_the_decoded_text(
 ) -> None:
     """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
     automaton, states = automaton_of(FEATURES[name]), states_of(name)
-    assert len(states.transitions.places) < MOST_PLACES  # so none is missing
+    assert len(states.transitions.places) < MAX_PLACES  # so none is missing
     before = follow(states, samples.tokens)
     chance = random.Random(0)
     prefixes = [(i, t) for i, ids in enumerate(samples.completion_ids) for t in range(len(ids))]
@@ -214,11 +214,11 @@ def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
         "he",
         *("".join(chance.choices(letters, k=chance.randrange(6))) for _ in range(80)),
     ]
-    tree, memo = TokenTree(texts), {}
+    tree, memo = TokenTrie(texts), {}
     for before in ("", "he", "s", "he was", "New", "the ", "Ne"):
         count, place = read(automaton, before)
-        found = tree.read_all(Moving(automaton), (place, ()), memo)
-        assert [(_changed(automaton, count, changes), after) for after, changes in found] == [
+        found = tree.read_all(ChangeRecorder(automaton), (place, ()), memo)
+        assert [(_apply_changes(automaton, count, changes), after) for after, changes in found] == [
             read(automaton, before + text) for text in texts
         ]
 
@@ -228,7 +228,7 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
     embedded: LanguageModel, samples: Samples, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build_token_states(embedded, FEATURES[name], samples)
-    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", most)
+    monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", most)
     states = build_token_states(embedded, FEATURES[name], samples)
     s = len(states.transitions)
     assert s < len(whole.transitions)
@@ -245,7 +245,7 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
 def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
     embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 1)
+    monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", 1)
     for features in FEATURES.values():
         automaton = automaton_of(features)
         states = build_token_states(embedded, features, samples)
@@ -256,7 +256,7 @@ def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
 def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=4)
-    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 2)
+    monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", 2)
     states = build_token_states(model, TINY["both"], listed)
     twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
     automaton = automaton_of([feature])
     totals = [read(automaton, text)[0] for text in samples.texts]
     assert sum(total != 0 for total in totals) > 20
-    monkeypatch.setattr("tiltlm.guides.token_states.MOST_PLACES", 70)
+    monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", 70)
     last = follow(build_token_states(embedded, [feature], samples), samples.tokens)[:, -1].tolist()
     found: dict[int, list[int]] = {}
     for state, total in zip(last, totals, strict=True):

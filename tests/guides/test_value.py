@@ -16,7 +16,7 @@ from tiltlm.exact import ExactTarget, enumerate_completions, exact_kl, exact_tar
 from tiltlm.features import contains, length, negation, wordlist
 from tiltlm.guides import ValueFunction, estimate_values
 from tiltlm.guides.token_states import TokenStates
-from tiltlm.guides.value import FLOOR, NEIGHBOUR, PRIOR_SAMPLES
+from tiltlm.guides.value import MIN_VALUE, POSITION_DECAY, PRIOR_SAMPLES
 from tiltlm.lm import Guide, LanguageModel, SamplingSettings
 from tiltlm.targets import BaseSample, Term, TiltedTarget, draw_base_sample
 
@@ -102,7 +102,7 @@ def test_with_many_samples_the_twist_is_the_exact_promise(name: str) -> None:
         total += visits[t, state] * value / z
         # No text goes on from a final state, so that it knows its value and not an average.
         if (state >= len(own.transitions) or t == LENGTH) and visits[t, state] > 0.003:
-            assert found == pytest.approx(max(value / z, FLOOR), rel=0.12, abs=0.02)
+            assert found == pytest.approx(max(value / z, MIN_VALUE), rel=0.12, abs=0.02)
     assert total == pytest.approx(LENGTH + 1, rel=0.6)
     assert error < 0.1 * total
 
@@ -143,14 +143,14 @@ def test_whatever_the_samples_the_guide_reaches_all_of_the_target() -> None:
     few = drawn("several", 30, seed=1)
     own = guide("several", few)
     assert bool(torch.isfinite(own.log_value_table).all())
-    assert float(own.log_value_table.min()) >= math.log(FLOOR) - 1e-12
+    assert float(own.log_value_table.min()) >= math.log(MIN_VALUE) - 1e-12
     assert math.isfinite(exact_kl(truth("several").logprob, guided("several", own)))
 
 
 def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
     own, sample = twist("several"), drawn("several")
     s = len(own.states.transitions)
-    assert own.visited.shape == (MANY, LENGTH + 1)
+    assert own.cells.shape == (MANY, LENGTH + 1)
     assert own.length == LENGTH
     nothing = (LENGTH + 1) * 2 * s
     follow = own.states.guide(torch.zeros(1, 2 * s))
@@ -161,7 +161,7 @@ def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
             state = follow.advance(state, torch.tensor([token]))
             expected.append((t + 1) * 2 * s + int(state))
         expected += [nothing] * (LENGTH - len(ids))
-        assert own.visited[row].tolist() == expected
+        assert own.cells[row].tolist() == expected
 
 
 def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> None:
@@ -178,7 +178,7 @@ def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> No
     counts, sums = [4, 2, 1], [4.0, 2.8, 0.8]
     anywhere = (sum(sums) + 1) / (sum(counts) + 1)
     for t in range(3):
-        near = [NEIGHBOUR ** abs(t - u) for u in range(3)]
+        near = [POSITION_DECAY ** abs(t - u) for u in range(3)]
         above, below = (sum(x * w for x, w in zip(xs, near, strict=True)) for xs in (sums, counts))
         expected = (above + PRIOR_SAMPLES * anywhere) / (below + PRIOR_SAMPLES)
         assert float(own.log_value_table[t, 0].exp()) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The steps of a chain: where tokens lead from each place, and how likely each is after visits to the place."""
+"""The outgoing edges of a chain's places, and how likely each edge is."""
 
 from __future__ import annotations
 
@@ -11,76 +11,79 @@ from tiltlm.lm import Transitions
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Where tokens lead from each of F places: to ``places`` [U] with ``changes`` [U] of the count.
+class OutgoingEdges:
+    """Where tokens lead from each of F places. An edge joins all tokens with the same next place and change of count.
 
-    ``of_token`` [F₀, V] says which of its place's n slots a token leads to, and n of ``targets`` [F] which of the U
-    these are. The places of one kin have the slots of that of the F₀ that they are kin of.
+    There are U distinct pairs of next place and change: ``places`` [U] and ``changes`` [U]. ``targets`` [F] lists, for
+    each edge of a place, its pair. ``edge_of_token`` [F₀, V] is the edge of each token among those of its place. A
+    split place has the edges of its parent, one of the F₀ first places.
     """
 
-    of_token: Tensor
+    edge_of_token: Tensor
     targets: list[Tensor]
     places: Tensor
     changes: Tensor
 
     @staticmethod
-    def of(transitions: Transitions, kin: Tensor) -> Slots:
-        """Those of places, each kin [F] of one of the first."""
+    def of(transitions: Transitions, parent: Tensor) -> OutgoingEdges:
+        """The edges of all places, given the ``parent`` [F] of each."""
         most = int(transitions.changes.max()) + 1
         found = list[Tensor]()
-        of_token = torch.empty(int(kin.max()) + 1, transitions.shape[1], dtype=torch.int32)
+        edge_of_token = torch.empty(int(parent.max()) + 1, transitions.shape[1], dtype=torch.int32)
         for place, (to, change) in enumerate(zip(transitions.places, transitions.changes, strict=True)):
-            distinct, of = torch.unique(to.long() * most + change, return_inverse=True)
+            distinct, edge = torch.unique(to.long() * most + change, return_inverse=True)
             found.append(distinct)
-            if place < len(of_token):
-                of_token[place] = of
+            if place < len(edge_of_token):
+                edge_of_token[place] = edge
         pairs = torch.unique(torch.cat(found))
-        return Slots(of_token, [torch.searchsorted(pairs, one) for one in found], pairs // most, pairs % most)
+        targets = [torch.searchsorted(pairs, one) for one in found]
+        return OutgoingEdges(edge_of_token, targets, pairs // most, pairs % most)
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Sums over visits to R rows of steps: of the steps' probabilities [M], one row behind the other, and weights [R].
+class EdgeSums:
+    """Sums over visits to R rows of edges, M edges in all, one row after the other.
 
-    ``widths`` [R] says how many steps a row has.
+    ``mass`` [M] sums the edges' probabilities times the visits' weights, ``weight`` [R] the weights; ``visits`` [R] is
+    the number of visits and ``widths`` [R] the number of edges of each row.
     """
 
-    moved: Tensor
+    mass: Tensor
     weight: Tensor
     visits: Tensor
     widths: Tensor
 
-    def together(self, group: Tensor) -> tuple[Steps, Tensor]:
-        """The sums of all rows of a ``group`` [R], and the place among them of each step [M]."""
-        groups, of = torch.unique(group, return_inverse=True)
-        widths = torch.empty_like(groups).scatter_(0, of, self.widths)
-        begin = (widths.cumsum(0) - widths)[of] - (self.widths.cumsum(0) - self.widths)
-        step = begin.repeat_interleave(self.widths) + torch.arange(len(self.moved))
-        moved = torch.zeros(int(widths.sum()), dtype=self.moved.dtype).index_add_(0, step, self.moved)
+    def grouped(self, group: Tensor) -> tuple[EdgeSums, Tensor]:
+        """The sums over all rows of each ``group`` [R], and the place of each edge [M] among the new edges."""
+        groups, index = torch.unique(group, return_inverse=True)
+        widths = torch.empty_like(groups).scatter_(0, index, self.widths)
+        shift = (widths.cumsum(0) - widths)[index] - (self.widths.cumsum(0) - self.widths)
+        edge = shift.repeat_interleave(self.widths) + torch.arange(len(self.mass))
+        mass = torch.zeros(int(widths.sum()), dtype=self.mass.dtype).index_add_(0, edge, self.mass)
         weight, visits = (
-            torch.zeros(len(groups), dtype=x.dtype).index_add_(0, of, x) for x in (self.weight, self.visits)
+            torch.zeros(len(groups), dtype=x.dtype).index_add_(0, index, x) for x in (self.weight, self.visits)
         )
-        return Steps(moved, weight, visits, widths), step
+        return EdgeSums(mass, weight, visits, widths), edge
 
     def mean(self, prior: Tensor, prior_visits: float) -> Tensor:
-        """The steps' mean probabilities [M], as if ``prior_visits`` more to each row had shown ``prior`` [M]."""
-        return shrunk_mean(self.moved, self.each(self.weight), self.each(self.visits), prior, prior_visits)
+        """The edges' mean probabilities [M], with ``prior_visits`` more visits to each row that show ``prior`` [M]."""
+        return shrunk_mean(self.mass, self.per_edge(self.weight), self.per_edge(self.visits), prior, prior_visits)
 
-    def law(self, goes_on: Tensor, prior: Tensor, prior_visits: float) -> Tensor:
-        """The same among the steps [M] with which a text goes on."""
-        found = torch.where(goes_on, self.mean(prior, prior_visits), 0.0)
-        return found / self.each(self.sums(found).clamp_min(1e-300))
+    def continuation(self, continues: Tensor, prior: Tensor, prior_visits: float) -> Tensor:
+        """``mean`` [M], normalized in each row over the edges that do not end the text (``continues`` [M])."""
+        found = torch.where(continues, self.mean(prior, prior_visits), 0.0)
+        return found / self.per_edge(self.row_sums(found).clamp_min(1e-300))
 
-    def sums(self, steps: Tensor) -> Tensor:
-        """The sum [R] over each row's of ``steps`` [M]."""
+    def row_sums(self, edges: Tensor) -> Tensor:
+        """The sum [R] over each row's ``edges`` [M]."""
         row = torch.arange(len(self.widths)).repeat_interleave(self.widths)
-        return torch.zeros_like(self.weight).index_add_(0, row, steps)
+        return torch.zeros_like(self.weight).index_add_(0, row, edges)
 
-    def each(self, rows: Tensor) -> Tensor:
-        """For each step what its row is given [M], of ``rows`` [R]."""
+    def per_edge(self, rows: Tensor) -> Tensor:
+        """Each row's entry of ``rows`` [R], repeated for its edges [M]."""
         return rows.repeat_interleave(self.widths)
 
 
 def shrunk_mean(sums: Tensor, weight: Tensor, visits: Tensor, prior: Tensor, prior_visits: float) -> Tensor:
-    """Weighted means of n visits each, as if ``prior_visits`` more had shown ``prior``."""
+    """Means of weighted sums over visits, with ``prior_visits`` more visits that show ``prior``."""
     return (sums / weight.clamp_min(1e-300) * visits + prior_visits * prior) / (visits + prior_visits)

@@ -1,9 +1,9 @@
-"""Foresight: how rare a filter is, and texts that pass it, where hardly a sample of the base does.
+"""Rare-event estimate: how often the base passes its filters, and texts that pass, where hardly any sample does.
 
-The chain of the features' automata knows the steps that no sample took, so its guide leads there. Texts of the guided
-base, together with the base's own, are a sample of the mixture of their laws: the target is fitted on it like on the
-base's, each text with its weight. The guide is exact to sample from and to score, whatever the chain leaves out; what
-it draws shows states that were unknown, and the next guide is better.
+The chain over the features' automata knows edges that no sample took, so its guide leads to texts that pass. Texts of
+the base and of guided bases together are a sample of the mixture of their distributions. A target is fitted on them as
+on samples of the base, each with its importance weight. The weights are exact whatever the chain leaves out. Each
+round's texts improve the guide of the next one (adaptive importance sampling).
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from tiltlm.guides.refit import as_mixture
 from tiltlm.guides.token_states import build_token_states
 from tiltlm.guides.value import build_guide
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
+from tiltlm.rollouts import LocalRollouts
 from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.target import Term
 
-# Below so many effective samples an estimate of Z is no estimate.
-TRUSTED = 10.0
-# With so many effective samples that pass, no guide need look for more.
-ENOUGH_HITS = 30.0
+# An estimate of Z from fewer effective samples is not reliable.
+MIN_ESS = 10.0
+# With this many passing samples of the base no guide is needed.
+ENOUGH_PASSING = 30.0
 
 
 @dataclass(frozen=True)
 class RareEventEstimate:
-    """Guided ``samples`` of the last round with log a − log g [N], −inf where a filter fails.
+    """The last round's ``guided_samples`` with their ``log_weights`` log a − log g [N], −inf where a filter fails.
 
-    ``sample`` holds all texts, the base's and the guided ones of every round, as one sample of the mixture of their
-    laws; ``log_z``, the log of the share of the base's texts that pass, is told by all of them, −inf without a hit.
+    ``base_sample`` holds the texts of the base and of all rounds as one sample of the mixture of their distributions.
+    ``log_z`` is the log of the base's pass rate, estimated from all of them; −inf where none passes.
     """
 
     guide: Guide
@@ -47,44 +48,44 @@ class RareEventEstimate:
 
     @property
     def hits(self) -> int:
-        """How many of the samples pass all filters."""
+        """How many of the guided samples pass all filters."""
         return int((self.log_weights > -math.inf).sum())
 
     @property
     def ess(self) -> float:
-        """The effective number of samples; 0 without a hit."""
+        """The effective sample size of the guided samples; 0 where none passes."""
         return effective_sample_size(self.log_weights).value if self.hits else 0.0
 
     @property
     def reliable(self) -> bool:
-        """Whether the weights are even enough for a target to be fitted on these texts."""
-        return self.ess >= TRUSTED
+        """Whether the weights are even enough to fit a target on these texts."""
+        return self.ess >= MIN_ESS
 
     def advice(self) -> str:
-        """What it found, and what to do about it, in one sentence or two."""
+        """The result and what to do about it, in two or three sentences."""
         n = len(self.guided_samples)
         if not self.reliable:
             return (
-                f"Guided toward it, {self.hits} of {n} texts pass, but their weights are too uneven for an estimate "
-                f"(ESS {self.ess:.1f}): the base hardly ever writes it. Start from a looser feature, or from a prompt "
-                f"that brings it about."
+                f"With a guide {self.hits} of {n} texts pass, but their weights are too uneven for an estimate "
+                f"(ESS {self.ess:.1f}): the base hardly ever writes such a text. Choose a looser feature, or a prompt "
+                f"that leads to it."
             )
         rate, error = math.exp(self.log_z.value), self.log_z.se
         return (
-            f"Guided toward it, {self.hits} of {n} texts pass, and tell that the base passes at a rate of {rate:.2g} "
-            f"(± {100 * error:.0f} %): about {math.ceil(30 / rate):,} samples of it would hold thirty."
+            f"With a guide {self.hits} of {n} texts pass. By their weights the base passes at a rate of {rate:.2g} "
+            f"(± {100 * error:.0f} %): about {math.ceil(30 / rate):,} samples of the base would contain 30 that pass."
         )
 
 
 def rare_filters(terms: Sequence[Term], sample: BaseSample) -> list[Feature]:
-    """The filters of a target, where too few samples pass all of them and one can be read off a prefix; else none."""
+    """The filters of a target, where too few samples pass all of them and one has an automaton; else an empty list."""
     filters = [k for k, term in enumerate(terms) if term.kind == "filter"]
     features = [terms[k].feature for k in filters]
     if not filters or all(feature.automaton() is None for feature in features):
         return []
     passed = (sample.features[:, filters] > 0).all(1)
     strata = Strata.of(sample.samples.prompt_ids, len(passed))
-    return features if float(strata.sum(passed.double()).mean()) < ENOUGH_HITS / strata.count else []
+    return features if float(strata.sum(passed.double()).mean()) < ENOUGH_PASSING / strata.count else []
 
 
 def estimate_rare_event(
@@ -98,34 +99,35 @@ def estimate_rare_event(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> RareEventEstimate:
-    """How often the base passes all ``filters``, from its ``sample``, though hardly a text of it does.
+    """Estimate how often the base passes all ``filters``, from a ``sample`` of it in which hardly any text passes.
 
-    Draws ``rounds`` times ``n`` guided completions, each round with a guide that has learnt from those before, and
-    measures all ``features`` of the target on them. Raises UsageError where the filters cannot be read off a prefix.
+    Draws ``rounds`` times ``n`` guided completions and measures all ``features`` of the target on them. Each round's
+    guide uses the rounds before. Raises UsageError where no filter has an automaton.
     """
     length, plain = sample.max_completion_length, sample.samples
     states = build_token_states(base, filters, plain)
     chain = MarkovChain.empty(states, length, base.device)
-    chain.learn(base, plain)
-    wanted = [k for k, feature in enumerate(features) if feature in filters]
+    chain.add_samples(base, plain)
+    filter_columns = [k for k, feature in enumerate(features) if feature in filters]
     texts, measured, guides = [plain], [sample.features], list[Guide]()
     log_weights = torch.empty(0)
+    rollouts = LocalRollouts(base)
     for i in range(rounds):
-        guides.append(base.placed(build_guide(states, chain.promise(states.passing()), states.passing())))
-        drawn = base.sample(n, plain.prompts, seed + i, max_completion_length=length, guide=guides[-1])
+        guides.append(base.placed(build_guide(states, chain.values(states.passing()), states.passing())))
+        drawn = rollouts.generate(plain.prompts, n, seed=seed + i, max_completion_length=length, guide=guides[-1])
         values = measure_samples(features, drawn)
         with torch.no_grad():
             log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double().cpu()
-        log_weights = torch.where((values[:, wanted] > 0).all(1), log_ratio.sum(-1), -math.inf)
+        log_weights = torch.where((values[:, filter_columns] > 0).all(1), log_ratio.sum(-1), -math.inf)
         if i + 1 < rounds:
-            chain.learn(base, drawn, log_ratio.cumsum(-1) - log_ratio)
+            chain.add_samples(base, drawn, log_ratio.cumsum(-1) - log_ratio)
         texts.append(replace(drawn, guide=None))
         measured.append(values)
         if progress is not None:
             progress((i + 1) * n, rounds * n)
-    # Those of the chain, one for each round, and those of the mixture.
+    # One pass of each text for the chain, except for the last round, and one of each guided text for its weight.
     forward_passes = len(plain) + (2 * rounds - 1) * n
     mixed = as_mixture(base, texts, torch.cat(measured), guides, length, forward_passes)
-    passed = torch.where((mixed.features[:, wanted] > 0).all(1), mixed.log_ratio, -math.inf)
+    passed = torch.where((mixed.features[:, filter_columns] > 0).all(1), mixed.log_ratio, -math.inf)
     log_z = log_partition(passed) if bool((passed > -math.inf).any()) else Estimate(-math.inf, math.nan)
     return RareEventEstimate(guides[-1], drawn, log_weights, mixed, log_z)

@@ -16,32 +16,32 @@ from tiltlm.features import Feature, measure
 from tiltlm.features.automaton import Automaton, Change, Count, Place, State, together
 from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 
-# Places beyond these are merged with coarser ones: each costs a row of the vocabulary.
-MOST_PLACES = 5000
-# Of such rows, all together.
-MOST_TRANSITIONS = 2**25
-# Places times counts: each costs a number for every position.
-MOST_STATES = 2**17
+# Further places are merged into coarser ones, because each place costs a row of the vocabulary.
+MAX_PLACES = 5000
+# Entries of all these rows.
+MAX_TRANSITIONS = 2**25
+# Places times counts; each costs a number for every position.
+MAX_STATES = 2**17
 
 
 @dataclass(frozen=True)
 class TokenStates:
     """Where ``transitions`` [S, V] lead on the tokens of a model; S + s where a token ends the text in state s.
 
-    ``values`` [S, K] are the features of a text that ends in each state, where automata tell all of them; ``counted``
-    [S] says which count it has then. Places of the same ``kin`` [F] are one place of the automata, split by what else
-    is known. None where there are no such.
+    ``values`` [S, K] are the features of a text that ends in each state, None where a feature has no automaton.
+    ``parent`` [F] is the place that each place was split from, or itself; None where no place was split.
+    ``final_count`` [S] is the index of the count of a text that ends in the state.
     """
 
     transitions: Transitions
     start: int = 0
     values: Tensor | None = None
-    kin: Tensor | None = None
-    counted: Tensor | None = None
+    parent: Tensor | None = None
+    final_count: Tensor | None = None
 
     @staticmethod
     def of(table: Tensor, start: int = 0, values: Tensor | None = None) -> TokenStates:
-        """Those of a table [S, V] that is written out."""
+        """The states of a full table [S, V]."""
         return TokenStates(Transitions.of(table), start, values)
 
     def passing(self) -> Tensor:
@@ -68,89 +68,89 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
 
 
 def build_token_states(model: LanguageModel, features: Sequence[Feature], samples: Samples) -> TokenStates:
-    """The places that matter most, with all counts: all, if there are not too many, and coarser ones for the others.
+    """The most important places of the features' automata, each with all counts. Coarser places replace the others.
 
-    First come those of ``samples`` whose coarse stand-in would most often have gone another way; then those that would
-    most often be reached from them by tokens drawn one by one: most words of a list are in no sample. Raises UsageError
-    where there are none.
+    Places that ``samples`` visit come first, ordered by how often the coarser place would reach different states. Then
+    come the places that random tokens reach most often, because most words of a list are in no sample. Raises
+    UsageError where no feature has an automaton.
     """
     automaton = prefix_automaton(features)
-    vocabulary = TokenTree(token_texts(model))
+    vocabulary = TokenTrie(token_texts(model))
     stepped: dict[tuple[State, int], State] = {}
 
     def step(state: State, token: int) -> State:
         key = state, token
         if key not in stepped:
-            stepped[key] = read(automaton, state, vocabulary.texts[token])
+            stepped[key] = read_text(automaton, state, vocabulary.texts[token])
         return stepped[key]
 
-    visits, matters = Counter[Place](), Counter[Place]()
+    visits, needed = Counter[Place](), Counter[Place]()
     coarse = dict[Place, None]()
     for ids in samples.completion_ids:
         path = list(accumulate(ids, step, initial=automaton.start))
         for t, state in enumerate(path):
-            stand_in = automaton.coarse(state)
-            coarse[stand_in[1]] = None
+            coarse_state = automaton.coarse(state)
+            coarse[coarse_state[1]] = None
             visits[state[1]] += 1
-            matters[state[1]] += stand_in == state or _is_missed(stand_in, path[t + 1 :], ids[t:], step)
-    most = min(MOST_PLACES, MOST_STATES // len(automaton.counts), MOST_TRANSITIONS // model.vocab_size)
-    first = [automaton.start[1], *(p for p, times in matters.most_common(max(1, most)) if times), *coarse]
-    often = _token_rates(model.vocab_size, samples.completion_ids)
-    reached = _most_reached(automaton, vocabulary, list(dict.fromkeys(first)), visits, often, most)
+            needed[state[1]] += coarse_state == state or _diverges(coarse_state, path[t + 1 :], ids[t:], step)
+    most = min(MAX_PLACES, MAX_STATES // len(automaton.counts), MAX_TRANSITIONS // model.vocab_size)
+    first = [automaton.start[1], *(p for p, times in needed.most_common(max(1, most)) if times), *coarse]
+    rates = _token_rates(model.vocab_size, samples.completion_ids)
+    reached = _expand_places(automaton, vocabulary, list(dict.fromkeys(first)), visits, rates, most)
     number = {n: i for i, n in enumerate(automaton.counts)}
     start = number[automaton.start[0]]
     transitions = token_transitions(model, automaton, list(reached), reached.values())
-    counted = torch.tensor([number[automaton.ended((n, place))] for place in reached for n in number])
+    final_count = torch.tensor([number[automaton.ended((n, place))] for place in reached for n in number])
     values = None
     if all(feature.automaton() is not None for feature in features):
-        texts = _shortest_texts(transitions, counted, start)
-        tell = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(number))])
-        values = tell[counted]
-    return TokenStates(transitions, start, values, counted=counted)
+        texts = _shortest_texts(transitions, final_count, start)
+        by_count = measure(features, [model.tokenizer.decode(texts.get(n, [])) for n in range(len(number))])
+        values = by_count[final_count]
+    return TokenStates(transitions, start, values, final_count=final_count)
 
 
-def _most_reached(
+def _expand_places(
     automaton: Automaton,
-    vocabulary: TokenTree,
+    vocabulary: TokenTrie,
     first: Sequence[Place],
     visits: Mapping[Place, int],
-    often: Sequence[float],
+    token_rates: Sequence[float],
     most: int,
-) -> dict[Place, list[Moved]]:
-    """These places, and up to ``most`` with those most often reached; where each token leads from each.
+) -> dict[Place, list[PlaceChanges]]:
+    """The ``first`` places and, up to ``most`` in all, those reached most often; with the place after each token.
 
-    ``visits`` says how often samples came to a place, ``often`` how likely each token is [V].
+    ``visits`` are the samples' visits to each place, ``token_rates`` [V] the probability of each token.
     """
-    moving = Moving(automaton)
-    memo: dict[tuple[Moved, int], list[tuple[int, Moved]]] = {}
-    reached: dict[Place, list[Moved]] = {}
+    recorder = ChangeRecorder(automaton)
+    memo: dict[tuple[PlaceChanges, int], list[tuple[int, PlaceChanges]]] = {}
+    reached: dict[Place, list[PlaceChanges]] = {}
     rate = {place: float(visits.get(place, 0)) for place in first}
-    # The likeliest come first; of equal ones that which was found first.
+    # The most frequent place is next; ties go to the place that was found first.
     waiting, found = list[tuple[float, int, Place]](), count()
     todo = list(reversed(first))
     while todo or (waiting and len(reached) < most):
         place = todo.pop() if todo else heapq.heappop(waiting)[2]
         if place in reached:
             continue
-        reached[place] = vocabulary.read_all(moving, (place, ()), memo)
+        reached[place] = vocabulary.read_all(recorder, (place, ()), memo)
         added: dict[Place, float] = {}
         for token, (after, _) in enumerate(reached[place]):
             if after not in reached:
-                added[after] = added.get(after, 0.0) + often[token]
-        for after, share in added.items():
-            rate[after] = rate.get(after, 0.0) + rate[place] * share
+                added[after] = added.get(after, 0.0) + token_rates[token]
+        for after, probability in added.items():
+            rate[after] = rate.get(after, 0.0) + rate[place] * probability
             heapq.heappush(waiting, (-rate[after], next(found), after))
     return reached
 
 
-def _shortest_texts(transitions: Transitions, counted: Tensor, start: int) -> dict[int, list[int]]:
-    """The tokens of a shortest text that ends with each of the counts that states have [S], if there is one."""
-    wanted, s = set(counted.tolist()), len(transitions)
+def _shortest_texts(transitions: Transitions, final_count: Tensor, start: int) -> dict[int, list[int]]:
+    """The tokens of a shortest text for each final count [S], where there is one."""
+    wanted, s = set(final_count.tolist()), len(transitions)
     found, seen = dict[int, list[int]](), {start}
     waiting = deque([(start, list[int]())])
     while waiting and len(found) < len(wanted):
         state, tokens = waiting.popleft()
-        found.setdefault(int(counted[state]), tokens)
+        found.setdefault(int(final_count[state]), tokens)
         after, first = _first_of_each(transitions[state] % s)
         for one, token in zip(after, first, strict=True):
             if one not in seen:
@@ -160,71 +160,69 @@ def _shortest_texts(transitions: Transitions, counted: Tensor, start: int) -> di
 
 
 def _first_of_each(values: Tensor) -> tuple[list[int], list[int]]:
-    """The distinct values, in the order of their first places, and these places."""
-    distinct, of = torch.unique(values, return_inverse=True)
+    """The distinct values and the index of each one's first occurrence, in the order of these."""
+    distinct, inverse = torch.unique(values, return_inverse=True)
     place = torch.arange(len(values)).flip(0)
-    first = torch.empty_like(distinct).scatter_(0, of.flip(0), place).sort()
+    first = torch.empty_like(distinct).scatter_(0, inverse.flip(0), place).sort()
     return distinct[first.indices].tolist(), first.values.tolist()
 
 
 def _token_rates(vocab_size: int, texts: Sequence[Sequence[int]]) -> list[float]:
-    """How often each token is written [V], as if each had been once more."""
+    """The relative frequency of each token [V], with one added to each count."""
     counts = Counter(token for ids in texts for token in ids)
     total = counts.total() + vocab_size
     return [(counts[token] + 1) / total for token in range(vocab_size)]
 
 
 def single_state(model: LanguageModel) -> TokenStates:
-    """The single state of a text of which nothing is read, and its end."""
+    """One state for all prefixes, and its end."""
     table = torch.zeros(1, model.vocab_size, dtype=torch.long)
     table[:, model.eos_ids] = 1
     return TokenStates.of(table)
 
 
-def _is_missed(
-    stand_in: State, path: Sequence[State], tokens: Sequence[int], step: Callable[[State, int], State]
-) -> bool:
-    """Whether the ``tokens`` to come lead elsewhere from the coarse state than along ``path``."""
+def _diverges(coarse: State, path: Sequence[State], tokens: Sequence[int], step: Callable[[State, int], State]) -> bool:
+    """Whether the following ``tokens`` never bring the coarse state back to ``path``."""
     for state, token in zip(path, tokens, strict=True):
-        stand_in = step(stand_in, token)
-        if stand_in == state:
+        coarse = step(coarse, token)
+        if coarse == state:
             return False
     return True
 
 
 def token_transitions(
-    model: LanguageModel, automaton: Automaton, kept: Sequence[Place], reached: Iterable[Sequence[Moved]]
+    model: LanguageModel, automaton: Automaton, places: Sequence[Place], reached: Iterable[Sequence[PlaceChanges]]
 ) -> Transitions:
-    """Where each token leads from the F places ``kept``, given the place and the changes after each token from each.
+    """Where each token leads from the F ``places``, given the place and the changes after each token from each place.
 
-    A place that is not kept is its coarse one; where that is not kept either, the place stays as it is.
+    A place outside of ``places`` is replaced by its coarser one. If that is missing too, the place stays as it is.
     """
-    index = {place: i for i, place in enumerate(kept)}
+    index = {place: i for i, place in enumerate(places)}
     number = {n: i for i, n in enumerate(automaton.counts)}
     counts = {tuple(number.values()): 0}
-    rows_of: dict[tuple[Change, ...], int] = {}
+    row_of_changes: dict[tuple[Change, ...], int] = {}
 
-    def known(place: Place, made: tuple[Change, ...], otherwise: int) -> tuple[int, int]:
+    def resolve(place: Place, changes: tuple[Change, ...], otherwise: int) -> tuple[int, int]:
         if place not in index:
             place, change = automaton.forget(place)
-            made = made if change is None else (*made, change)
-        if made not in rows_of:
-            after = tuple(number[_changed(automaton, n, made)] for n in number)
-            rows_of[made] = counts.setdefault(after, len(counts))
-        return index.get(place, otherwise), rows_of[made]
+            changes = changes if change is None else (*changes, change)
+        if changes not in row_of_changes:
+            after = tuple(number[_apply_changes(automaton, n, changes)] for n in number)
+            row_of_changes[changes] = counts.setdefault(after, len(counts))
+        return index.get(place, otherwise), row_of_changes[changes]
 
     rows = list[Tensor]()
     for i, after in enumerate(reached):
-        memo = {moved: known(*moved, i) for moved in dict.fromkeys(after)}
-        rows.append(torch.tensor([memo[moved] for moved in after]))
-    places, changes = torch.stack(rows).unbind(-1)
-    places = places.int()
-    places[:, model.eos_ids] += len(kept)
+        memo = {one: resolve(*one, i) for one in dict.fromkeys(after)}
+        rows.append(torch.tensor([memo[one] for one in after]))
+    next_places, changes = torch.stack(rows).unbind(-1)
+    next_places = next_places.int()
+    next_places[:, model.eos_ids] += len(places)
     narrow = torch.uint8 if len(counts) <= 256 else torch.int16
-    return Transitions(places, changes.to(narrow), torch.tensor(list(counts)))
+    return Transitions(next_places, changes.to(narrow), torch.tensor(list(counts)))
 
 
-def _changed(automaton: Automaton, counted: Count, changes: Iterable[Change]) -> Count:
+def _apply_changes(automaton: Automaton, counted: Count, changes: Iterable[Change]) -> Count:
     for change in changes:
         counted = automaton.add(counted, change)
     return counted
@@ -233,7 +231,7 @@ def _changed(automaton: Automaton, counted: Count, changes: Iterable[Change]) ->
 def token_texts(model: LanguageModel) -> list[str]:
     """The characters that each token of the vocabulary adds to a text; "" for special ones."""
     decode, special = model.tokenizer.decode, set(model.tokenizer.all_special_ids)
-    # After another token, because some tokenizers drop the space in front of the first.
+    # After another token, because some tokenizers drop the space before the first.
     anchor = next(i for i in range(model.vocab_size) if i not in special and decode([i]).strip())
     before = decode([anchor])
     known = min(model.vocab_size, len(model.tokenizer))
@@ -241,31 +239,31 @@ def token_texts(model: LanguageModel) -> list[str]:
     return texts + [""] * (model.vocab_size - known)
 
 
-# The place after some characters, and what they changed in the count.
-Moved = tuple[Place, tuple[Change, ...]]
+# The place after some characters, and the changes of the count on the way.
+PlaceChanges = tuple[Place, tuple[Change, ...]]
 
 
 @dataclass(frozen=True)
-class Moving:
-    """An automaton read from a place with any count: it notes what changes."""
+class ChangeRecorder:
+    """An automaton that starts at a place without a count and records the changes of the count."""
 
     automaton: Automaton
 
-    def step(self, state: Moved, character: str) -> Moved:
+    def step(self, state: PlaceChanges, character: str) -> PlaceChanges:
         """The state after one more character."""
         place, change = self.automaton.move(state[0], character)
         return place, state[1] if change is None else (*state[1], change)
 
 
-def read(automaton: Automaton, state: State, text: str) -> State:
+def read_text(automaton: Automaton, state: State, text: str) -> State:
     """The state after all characters of ``text``."""
     for character in text:
         state = automaton.step(state, character)
     return state
 
 
-class TokenTree:
-    """All tokens of a vocabulary as one tree of their characters, so that shared beginnings are read once."""
+class TokenTrie:
+    """All tokens of a vocabulary as a trie of characters, so that shared beginnings are read once."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts
@@ -282,21 +280,28 @@ class TokenTree:
             self.tokens[node].append(token)
 
     def read_all(
-        self, moving: Moving, state: Moved, memo: dict[tuple[Moved, int], list[tuple[int, Moved]]]
-    ) -> list[Moved]:
-        """The state after each token, from ``state``; ``memo`` keeps what one subtree gives from one state."""
-        reached: list[Moved] = [state] * len(self.texts)
-        for token, after in self._subtree(moving, state, 0, memo):
+        self,
+        recorder: ChangeRecorder,
+        state: PlaceChanges,
+        memo: dict[tuple[PlaceChanges, int], list[tuple[int, PlaceChanges]]],
+    ) -> list[PlaceChanges]:
+        """The state after each token, from ``state``; ``memo`` keeps the results of each subtree and state."""
+        reached: list[PlaceChanges] = [state] * len(self.texts)
+        for token, after in self._read_subtree(recorder, state, 0, memo):
             reached[token] = after
         return reached
 
-    def _subtree(
-        self, moving: Moving, state: Moved, node: int, memo: dict[tuple[Moved, int], list[tuple[int, Moved]]]
-    ) -> list[tuple[int, Moved]]:
+    def _read_subtree(
+        self,
+        recorder: ChangeRecorder,
+        state: PlaceChanges,
+        node: int,
+        memo: dict[tuple[PlaceChanges, int], list[tuple[int, PlaceChanges]]],
+    ) -> list[tuple[int, PlaceChanges]]:
         key = state, node
         if key not in memo:
             found = [(token, state) for token in self.tokens[node]]
             for character, child in self.children[node].items():
-                found += self._subtree(moving, moving.step(state, character), child, memo)
+                found += self._read_subtree(recorder, recorder.step(state, character), child, memo)
             memo[key] = found
         return memo[key]
