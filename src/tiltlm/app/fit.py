@@ -70,14 +70,14 @@ def fit_run_target(
             )
     if plan.own_target is not None:
         return RunTarget(plan.own_target, sample, report_fit(plan.own_target, sample))
-    found = _rare_events(config, base, plan.terms, sample, display) if sample.base_logprob is None else None
+    found = _rare_events(config, base, plan.terms, sample, display) if sample.from_base else None
     if found is not None and found.reliable:
         sample = found.base_sample
     try:
         fitted = fit_target(plan.terms, sample)
     except UnreachableTargetError as error:
         raise UnreachableTargetError(f"{error} {found.advice() if found else ''}".strip()) from error
-    if sample.base_logprob is None and needs_refit(fitted):
+    if sample.from_base and needs_refit(fitted):
         fitted = _refitted(config, base, fitted, display)
     return RunTarget(fitted, fitted.base_sample, fitted.report)
 

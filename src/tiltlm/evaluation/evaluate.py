@@ -14,8 +14,9 @@ from tiltlm.evaluation.by_prompt import PromptEvaluation, evaluate_prompts
 from tiltlm.evaluation.pooled import Pooled
 from tiltlm.evaluation.scores import Mismatch, Scores, kl_policy_base
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings, next_token
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets import Target
-from tiltlm.targets.base_sample import BaseSample, measure_samples
+from tiltlm.targets.base_sample import BaseSample, measure_samples, measured_base_sample
 
 # Which prompts an evaluation is on: those that the policy was trained on, others, or those of a file by its name.
 TRAINING, HELD_OUT = "training", "held out"
@@ -81,6 +82,7 @@ def evaluate_policy(
     progress: Callable[[int, int], None] | None = None,
     control: BaseSample | None = None,
     prompts_from: str = TRAINING,
+    rollouts: RolloutsOf = LocalRollouts,
 ) -> Evaluation:
     """Draw ``n`` samples each of policy and base, and measure the policy; ``texts`` of its samples are kept.
 
@@ -92,11 +94,14 @@ def evaluate_policy(
     ``control`` are the samples of the base, where ``draw_control`` has drawn them already with the same arguments.
     """
     drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
-    control = control or draw_control(roles, target, n, prompts, seed=seed, **drawing)
+    control = control or draw_control(roles, target, n, prompts, seed=seed, rollouts=rollouts, **drawing)
     with torch.no_grad(), roles.use("policy") as policy:
-        prompts = control.samples.prompts
-        samples = policy.sample(n, prompts, seed, **drawing)
-        nucleus = policy.sample(n, prompts, seed + 1, top_p=top_p, **drawing) if top_p else None
+        prompts, nucleus = control.samples.prompts, None
+        samples = rollouts(policy).generate(prompts, n, seed=seed, **drawing)
+        if top_p:
+            settings = SamplingSettings(top_p=top_p)
+            drawn = rollouts(policy).generate(prompts, n, seed=seed + 1, settings=settings, **drawing)
+            nucleus = read_by_model(policy, drawn)
     scores, features = _scored(roles, target, samples, measure_samples(target.features, samples))
     control_scores, control_features = _scored(roles, target, control.samples, control.features)
     mismatch = Mismatch.of(scores)
@@ -141,13 +146,16 @@ def draw_control(
     max_completion_length: int = 40,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rollouts: RolloutsOf = LocalRollouts,
 ) -> BaseSample:
     """The ``n`` samples of the base, measured, that stand beside those of the policy in ``evaluate_policy``."""
     with torch.no_grad(), roles.use("base") as base:
         prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
         prompts = prompts.select(prompts.fair_order(n, seed))
-        drawn = base.sample(n, prompts, seed + 2, max_completion_length=max_completion_length, progress=progress)
-    return BaseSample(drawn, measure_samples(target.features, drawn), max_completion_length)
+        drawn = rollouts(base).generate(
+            prompts, n, seed=seed + 2, max_completion_length=max_completion_length, progress=progress
+        )
+        return measured_base_sample(base, target.features, drawn, max_completion_length)
 
 
 def evaluate_base(
@@ -170,7 +178,7 @@ def evaluate_base(
     rows = (rounds * count + places[prompt_index]).argsort()[:n]
     samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
     features = base_sample.features[rows]
-    logprob = samples.sequence_logprob.cpu()
+    logprob = samples.sequence_logprob.cpu() + base_sample.log_ratio[rows]
     score, nothing = target.log_score(logprob, features), torch.zeros_like(logprob)
     scores = Scores(logprob, logprob, logprob, score, nothing, prompt_ids=samples.prompt_ids)
     columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
@@ -194,12 +202,20 @@ def evaluate_model(
     prompts: Prompts | None = None,
     seed: int = 0,
     prompts_from: str = TRAINING,
+    rollouts: RolloutsOf = LocalRollouts,
     **sampling: Any,
 ) -> Evaluation:
     """A model alone, without target or base: entropy and diversity."""
     with torch.no_grad():
-        samples = model.sample(n, prompts, seed=seed, **sampling)
+        wanted = prompts if prompts is not None else model.encode_prompts(None)
+        samples = read_by_model(model, rollouts(model).generate(wanted, n, seed=seed, **sampling))
     return _evaluation(samples, None, None, {}, {}, (), None, prompts_from)
+
+
+@torch.no_grad()
+def read_by_model(model: LanguageModel, samples: Samples) -> Samples:
+    """The samples with log-probabilities of the model that drew them, by a forward pass unless they are exact."""
+    return samples if samples.exact else replace(samples, proposal_logprob=model.logprob(samples), exact=True)
 
 
 @torch.no_grad()
@@ -211,9 +227,12 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
         for rows in order:
             chunk = samples.select(rows).trimmed()
             with roles.use("base") as base:
-                base_reading = base.read(chunk)
-            laws = next_token(chunk, roles.policy.read(chunk), base_reading)
-            parts.append(Scores.of(chunk, laws).with_rescored(laws.policy))
+                base_read = base.read(chunk)
+            scored = next_token(chunk, roles.policy.read(chunk), base_read)
+            # Weights of prefixes are π/q: the policy's own samples have weight 1, however exact their sampler is.
+            own = chunk if samples.exact else replace(chunk, proposal_logprob=scored.policy)
+            scores = replace(Scores.of(own, scored), proposal_logprob=chunk.sequence_logprob.cpu())
+            parts.append(scores.with_rescored(scored.policy))
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 
@@ -264,9 +283,10 @@ def _evaluation(
     prompts_from: str,
 ) -> Evaluation:
     tokens = samples.completion_ids
+    own_logprob = samples.sequence_logprob if samples.exact or scores is None else scores.policy_logprob
     common: dict[str, Any] = {
         "samples": len(samples),
-        "entropy": estimation.entropy(samples.sequence_logprob),
+        "entropy": estimation.entropy(own_logprob),
         "distinct_1": estimation.distinct_1(tokens),
         "distinct_1_corpus": estimation.distinct_n(tokens),
         "self_bleu_5": estimation.self_bleu_5(tokens),

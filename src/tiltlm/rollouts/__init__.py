@@ -2,6 +2,6 @@
 
 from tiltlm.rollouts.local import LocalRollouts
 from tiltlm.rollouts.proposal import Proposal
-from tiltlm.rollouts.rollout import Rollouts
+from tiltlm.rollouts.rollout import Rollouts, RolloutsOf
 
-__all__ = ["LocalRollouts", "Proposal", "Rollouts"]
+__all__ = ["LocalRollouts", "Proposal", "Rollouts", "RolloutsOf"]

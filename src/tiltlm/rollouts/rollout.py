@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from tiltlm.lm import Guide, Prompts, Samples, SamplingSettings
+from tiltlm.lm import Guide, LanguageModel, Prompts, Samples, SamplingSettings
 
 # Samples of the model's own distribution.
 PLAIN = SamplingSettings()
@@ -34,3 +34,7 @@ class Rollouts(Protocol):
         ``seed`` or ``generator`` fixes the draw. ``guide`` reweights each next token. ``Samples.exact`` says whether
         their log-probabilities are also those of a scoring pass of the model.
         """
+
+
+# Makes the rollouts of a model.
+RolloutsOf = Callable[[LanguageModel], Rollouts]

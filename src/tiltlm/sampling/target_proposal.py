@@ -13,6 +13,7 @@ from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import effective_sample_size, log_importance_weights
 from tiltlm.guides import guide_toward
 from tiltlm.lm import Guide, Prompts, Roles, Samples, SamplingSettings
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets import BaseSample, Target, measure_samples
 
 Source = Literal["base", "guided", "policy"]
@@ -64,21 +65,22 @@ class TargetProposal:
     max_completion_length: int = 40
     guide: Guide | None = None
     reason: str = ""
+    rollouts: RolloutsOf = LocalRollouts
 
     @torch.no_grad()
     def draw(self, n: int, places: Sequence[int], generator: torch.Generator) -> Draws:
         """``n`` completions of the prompts at these places, in turn, with their weights."""
         with self.roles.use("policy" if self.source == "policy" else "base") as model:
-            samples = model.sample(
-                n,
+            samples = self.rollouts(model).generate(
                 self.prompts.select(places),
+                n,
                 generator=generator,
                 max_completion_length=self.max_completion_length,
                 guide=self.guide,
             )
         logprob = base_logprob = samples.sequence_logprob.cpu()
         features = measure_samples(self.target.features, samples)
-        if self.source != "base":
+        if self.source != "base" or not samples.exact:
             with self.roles.use("base") as base:
                 base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
         log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)

@@ -33,6 +33,7 @@ from tiltlm.estimation import (
 )
 from tiltlm.guides import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
+from tiltlm.rollouts import LocalRollouts
 from tiltlm.runs import storage
 from tiltlm.targets import BaseSample, measure_samples
 from tiltlm.training.checkpoint import save_base_sample
@@ -229,8 +230,8 @@ def _draw(
                 share, first = (n + place) // len(laws), done // len(laws)
                 places = [(first + i) % len(prompts) for i in range(min(share, len(prompts)))]
                 length = config.max_completion_length
-                part = base.sample(
-                    share, prompts.select(places), generator=generator, max_completion_length=length, guide=law
+                part = LocalRollouts(base).generate(
+                    prompts.select(places), share, generator=generator, max_completion_length=length, guide=law
                 )
                 index = torch.tensor(places, device=part.tokens.device)[part.prompt_index]
                 parts.append(replace(part, prompts=prompts, prompt_index=index, guide=None))

@@ -15,6 +15,7 @@ from tiltlm.estimation import Estimate
 from tiltlm.evaluation.evaluate import score_against_base
 from tiltlm.evaluation.scores import kl_policy_base
 from tiltlm.lm import LanguageModel, Roles
+from tiltlm.rollouts import LocalRollouts
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.reference import RECORD, Reference, load_reference
@@ -61,10 +62,10 @@ class Watch(Callback):
                 self.reference.samples.prompts,
                 stream(self.config.seed, "curve") + 1_000_000 * progress.step,
             )
-            samples = policy.sample(
-                self.settings.samples,
+            samples = LocalRollouts(policy).generate(
                 prompts.select(prompts.fair_order(self.settings.samples, seed)),
-                seed,
+                self.settings.samples,
+                seed=seed,
                 max_completion_length=self.config.max_completion_length,
             )
             kl = self.reference.kl_of(policy, self.settings.reference)
@@ -76,7 +77,7 @@ class Watch(Callback):
             "kl_pi_a": kl_policy_base(scores),
             "distinct_1": estimation.distinct_1(tokens),
             "self_bleu_5": estimation.self_bleu_5(tokens),
-            "entropy": estimation.entropy(samples.sequence_logprob),
+            "entropy": estimation.entropy(scores.policy_logprob if not samples.exact else samples.sequence_logprob),
             "perplexity_base": estimation.perplexity(scores.base_logprob, samples.lengths.cpu()),
         }
         counts = {"step": progress.step, "sequences": progress.sequences, "forward_passes": progress.forward_passes}

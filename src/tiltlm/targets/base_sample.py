@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiltlm.features import Batch, Feature, measure_batch
 from tiltlm.lm import LanguageModel, Prompts, Samples
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets.target import Target
 
 
@@ -17,9 +18,10 @@ from tiltlm.targets.target import Target
 class BaseSample:
     """N samples of the base with the values [N, K] of the target's features: what λ was fitted on.
 
-    ``max_completion_length`` is the length at which they were cut, which belongs to the law that they come from. Where
-    not all were drawn by the base itself, ``base_logprob`` [N, T] is log a of their tokens beside the log q of the
-    samples, and the ``plain`` first rows are the base's own; ``forward_passes`` counts the passes that this took.
+    ``max_completion_length`` is the length at which they were cut, a part of their distribution. ``base_logprob``
+    [N, T] is log a of their tokens where that is not the samples' own log q: guides drew some of them, or an engine
+    whose log-probabilities are not exact. The ``plain`` first rows are the base's own draws. ``forward_passes`` counts
+    the further passes that this took.
     """
 
     samples: Samples
@@ -28,6 +30,11 @@ class BaseSample:
     base_logprob: Tensor | None = None
     plain: int | None = None
     forward_passes: int = 0
+
+    @property
+    def from_base(self) -> bool:
+        """Whether the base drew all samples."""
+        return self.base_logprob is None or self.plain == len(self.samples)
 
     @property
     def log_ratio(self) -> Tensor:
@@ -56,7 +63,7 @@ class BaseSample:
         return replace(self, samples=self.samples.select(here), features=self.features[rows], base_logprob=base_logprob)
 
     def of_the_base(self) -> BaseSample:
-        """The samples that the base itself drew, which weigh alike."""
+        """The samples that the base itself drew, all with weight 1."""
         if self.base_logprob is None:
             return self
         rows = torch.arange(self.plain or 0)
@@ -76,23 +83,37 @@ def draw_base_sample(
     progress: Callable[[int, int], None] | None = None,
     *,
     samples_per_prompt: int = 1,
+    rollouts: RolloutsOf = LocalRollouts,
 ) -> BaseSample:
     """Draw ``n`` completions of the base, the prompts in turn and in fair order, and measure the features on them.
 
-    ``samples_per_prompt`` are drawn of one before it is the next one's turn.
+    ``samples_per_prompt`` of one prompt are drawn before the next one's turn. The base reads samples of ``rollouts``
+    that are not exact.
     """
     prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
     base.check_length(prompts, max_completion_length)
     prompts = prompts.select(prompts.fair_order(n, seed, samples_per_prompt))
-    drawn = base.sample(
-        n,
+    drawn = rollouts(base).generate(
         prompts,
-        seed,
+        n,
+        seed=seed,
         max_completion_length=max_completion_length,
         samples_per_prompt=samples_per_prompt,
         progress=progress,
     )
-    return BaseSample(drawn, measure_samples(features, drawn), max_completion_length)
+    return measured_base_sample(base, features, drawn, max_completion_length)
+
+
+def measured_base_sample(
+    base: LanguageModel, features: Sequence[Feature], drawn: Samples, max_completion_length: int
+) -> BaseSample:
+    """Draws of the base with their features; the base reads them unless they are exact."""
+    values = measure_samples(features, drawn)
+    if drawn.exact:
+        return BaseSample(drawn, values, max_completion_length)
+    with torch.no_grad():
+        base_logprob = base.logprob(drawn)
+    return BaseSample(drawn, values, max_completion_length, base_logprob, len(drawn), len(drawn))
 
 
 def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:

@@ -152,6 +152,7 @@ def load_base_sample(folder: Path, base: LanguageModel) -> BaseSample | None:
             prompts=prompts,
             settings=SamplingSettings(),
             tokenizer=base.tokenizer,
+            exact=state.get("exact", True),
         )
         drawn = {name: state.get(name) for name in ("base_logprob", "plain")}
         return BaseSample(

@@ -14,7 +14,7 @@ from tiltlm.config.training import TrainingArguments
 from tiltlm.features import Feature
 from tiltlm.lm import Guide, Roles
 from tiltlm.lm.roles import Role
-from tiltlm.rollouts.local import LocalRollouts
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.rollouts.proposal import BASE, GUIDED, POLICY, Proposal
 from tiltlm.targets import BaseSample
 from tiltlm.targets.base_sample import measure_samples
@@ -48,6 +48,8 @@ class Drawer:
         self.queue = FitSampleQueue(base_sample if args.reuse_fit_samples else None)
         self.generator = torch.Generator(roles.policy.device).manual_seed(seed)
         self.proposal = POLICY
+        # What draws the samples of a model.
+        self.rollouts: RolloutsOf = LocalRollouts
         self.worker = WorkerThread()
         self.ahead: RolloutBatch | None = None
         self.generator_before_ahead: torch.Tensor | None = None
@@ -89,7 +91,7 @@ class Drawer:
     def _draw(self, guide: Guide | None) -> RolloutBatch:
         with self.roles.use(ROLES.get(self.proposal, "proposal")) as model, self.autocast():
             samples = (
-                LocalRollouts(model)
+                self.rollouts(model)
                 .generate(
                     prompts_in_turn(self.prompts, self.counter.sequences, self.batch_size, self.samples_per_prompt),
                     self.batch_size,

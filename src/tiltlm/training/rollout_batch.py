@@ -126,15 +126,17 @@ class FitSampleQueue:
             return None
         part = slice(self.position, self.position + size)
         self.position += size
-        if self.base_sample.base_logprob is None:
-            chosen = self.base_sample.select(torch.arange(part.start, part.stop))
-            return RolloutBatch(chosen.samples.trimmed(), chosen.features, BASE, reused=True)
-        shuffled = torch.randperm(len(self.base_sample.samples), generator=torch.Generator().manual_seed(0))
-        chosen = self.base_sample.select(shuffled[part])
+        everything = len(self.base_sample.samples)
+        order = torch.arange(everything)
+        if not self.base_sample.from_base:
+            order = torch.randperm(everything, generator=torch.Generator().manual_seed(0))
+        chosen = self.base_sample.select(order[part])
         samples = chosen.samples.trimmed()
-        assert chosen.base_logprob is not None
-        known = Assessment(base=chosen.base_logprob[:, : samples.tokens.shape[1]])
-        return RolloutBatch(samples, chosen.features, MIXTURE, reused=True, assessment=known)
+        known: Assessment | None = None
+        if chosen.base_logprob is not None:
+            known = Assessment(base=chosen.base_logprob[:, : samples.tokens.shape[1]])
+        proposal = BASE if self.base_sample.from_base else MIXTURE
+        return RolloutBatch(samples, chosen.features, proposal, reused=True, assessment=known)
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows were handed out, for a checkpoint."""
