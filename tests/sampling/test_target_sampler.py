@@ -46,7 +46,7 @@ from tiltlm.sampling import (
     known_bound,
     sample_target,
 )
-from tiltlm.sampling.target_sampler import ROUND
+from tiltlm.sampling.target_sampler import ROUND_DRAWS
 from tiltlm.targets import BaseSample, Term, TiltedTarget, constrain, draw_base_sample
 from tiny_world import LORA, near
 
@@ -195,7 +195,7 @@ def test_short_chains_follow_the_law_that_is_foretold() -> None:
 def test_resampling_follows_the_law_of_its_pool() -> None:
     # A pool for each text, so that texts are independent.
     n, pool = 2_500, 3
-    result = drawn(n, Resampling(oversample=pool, least=1), "base", prompts=[None] * n, pilot=2)
+    result = drawn(n, Resampling(oversample=pool, min_pool=1), "base", prompts=[None] * n, pilot=2)
     log_w, q = exact_weights("base")
     p = truth().logprob.exp()
     # Of three draws the first one, given the sum of the other two, by enumeration of pairs of weights.
@@ -214,8 +214,8 @@ def test_a_large_pool_gives_each_text_its_share() -> None:
     # Systematic resampling leaves less to chance than independent draws, so the test can only pass too often.
     assert_drawn_from(result, truth().logprob.exp(), law_of("base").exp() * (truth().features[:, 0] > 0))
     # Three pools, the last one smaller.
-    sampler = Resampling(oversample=40, least=512)
-    assert (sampler.block, sampler.pool(1_000), result.draws) == (409, 16_360, 40_000)
+    sampler = Resampling(oversample=40, min_pool=512)
+    assert (sampler.texts_per_pool, sampler.pool_size(1_000), result.draws) == (409, 16_360, 40_000)
 
 
 def test_the_guided_base_is_what_it_is_said_to_be() -> None:
@@ -233,7 +233,7 @@ def foretold(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estima
         case Metropolis():
             return chain_acceptance(log_w, q), chain_law(log_w, sampler.burn_in, q)
         case Resampling():
-            return Estimate(n / sampler.needed(n), 0.0), resampled_law(log_w, sampler.pool(n), q)
+            return Estimate(n / sampler.total_draws(n), 0.0), resampled_law(log_w, sampler.pool_size(n), q)
         case QuasiRejection():
             return acceptance_rate(log_w, sampler.bound, q), accepted_law(log_w, sampler.bound, q)
         case Rejection():
@@ -250,7 +250,7 @@ def foretold(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estima
         (QuasiRejection(0.3), "policy"),
         (Metropolis(burn_in=5), "policy"),
         (Metropolis(burn_in=0), "base"),
-        (Resampling(oversample=4, least=1), "base"),
+        (Resampling(oversample=4, min_pool=1), "base"),
         (GuidedBase(), "guided"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -327,9 +327,9 @@ class Counting(TargetProposal):
 
     asked: list[int]
 
-    def draw(self, n: int, places: Any, generator: torch.Generator) -> Draws:
+    def draw(self, n: int, prompts: Any, generator: torch.Generator) -> Draws:
         self.asked.append(n)
-        return super().draw(n, places, generator)
+        return super().draw(n, prompts, generator)
 
 
 def counting(source: str, target: TiltedTarget = TARGET) -> Counting:
@@ -350,7 +350,7 @@ def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
     assert told[-1] == (900, 900)
     assert [found for found, _ in told] == sorted(found for found, _ in told)
     assert sum(source.asked) == work.drawn
-    assert max(source.asked) <= ROUND
+    assert max(source.asked) <= ROUND_DRAWS
     exact = not isinstance(sampler, Rejection | Metropolis)
     assert work.drawn == forecast.draws if exact else abs(work.drawn / forecast.draws - 1) < 0.25
     if not isinstance(sampler, GuidedBase):
@@ -437,7 +437,7 @@ def tuned() -> LanguageModel:
 
 
 def test_the_nearest_proposal_is_the_default() -> None:
-    said = r"draws come from the (.*): of 256 each, .* on \d+ of the guided base, \d+ of the policy \(ESS\)"
+    said = r"draws come from the (.*): the ESS of 256 trial draws is \d+ for the guided base, \d+ for the policy"
     few = draw_base_sample(base(), TARGET.features, 4, None, LENGTH, seed=0)
     for model, sample, nearest in ((near(base(), 0.1), base_sample(), "guided base"), (tuned(), few, "policy")):
         made = proposal(None, roles=Roles(model, base=base()), base_sample=sample)

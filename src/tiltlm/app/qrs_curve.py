@@ -63,7 +63,7 @@ def _picture(points: Sequence[CurvePoint], chosen: float, form: str) -> bytes:
         rates = [point.acceptance.value for point in points]
         for axes, title, values in zip(
             figure.subplots(1, 2),
-            ("KL(p‖law), nats", "TV(p, law)"),
+            ("KL(p‖p_β), nats", "TV(p, p_β)"),
             ([point.closeness.kl for point in points], [point.closeness.tv for point in points]),
             strict=True,
         ):

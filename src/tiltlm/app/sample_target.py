@@ -1,4 +1,4 @@
-"""From a run, or a config that was never tuned, to a sampler of its target."""
+"""A sampler of the target of a run, or of a config that was never tuned."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tiltlm.lm import Roles
 from tiltlm.reports.tables import estimate
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
-from tiltlm.sampling.target_proposal import CALLED
+from tiltlm.sampling.target_proposal import SOURCE_NAMES
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.checkpoint import load_base_sample
 
-# Below the first an estimate is shown by its power of ten, below the second it is nothing but rounding.
+# Estimates below the first number are shown with an exponent; below the second they are rounding errors.
 SMALL, ROUNDING = 1e-4, 1e-9
 
 
@@ -70,8 +70,8 @@ def _sampler(
         prompts = (
             base.encode_prompts(prompt) if prompt is not None else encode_prompts(base, read_prompts(config).training)
         )
-    law = build_proposal(
-        proposal or rule.only_source,
+    source = build_proposal(
+        proposal or rule.required_source,
         roles,
         target,
         policy=policy,
@@ -79,17 +79,17 @@ def _sampler(
         prompts=prompts,
         max_completion_length=max_completion_length or config.max_completion_length,
     )
-    return TargetSampler(law, rule, n, **settings)
+    return TargetSampler(source, rule, n, **settings)
 
 
 def forecast_table(forecast: Forecast) -> Table:
-    """What is to be expected of the texts, and of the proposal as it is."""
+    """The forecast for the texts, beside that of all draws of the proposal."""
     table = Table(box=None, pad_edge=False)
-    for column in ("", "texts", CALLED[forecast.source]):
+    for column in ("", "texts", SOURCE_NAMES[forecast.source]):
         table.add_column(column, justify="left" if not column else "right")
-    law, plain = forecast.closeness, forecast.proposal_closeness
-    table.add_row("KL(p‖law), nats", _shown(law.kl), _shown(plain.kl))
-    table.add_row("TV(p, law)", _shown(law.tv), _shown(plain.tv))
+    texts, draws = forecast.closeness, forecast.proposal_closeness
+    table.add_row("KL(p‖·), nats", _shown(texts.kl), _shown(draws.kl))
+    table.add_row("TV(p, ·)", _shown(texts.tv), _shown(draws.tv))
     table.add_row("acceptance", _shown(forecast.acceptance), "")
     table.add_row(f"draws for {forecast.texts:,} texts", f"about {forecast.draws:,}", "")
     table.add_row(f"ESS of {forecast.proposals:,} pilot draws", "", _shown(forecast.ess))

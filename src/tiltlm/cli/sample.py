@@ -56,7 +56,7 @@ def sample(
         float | None, typer.Option(help="qrs: log β, the bound of log P/q; rejection: one that you vouch for")
     ] = None,
     acceptance: Annotated[
-        float | None, typer.Option(help="qrs: least share to accept; default: KL(p‖law) ≤ 0.01")
+        float | None, typer.Option(help="qrs: acceptance rate; default: the rate with KL(p‖p_β) ≤ 0.01 nats")
     ] = None,
     oversample: Annotated[int | None, typer.Option(help="resample: draws for each text; 32")] = None,
     chains: Annotated[int | None, typer.Option(help="mcmc: chains for each prompt; 8")] = None,
@@ -81,11 +81,13 @@ def sample(
         _refuse(others, dict.fromkeys(others), "goes with --sampler, which draws texts of the target itself")
         if overrides:
             raise UsageError(f"'{overrides[0]}': overrides go with a config, and a config with --sampler")
-        law = {"top_p": top_p, "top_k": top_k, "temperature": temperature}
-        _sample_model(source, n, prompt, seed, max_completion_length, device, law, jsonl)
+        decoding = {"top_p": top_p, "top_k": top_k, "temperature": temperature}
+        _sample_model(source, n, prompt, seed, max_completion_length, device, decoding, jsonl)
         return
     _refuse(
-        {"top_p": top_p, "top_k": top_k, "temperature": temperature}, PLAIN, "not with --sampler: p has its own law"
+        {"top_p": top_p, "top_k": top_k, "temperature": temperature},
+        PLAIN,
+        "not with --sampler, which draws from p",
     )
     from tiltlm.sampling import build_sampler
 
@@ -114,7 +116,7 @@ def _sample_model(
     seed: int | None,
     max_completion_length: int | None,
     device: str,
-    law: dict[str, Any],
+    decoding: dict[str, Any],
     jsonl: bool,
 ) -> None:
     if Path(source).is_file():
@@ -133,7 +135,7 @@ def _sample_model(
     else:
         config, model = load_policy(run, device)
         length = config.max_completion_length
-    drawn = model.sample(n, prompt, seed, max_completion_length=max_completion_length or length, **law)
+    drawn = model.sample(n, prompt, seed, max_completion_length=max_completion_length or length, **decoding)
     _write(drawn, jsonl)
 
 
@@ -169,7 +171,7 @@ def _sample_target(
         sampler = sampler_of_run(run, n, device, **work)
     with display.counting("pilot") as progress:
         forecast = sampler.forecast(progress)
-    console.print(sampler.sampler.words(forecast.source), soft_wrap=True)
+    console.print(sampler.sampler.description(forecast.source), soft_wrap=True)
     console.print(forecast_table(forecast))
     for note in forecast.notes:
         console.print(f"note: {note}", soft_wrap=True)

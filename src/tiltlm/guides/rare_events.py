@@ -22,7 +22,7 @@ from tiltlm.guides.refit import as_mixture
 from tiltlm.guides.token_states import build_token_states
 from tiltlm.guides.value import build_guide
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
-from tiltlm.rollouts import LocalRollouts
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.target import Term
 
@@ -98,6 +98,7 @@ def estimate_rare_event(
     rounds: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rollouts: RolloutsOf = LocalRollouts,
 ) -> RareEventEstimate:
     """Estimate how often the base passes all ``filters``, from a ``sample`` of it in which hardly any text passes.
 
@@ -111,10 +112,9 @@ def estimate_rare_event(
     filter_columns = [k for k, feature in enumerate(features) if feature in filters]
     texts, measured, guides = [plain], [sample.features], list[Guide]()
     log_weights = torch.empty(0)
-    rollouts = LocalRollouts(base)
     for i in range(rounds):
         guides.append(base.placed(build_guide(states, chain.values(states.passing()), states.passing())))
-        drawn = rollouts.generate(plain.prompts, n, seed=seed + i, max_completion_length=length, guide=guides[-1])
+        drawn = rollouts(base).generate(plain.prompts, n, seed=seed + i, max_completion_length=length, guide=guides[-1])
         values = measure_samples(features, drawn)
         with torch.no_grad():
             log_ratio = (base.logprob(drawn, settings=SamplingSettings()) - drawn.proposal_logprob).double().cpu()

@@ -18,7 +18,7 @@ from tiltlm.estimation import mixture
 from tiltlm.guides.estimate import guide_toward
 from tiltlm.lm import Guide, LanguageModel, Samples, SamplingSettings
 from tiltlm.lm.token_scores import token_logprobs
-from tiltlm.rollouts import LocalRollouts
+from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets.base_sample import BaseSample, measure_samples
 from tiltlm.targets.constrain import FittedTarget, fit_target
 
@@ -44,6 +44,7 @@ def refit(
     n: int = 512,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rollouts: RolloutsOf = LocalRollouts,
 ) -> FittedTarget:
     """The target, fitted again on the samples of the base and 2 ``n`` guided texts, each with its importance weight.
 
@@ -52,10 +53,11 @@ def refit(
     """
     sample, length = fitted.base_sample, fitted.base_sample.max_completion_length
     halves, parts = [sample.select(torch.arange(start, len(sample.samples), 2)) for start in (0, 1)], list[BaseSample]()
-    rollouts = LocalRollouts(base)
     for i, (own, other) in enumerate((halves, halves[::-1])):
         guide = base.placed(guide_toward(base, fitted, own))
-        drawn = rollouts.generate(own.samples.prompts, n, seed=seed + i, max_completion_length=length, guide=guide)
+        drawn = rollouts(base).generate(
+            own.samples.prompts, n, seed=seed + i, max_completion_length=length, guide=guide
+        )
         values = torch.cat([other.features, measure_samples(fitted.features, drawn)])
         texts = [other.samples, replace(drawn, guide=None)]
         parts.append(as_mixture(base, texts, values, [guide], length, len(own.samples)))

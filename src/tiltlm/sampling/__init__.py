@@ -1,4 +1,4 @@
-"""Sampling from the target itself, exactly or nearly, without tuning."""
+"""Samplers of the target itself, exact or approximate, without tuning."""
 
 from tiltlm.sampling.forecast import CurvePoint, Forecast, qrs_curve
 from tiltlm.sampling.guided_base import GuidedBase

@@ -1,4 +1,4 @@
-"""What a pilot's draws say of a sampler before its texts are drawn."""
+"""The forecast of a sampler, from the draws of a pilot: acceptance rate, distance from p, and number of draws."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tiltlm.sampling.sampler import Sampler
 from tiltlm.sampling.target_proposal import Source, TargetProposal
 from tiltlm.targets.constrain import ENOUGH_SAMPLES
 
-# Chains that repeat themselves this often are worth a word.
-OFTEN = 0.05
+# A note reports the repeat rate of chains above this.
+NOTED_REPEAT_RATE = 0.05
 CURVE_POINTS = 25
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pilot of ``proposals`` draws says of ``texts`` texts, on average over the ``prompts`` that it looked at.
+    """The forecast for ``texts`` texts, from ``proposals`` pilot draws; averages over the pilot's ``prompts``.
 
-    ``acceptance`` is the share of draws that ``sampler`` accepts; ``closeness`` is that of each text's law to p, and
-    ``proposal_closeness`` that of q as it is. ``ess`` is the number of the pilot's draws that carry the target's
-    weight, ``draws`` about what all texts will take, the pilot included; ``notes`` are for the user.
+    ``acceptance`` is the acceptance rate of ``sampler``. ``closeness`` is the distance from p of the texts'
+    distribution, ``proposal_closeness`` that of the proposal. ``ess`` is the effective sample size of the pilot.
+    ``draws`` is the expected number of draws for all texts, with the pilot's. ``notes`` are for the user.
     """
 
     sampler: Sampler
@@ -57,56 +57,59 @@ class Forecast:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Quasi-rejection sampling at one β: the share that it accepts, and how near to p that is."""
+    """Quasi-rejection sampling at one β: its acceptance rate, and KL and TV from p to p_β."""
 
     log_beta: float
     acceptance: Estimate
     closeness: Closeness
 
 
-def foretell(
+def forecast_from_pilot(
     sampler: Sampler,
     proposal: TargetProposal,
     weights: Mapping[int, Tensor],
-    texts_of: Mapping[int, int],
+    texts_by_prompt: Mapping[int, int],
     *,
     pilot_kept: bool,
 ) -> Forecast:
-    """The forecast from the log-weights [N] of each prompt of a pilot; ``texts_of`` all prompts are wanted.
+    """The forecast from the log-weights [N] of each prompt of a pilot, and the number of texts of every prompt.
 
-    At least one draw must hit the target.
+    At least one log-weight must be above −inf.
     """
-    whole = len(weights) == len(texts_of)
-    rates = {place: sampler.rate(row, texts_of[place]) for place, row in weights.items()}
-    acceptance = average(list(rates.values()), whole)
-    hit = {place: row for place, row in weights.items() if not no_hit(row)}
+    complete = len(weights) == len(texts_by_prompt)
+    rates = {prompt: sampler.acceptance_rate(row, texts_by_prompt[prompt]) for prompt, row in weights.items()}
+    acceptance = average(list(rates.values()), complete)
+    hit = {prompt: row for prompt, row in weights.items() if not no_hit(row)}
     sizes = [effective_sample_size(row) for row in hit.values()]
     ess = Estimate(sum(one.value for one in sizes), math.hypot(*(one.se for one in sizes)))
-    shares = {place: float((row > -math.inf).double().mean()) for place, row in weights.items()}
-    # Prompts of which the pilot knows nothing are taken for average ones.
-    usual = (acceptance.value, sum(shares.values()) / len(shares))
-    known = {place: (rates[place].value, shares[place]) for place in hit}
-    needed = math.ceil(sum(sampler.draws(n, *known.get(place, usual)) for place, n in texts_of.items()))
+    support = {prompt: float((row > -math.inf).double().mean()) for prompt, row in weights.items()}
+    # Prompts outside of the pilot, or without a draw in the support, are taken as average ones.
+    usual = (acceptance.value, sum(support.values()) / len(support))
+    known = {prompt: (rates[prompt].value, support[prompt]) for prompt in hit}
+    expected = (sampler.expected_draws(n, *known.get(prompt, usual)) for prompt, n in texts_by_prompt.items())
+    needed = math.ceil(sum(expected))
     proposals = sum(map(len, weights.values()))
+    closeness = [sampler.closeness(row, texts_by_prompt[prompt]) for prompt, row in hit.items()]
     return Forecast(
         sampler=sampler,
         source=proposal.source,
-        texts=sum(texts_of.values()),
+        texts=sum(texts_by_prompt.values()),
         proposals=proposals,
         prompts=len(weights),
         acceptance=acceptance,
-        closeness=_closeness([sampler.law(row, texts_of[place]) for place, row in hit.items()], whole),
-        proposal_closeness=_closeness([proposal_law(row) for row in hit.values()], whole),
+        closeness=_mean_closeness(closeness, complete),
+        proposal_closeness=_mean_closeness([proposal_law(row) for row in hit.values()], complete),
         ess=ess,
         draws=max(proposals, needed) if pilot_kept else proposals + needed,
         notes=(*([proposal.reason] if proposal.reason else []), *_notes(sampler, list(weights.values()), ess)),
     )
 
 
-def qrs_curve(weights: Sequence[Tensor], whole: bool = True, points: int = CURVE_POINTS) -> list[CurvePoint]:
-    """Divergence against acceptance, from all of the support accepted to nothing cut, evenly spread on a log axis.
+def qrs_curve(weights: Sequence[Tensor], complete: bool = True, points: int = CURVE_POINTS) -> list[CurvePoint]:
+    """Divergence against acceptance of quasi-rejection, at ``points`` acceptance rates evenly spaced on a log axis.
 
-    ``weights`` are log-weights [N] of each prompt, ``whole`` whether these are all prompts.
+    The curve goes from the acceptance of all draws with P > 0 to that of exact rejection. ``weights`` are the
+    log-weights [N] of each prompt; ``complete`` says whether these are all prompts.
     """
     hits = [row for row in weights if not no_hit(row)]
     lowest = min(float(row[row > -math.inf].min()) for row in hits)
@@ -115,26 +118,27 @@ def qrs_curve(weights: Sequence[Tensor], whole: bool = True, points: int = CURVE
     log_betas = [highest]
     # Logarithms of equal weights differ by rounding.
     if highest - lowest > 1e-9:
-        steps = torch.linspace(math.log(most), math.log(least), points, dtype=torch.float64).exp().tolist()
-        log_betas = [lowest, *(log_beta_for_acceptance(weights, rate) for rate in steps[1:-1]), highest]
+        rates = torch.linspace(math.log(most), math.log(least), points, dtype=torch.float64).exp().tolist()
+        log_betas = [lowest, *(log_beta_for_acceptance(weights, rate) for rate in rates[1:-1]), highest]
     found = []
     for log_beta in log_betas:
-        rate = average([acceptance_rate(row, log_beta) for row in weights], whole)
-        found.append(CurvePoint(log_beta, rate, _closeness([accepted_law(row, log_beta) for row in hits], whole)))
+        rate = average([acceptance_rate(row, log_beta) for row in weights], complete)
+        closeness = _mean_closeness([accepted_law(row, log_beta) for row in hits], complete)
+        found.append(CurvePoint(log_beta, rate, closeness))
     return found
 
 
-def average(estimates: Sequence[Estimate], whole: bool) -> Estimate:
-    """Over prompts: all of them (``whole``), or some that stand for others too."""
+def average(estimates: Sequence[Estimate], complete: bool) -> Estimate:
+    """The mean over prompts: over all of them where ``complete``, else over a sample of the prompts."""
     values = torch.tensor([one.value for one in estimates], dtype=torch.float64)
     count = len(values)
-    if whole or count == 1:
+    if complete or count == 1:
         return Estimate(float(values.mean()), math.hypot(*(one.se for one in estimates)) / count)
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(count))
 
 
-def _closeness(laws: Sequence[Closeness], whole: bool) -> Closeness:
-    return Closeness(average([law.kl for law in laws], whole), average([law.tv for law in laws], whole))
+def _mean_closeness(each: Sequence[Closeness], complete: bool) -> Closeness:
+    return Closeness(average([one.kl for one in each], complete), average([one.tv for one in each], complete))
 
 
 def _notes(sampler: Sampler, weights: Sequence[Tensor], ess: Estimate) -> Iterator[str]:
@@ -142,34 +146,34 @@ def _notes(sampler: Sampler, weights: Sequence[Tensor], ess: Estimate) -> Iterat
     if len(hits) < len(weights):
         yield (
             f"{len(weights) - len(hits)} of the pilot's {len(weights)} prompts had no draw in the target's support; KL "
-            f"and TV are of the others, and of these prompts texts may not be found at all"
+            f"and TV are those of the other prompts, and texts of these prompts may not be found at all"
         )
     if isinstance(sampler, Rejection) and not isinstance(sampler, QuasiRejection):
         return
     tails = [k for k in map(_heavy_tail, hits) if k is not None]
     if ess.value < ENOUGH_SAMPLES:
         yield (
-            f"only {ess.value:.0f} of {sum(map(len, weights)):,} draws carry the target's weight (ESS): KL and TV may "
-            f"well be larger; a larger pilot would tell, and a proposal nearer to the target would lower them"
+            f"only {ess.value:.0f} of {sum(map(len, weights)):,} draws carry the target's weight (ESS), so KL and TV "
+            f"may be larger than shown; a larger pilot shows this, and a proposal nearer to the target lowers them"
         )
     elif tails:
         yield (
-            f"the largest weights may not have been seen yet (Pareto k̂ {max(tails):.2f}): KL and TV may well be "
-            f"larger; a larger pilot would tell"
+            f"the pilot may have missed the largest weights (Pareto k̂ {max(tails):.2f}), so KL and TV may be larger "
+            f"than shown; a larger pilot shows this"
         )
     if isinstance(sampler, Metropolis):
-        often = average([chain_repeats(row, sampler.thin) for row in hits], True).value
-        if often > OFTEN:
+        rate = average([chain_repeats(row, sampler.thin) for row in hits], True).value
+        if rate > NOTED_REPEAT_RATE:
             yield (
-                f"about {often:.0%} of the texts repeat the one before in their chain; a larger thin than "
-                f"{sampler.thin} would make them fewer"
+                f"about {rate:.0%} of the texts repeat the one before in their chain; a thin above {sampler.thin} "
+                f"lowers this rate"
             )
 
 
 def _heavy_tail(log_weights: Tensor) -> float | None:
-    """Pareto k̂ where it is too large for so many weights; None where it is not, or where weights take few values."""
+    """Pareto k̂ where it is too large for this number of weights; None elsewhere, or where weights take few values."""
     hits = log_weights[log_weights > -math.inf]
-    # Of binary features they do: no tail, but a few atoms, of which the fit would make anything.
+    # Binary features give a few atoms and no tail, so a fitted k̂ means nothing.
     if 2 * len(torch.unique(hits.mul(1e6).round())) < len(hits):
         return None
     k = pareto_k(hits)

@@ -1,4 +1,4 @@
-"""The guided base itself: everything that it draws."""
+"""The guided base without any rejection."""
 
 from __future__ import annotations
 
@@ -8,47 +8,43 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import (
-    Closeness,
-    Estimate,
-    proposal_law,
-)
-from tiltlm.sampling.sampler import Acceptance, Sampler
+from tiltlm.estimation import Closeness, Estimate, proposal_law
+from tiltlm.sampling.sampler import AcceptanceStep, Sampler
 from tiltlm.sampling.target_proposal import Draws, Source
 
 
 @dataclass(frozen=True)
 class GuidedBase(Sampler):
-    """All that the guided base draws, as it is: control of a model without tuning it."""
+    """Accepts all draws of the guided base."""
 
     name: ClassVar[str] = "guided"
 
     @property
-    def only_source(self) -> Source | None:
+    def required_source(self) -> Source | None:
         return "guided"
 
-    def words(self, source: Source) -> str:
-        return "guided: all that the guided base draws, as it is"
+    def description(self, source: Source) -> str:
+        return "guided: all draws of the guided base"
 
-    def rate(self, log_weights: Tensor, n: int) -> Estimate:
+    def acceptance_rate(self, log_weights: Tensor, n: int) -> Estimate:
         return Estimate(1.0, 0.0)
 
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
         return proposal_law(log_weights)
 
-    def draws(self, n: int, rate: float, hit: float) -> float:
+    def expected_draws(self, n: int, acceptance: float, support: float) -> float:
         return n
 
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        return AcceptAll(n, generator)
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        return GuidedBaseStep(n, generator)
 
 
-class AcceptAll(Acceptance):
-    """Everything that is drawn."""
+class GuidedBaseStep(AcceptanceStep):
+    """Accepts every draw."""
 
     @property
-    def wanted(self) -> float:
-        return self.left
+    def draws_needed(self) -> float:
+        return self.remaining
 
     def take(self, draws: Draws) -> Draws | None:
-        return self.given(draws, torch.arange(len(draws)))
+        return self.accept(draws, torch.arange(len(draws)))

@@ -1,4 +1,4 @@
-"""Independent Metropolis–Hastings: chains that move among a proposal's draws."""
+"""Independent Metropolis–Hastings: Markov chains whose moves are proposed by independent draws."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.estimation import (
-    Closeness,
-    Estimate,
-    chain_acceptance,
-    chain_law,
-)
-from tiltlm.sampling.sampler import Acceptance, Sampler
-from tiltlm.sampling.target_proposal import CALLED, Draws, Source
+from tiltlm.estimation import Closeness, Estimate, chain_acceptance, chain_law
+from tiltlm.sampling.sampler import AcceptanceStep, Sampler
+from tiltlm.sampling.target_proposal import SOURCE_NAMES, Draws, Source
 
 
 @dataclass(frozen=True)
 class Metropolis(Sampler):
-    """Independent Metropolis–Hastings: several chains move from x to a draw y with probability min(1, w(y)/w(x)).
+    """Independent Metropolis–Hastings: each chain moves from x to a draw y with probability min(1, w(y)/w(x)).
 
-    Each begins with the first draw of q in the support, throws away ``burn_in`` steps, and gives its text at every
-    ``thin``-th step from there. A prompt with fewer texts than ``chains`` has one chain for each.
+    A chain starts at its first draw with P > 0, discards ``burn_in`` steps, then returns a text at every ``thin``-th
+    step. A prompt with fewer texts than ``chains`` has one chain for each text.
     """
 
     name: ClassVar[str] = "mcmc"
@@ -38,76 +33,76 @@ class Metropolis(Sampler):
             if getattr(self, name) < least:
                 raise UsageError(f"{name}: {getattr(self, name)} must be at least {least}")
 
-    def words(self, source: Source) -> str:
+    def description(self, source: Source) -> str:
         return (
-            f"mcmc: up to {self.chains} chains for each prompt, which move to draws of {CALLED[source]}; "
+            f"mcmc: up to {self.chains} chains for each prompt, which move to draws of {SOURCE_NAMES[source]}; "
             f"{self.burn_in} steps of burn-in, {self.thin} steps from text to text"
         )
 
-    def rate(self, log_weights: Tensor, n: int) -> Estimate:
+    def acceptance_rate(self, log_weights: Tensor, n: int) -> Estimate:
         return chain_acceptance(log_weights)
 
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
         return chain_law(log_weights, self.burn_in)
 
-    def draws(self, n: int, rate: float, hit: float) -> float:
-        return min(self.chains, n) * (1 / hit + self.steps(n)) if hit else math.inf
+    def expected_draws(self, n: int, acceptance: float, support: float) -> float:
+        return min(self.chains, n) * (1 / support + self.steps(n)) if support else math.inf
 
     def steps(self, n: int) -> int:
-        """Steps that each chain takes."""
+        """The steps of each chain for ``n`` texts."""
         return self.burn_in + self.thin * (-(-n // min(self.chains, n)) - 1)
 
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        return MetropolisChains(n, generator, self)
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        return MetropolisStep(n, generator, self)
 
 
-class MetropolisChains(Acceptance):
-    """Chains that move to the next draw with probability min(1, w(y)/w(x)), and give a text now and then."""
+class MetropolisStep(AcceptanceStep):
+    """The chains of one prompt, all at the same step."""
 
     def __init__(self, n: int, generator: torch.Generator, settings: Metropolis) -> None:
         super().__init__(n, generator)
         self.settings, self.chains = settings, min(settings.chains, n)
-        # The step that the chains have taken: −1 until all have begun.
+        # −1 until all chains have started.
         self.step, self.last_step = -1, settings.steps(n)
-        # Where the chains are, as far as they have begun, and draws too few for a step of all.
-        self.at: Draws | None = None
+        # The current draws of the started chains, and draws too few for a step of all chains.
+        self.current: Draws | None = None
         self.rest: Draws | None = None
 
     @property
-    def wanted(self) -> float:
-        there = sum(len(part) for part in (self.at, self.rest) if part is not None)
-        return self.chains * (1 + self.last_step - max(self.step, 0)) - there
+    def draws_needed(self) -> float:
+        held = sum(len(part) for part in (self.current, self.rest) if part is not None)
+        return self.chains * (1 + self.last_step - max(self.step, 0)) - held
 
     def take(self, draws: Draws) -> Draws | None:
         if self.rest is not None:
             draws = Draws.concatenate([self.rest, draws])
-        draws, begun = self._begun(draws)
-        if begun < self.chains:
-            self.at, self.rest = draws, None
+        draws, started = self._start_chains(draws)
+        if started < self.chains:
+            self.current, self.rest = draws, None
             return None
-        place, rows = torch.arange(self.chains), []
+        position, rows = torch.arange(self.chains), []
         if self.step < 0:
             self.step = 0
-            rows = [place] if self.settings.burn_in == 0 else []
-        steps = min((len(draws) - begun) // self.chains, self.last_step - self.step)
-        taken = begun + steps * self.chains
-        for offered in torch.arange(begun, taken).reshape(steps, self.chains):
-            gain = draws.log_weights[offered] - draws.log_weights[place]
-            place = torch.where(self.uniform(self.chains).log() < gain, offered, place)
+            rows = [position] if self.settings.burn_in == 0 else []
+        steps = min((len(draws) - started) // self.chains, self.last_step - self.step)
+        used = started + steps * self.chains
+        for proposed in torch.arange(started, used).reshape(steps, self.chains):
+            log_ratio = draws.log_weights[proposed] - draws.log_weights[position]
+            position = torch.where(self.uniform(self.chains).log() < log_ratio, proposed, position)
             self.step += 1
             after = self.step - self.settings.burn_in
             if after >= 0 and after % self.settings.thin == 0:
-                rows.append(place)
-        self.at, self.rest = draws.select(place), draws.select(torch.arange(taken, len(draws)))
-        return self.given(draws, torch.cat(rows)) if rows else None
+                rows.append(position)
+        self.current, self.rest = draws.select(position), draws.select(torch.arange(used, len(draws)))
+        return self.accept(draws, torch.cat(rows)) if rows else None
 
-    def _begun(self, draws: Draws) -> tuple[Draws, int]:
-        """Where the chains are, before the draws that are left for their steps, and how many have begun."""
-        have = 0 if self.at is None else len(self.at)
-        if have < self.chains:
-            # A chain begins where P > 0: from anywhere else it would take whatever comes.
-            hits = (draws.log_weights > -math.inf).nonzero().squeeze(-1)[: self.chains - have]
-            after = int(hits[-1]) + 1 if have + len(hits) == self.chains else len(draws)
+    def _start_chains(self, draws: Draws) -> tuple[Draws, int]:
+        """The chains' current draws, followed by the draws left for steps, and the number of started chains."""
+        started = 0 if self.current is None else len(self.current)
+        if started < self.chains:
+            # A chain starts where P > 0: from elsewhere it would accept any draw.
+            hits = (draws.log_weights > -math.inf).nonzero().squeeze(-1)[: self.chains - started]
+            after = int(hits[-1]) + 1 if started + len(hits) == self.chains else len(draws)
             draws = draws.select(torch.cat([hits, torch.arange(after, len(draws))]))
-            have += len(hits)
-        return draws if self.at is None else Draws.concatenate([self.at, draws]), have
+            started += len(hits)
+        return draws if self.current is None else Draws.concatenate([self.current, draws]), started

@@ -1,4 +1,4 @@
-"""The samplers by the names of the command line: each class declares its own name."""
+"""The samplers by their names on the command line. Each class declares its own name; list it here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_sampler(name: str, **settings: Any) -> Sampler:
     if name not in SAMPLERS:
         raise UsageError(f"sampler: '{name}' is not known; {nearest(name, SAMPLERS)}")
     for key in settings:
-        having = [other for other, kind in SAMPLERS.items() if key in [field.name for field in fields(kind)]]
-        if name not in having:
-            raise UsageError(f"{key}: a setting of {' and '.join(having) or 'no sampler'}, not of {name}; leave it out")
+        owners = [other for other, sampler in SAMPLERS.items() if key in [field.name for field in fields(sampler)]]
+        if name not in owners:
+            raise UsageError(f"{key}: a setting of {' and '.join(owners) or 'no sampler'}, not of {name}; leave it out")
     return SAMPLERS[name](**settings)

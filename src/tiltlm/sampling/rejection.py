@@ -1,4 +1,4 @@
-"""Rejection sampling, exact or with a bound that weights may exceed (quasi-rejection)."""
+"""Rejection sampling, and quasi-rejection sampling, whose bound some weights may exceed."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tiltlm.estimation import (
     log_beta_for_acceptance,
     log_beta_for_kl,
 )
-from tiltlm.sampling.sampler import Acceptance, Sampler
-from tiltlm.sampling.target_proposal import CALLED, Draws, Source
+from tiltlm.sampling.sampler import AcceptanceStep, Sampler
+from tiltlm.sampling.target_proposal import SOURCE_NAMES, Draws, Source
 from tiltlm.targets import Target, TiltedTarget
 
-# Quasi-rejection without settings comes as near to p as this, in nats.
-NEAR_KL = 0.01
-# Nats by which a weight may exceed a bound: log P and log q come from two passes that round differently.
+# Nats of KL(p‖p_β) that quasi-rejection allows by default.
+DEFAULT_KL = 0.01
+# Nats by which a log-weight may exceed a true bound: log P and log q come from two passes that round differently.
 ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Rejection(Sampler):
-    """Keeps x with probability w/β, which is exact where β bounds w = P/q.
+    """Accepts x with probability w/β. The texts follow p exactly where β bounds w = P/q.
 
-    ``log_beta`` is a bound that the caller vouches for, whatever the proposal. By default it is the one that the target
-    is known to keep with proposals of the base; UsageError where none is known.
+    ``log_beta`` is a bound that the caller guarantees, for any proposal. By default it is the known bound of the target
+    for draws of the base; UsageError where none is known.
     """
 
     name: ClassVar[str] = "rejection"
@@ -47,39 +47,39 @@ class Rejection(Sampler):
             )
 
     @property
-    def only_source(self) -> Source | None:
+    def required_source(self) -> Source | None:
         return "base" if self.log_beta is None else None
 
     @property
     def bound(self) -> float:
-        """log β, once it is settled."""
-        assert self.log_beta is not None, "settled() comes first"
+        """log β, after ``fit_pilot``."""
+        assert self.log_beta is not None, "fit_pilot() comes first"
         return self.log_beta
 
-    def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
+    def fit_pilot(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
         return self if self.log_beta is not None else replace(self, log_beta=known_bound(target))
 
-    def words(self, source: Source) -> str:
-        return f"rejection: exact draws of p from {CALLED[source]}, where log P/q is at most {self.bound:.4g}"
+    def description(self, source: Source) -> str:
+        return f"rejection: exact draws of p from {SOURCE_NAMES[source]}, where log P/q is at most {self.bound:.4g}"
 
-    def rate(self, log_weights: Tensor, n: int) -> Estimate:
+    def acceptance_rate(self, log_weights: Tensor, n: int) -> Estimate:
         return acceptance_rate(log_weights, self.bound)
 
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
         return Closeness(Estimate(0.0, 0.0), Estimate(0.0, 0.0))
 
-    def draws(self, n: int, rate: float, hit: float) -> float:
-        return n / rate if rate else math.inf
+    def expected_draws(self, n: int, acceptance: float, support: float) -> float:
+        return n / acceptance if acceptance else math.inf
 
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        return AcceptWithin(n, generator, self.bound, rate, bounded=True)
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        return RejectionStep(n, generator, self.bound, acceptance, exact=True)
 
 
 @dataclass(frozen=True)
 class QuasiRejection(Rejection):
-    """Keeps x with probability min(1, w/β), so that what is kept follows p_β ∝ min(P, βq) (arXiv 2112.05702).
+    """Accepts x with probability min(1, w/β). The texts follow p_β ∝ min(P, βq) (arXiv 2112.05702).
 
-    Give ``log_beta``, or the ``acceptance`` that is wanted; by default β is the smallest with KL(p‖p_β) ≤ 0.01 nats.
+    Set ``log_beta``, or an ``acceptance`` rate. By default β is the smallest with KL(p‖p_β) ≤ 0.01 nats.
     """
 
     name: ClassVar[str] = "qrs"
@@ -95,32 +95,34 @@ class QuasiRejection(Rejection):
             )
 
     @property
-    def only_source(self) -> Source | None:
+    def required_source(self) -> Source | None:
         return None
 
     @property
     def keeps_pilot(self) -> bool:
         return self.log_beta is not None
 
-    def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
+    def fit_pilot(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
         if self.log_beta is not None:
             return self
         if self.acceptance is not None:
             return QuasiRejection(log_beta_for_acceptance(weights, self.acceptance))
-        return QuasiRejection(log_beta_for_kl(weights, NEAR_KL))
+        return QuasiRejection(log_beta_for_kl(weights, DEFAULT_KL))
 
-    def words(self, source: Source) -> str:
-        return f"qrs: draws of {CALLED[source]}, accepted with probability min(1, P/(β q)), log β = {self.bound:.6g}"
+    def description(self, source: Source) -> str:
+        return (
+            f"qrs: draws of {SOURCE_NAMES[source]}, accepted with probability min(1, P/(β q)), log β = {self.bound:.6g}"
+        )
 
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
         return accepted_law(log_weights, self.bound)
 
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        return AcceptWithin(n, generator, self.bound, rate, bounded=False)
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        return RejectionStep(n, generator, self.bound, acceptance, exact=False)
 
 
 def known_bound(target: Target) -> float:
-    """log max P(x)/a(x): a filter leaves 0 or 1, and a tilt of a binary feature exp(λ) at most.
+    """log max P(x)/a(x): a filter gives 0 or 1, the tilt of a binary feature at most exp(λ).
 
     Raises UsageError where no bound is known.
     """
@@ -132,31 +134,31 @@ def known_bound(target: Target) -> float:
             continue
         if not term.feature.binary:
             raise UsageError(
-                f"sampler: rejection needs a bound of P(x)/a(x), and none is known where '{term.feature.name}', which "
-                f"is no binary feature, tilts the base; choose qrs, which needs none"
+                f"sampler: rejection needs a bound of P(x)/a(x), and none is known for the tilt of "
+                f"'{term.feature.name}', which is no binary feature; choose qrs, which needs none"
             )
         bound += max(0.0, term.coefficient)
     return bound
 
 
-class AcceptWithin(Acceptance):
-    """Each draw with probability min(1, w/β); ``bounded`` promises that no w is above β, and is held to it."""
+class RejectionStep(AcceptanceStep):
+    """Accepts each draw with probability min(1, w/β); raises NumericalError for w > β where the step is ``exact``."""
 
-    def __init__(self, n: int, generator: torch.Generator, log_beta: float, rate: float, *, bounded: bool) -> None:
+    def __init__(self, n: int, generator: torch.Generator, log_beta: float, acceptance: float, *, exact: bool) -> None:
         super().__init__(n, generator)
-        self.log_beta, self.rate, self.bounded = log_beta, rate, bounded
+        self.log_beta, self.acceptance, self.exact = log_beta, acceptance, exact
 
     @property
-    def wanted(self) -> float:
-        # A little more, so that few rounds are drawn for the last texts.
-        return 1.2 * self.left / self.rate + 8
+    def draws_needed(self) -> float:
+        # A little more, so that the last texts take few rounds.
+        return 1.2 * self.remaining / self.acceptance + 8
 
     def take(self, draws: Draws) -> Draws | None:
         excess = draws.log_weights - self.log_beta
         row = int(excess.argmax())
-        if self.bounded and float(excess[row]) > ROUNDING:
+        if self.exact and float(excess[row]) > ROUNDING:
             raise NumericalError(
                 f"log_beta: {self.log_beta:g} is no bound: log P(x)/q(x) is {float(draws.log_weights[row]):g} for "
                 f"{draws.samples.texts[row]!r:.60}; give a larger one, or choose qrs, which needs none"
             )
-        return self.given(draws, (self.uniform(len(draws)).log() < excess).nonzero().squeeze(-1))
+        return self.accept(draws, (self.uniform(len(draws)).log() < excess).nonzero().squeeze(-1))

@@ -11,75 +11,71 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.estimation import (
-    Closeness,
-    Estimate,
-    resampled_law,
-)
-from tiltlm.sampling.sampler import Acceptance, Sampler
-from tiltlm.sampling.target_proposal import CALLED, Draws, Source
+from tiltlm.estimation import Closeness, Estimate, resampled_law
+from tiltlm.sampling.sampler import AcceptanceStep, Sampler
+from tiltlm.sampling.target_proposal import SOURCE_NAMES, Draws, Source
 from tiltlm.targets import Target
 
-# Resampling holds at most this many draws at once.
-MOST_HELD = 16_384
+# The most draws in a pool.
+MAX_POOL = 16_384
 
 
 @dataclass(frozen=True)
 class Resampling(Sampler):
-    """Draws a pool, and keeps texts of it in proportion to their weights, by systematic resampling.
+    """Draws a pool and chooses texts from it in proportion to their weights, by systematic resampling.
 
-    A pool has ``oversample`` draws for each text, and no fewer than ``least`` (by default, those of the pilot); texts
-    that would need more than 16,384 draws come from several pools.
+    A pool has ``oversample`` draws for each text and at least ``min_pool`` in all, by default as many as the pilot.
+    Texts that need more than 16,384 draws come from several pools.
     """
 
     name: ClassVar[str] = "resample"
     oversample: int = 32
-    least: int | None = None
+    min_pool: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("oversample", self.oversample), ("least", self.least)):
+        for name, value in (("oversample", self.oversample), ("min_pool", self.min_pool)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: {value} must be at least 1, a number of draws")
 
     @property
-    def block(self) -> int:
-        """Texts that one pool gives at most."""
-        return max(1, MOST_HELD // self.oversample)
+    def texts_per_pool(self) -> int:
+        """The most texts from one pool."""
+        return max(1, MAX_POOL // self.oversample)
 
-    def pool(self, n: int) -> int:
-        """Draws in the pool that gives the next of ``n`` texts."""
-        return max(self.least or 1, self.oversample * min(n, self.block))
+    def pool_size(self, n: int) -> int:
+        """The draws in the next pool, where ``n`` texts are still to come."""
+        return max(self.min_pool or 1, self.oversample * min(n, self.texts_per_pool))
 
-    def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
-        return self if self.least is not None else replace(self, least=len(weights[0]))
+    def fit_pilot(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
+        return self if self.min_pool is not None else replace(self, min_pool=len(weights[0]))
 
-    def words(self, source: Source) -> str:
+    def description(self, source: Source) -> str:
         return (
-            f"resample: texts chosen by weight P/q from pools of {CALLED[source]}, {self.oversample} draws for each "
-            f"text and at least {self.least or 1:,} in a pool"
+            f"resample: texts chosen by weight P/q from pools of {SOURCE_NAMES[source]}, {self.oversample} draws for "
+            f"each text and at least {self.min_pool or 1:,} in a pool"
         )
 
-    def rate(self, log_weights: Tensor, n: int) -> Estimate:
-        return Estimate(n / self.needed(n), 0.0)
+    def acceptance_rate(self, log_weights: Tensor, n: int) -> Estimate:
+        return Estimate(n / self.total_draws(n), 0.0)
 
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
-        # Of several pools the last is the smallest.
-        return resampled_law(log_weights, self.pool(n % self.block or self.block))
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
+        # The last of several pools is the smallest, so its texts are the farthest from p.
+        return resampled_law(log_weights, self.pool_size(n % self.texts_per_pool or self.texts_per_pool))
 
-    def draws(self, n: int, rate: float, hit: float) -> float:
-        return self.needed(n)
+    def expected_draws(self, n: int, acceptance: float, support: float) -> float:
+        return self.total_draws(n)
 
-    def needed(self, n: int) -> int:
-        """Draws of all pools together, where each has a hit."""
-        whole, rest = divmod(n, self.block)
-        return whole * self.pool(self.block) + (self.pool(rest) if rest else 0)
+    def total_draws(self, n: int) -> int:
+        """The draws of all pools for ``n`` texts, if each pool has a draw with P > 0."""
+        whole, rest = divmod(n, self.texts_per_pool)
+        return whole * self.pool_size(self.texts_per_pool) + (self.pool_size(rest) if rest else 0)
 
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        return DrawPool(n, generator, self)
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        return ResamplingStep(n, generator, self)
 
 
-class DrawPool(Acceptance):
-    """Pools of draws, of which some are kept by systematic resampling; a pool without a hit is thrown away."""
+class ResamplingStep(AcceptanceStep):
+    """Fills pools and resamples each; a pool without a draw of P > 0 is discarded."""
 
     def __init__(self, n: int, generator: torch.Generator, settings: Resampling) -> None:
         super().__init__(n, generator)
@@ -87,25 +83,25 @@ class DrawPool(Acceptance):
         self.held: list[Draws] = []
 
     @property
-    def wanted(self) -> float:
-        return self.settings.needed(self.left) - sum(map(len, self.held))
+    def draws_needed(self) -> float:
+        return self.settings.total_draws(self.remaining) - sum(map(len, self.held))
 
     def take(self, draws: Draws) -> Draws | None:
         self.held.append(draws)
         found = []
-        while self.left and sum(map(len, self.held)) >= (size := self.settings.pool(self.left)):
+        while self.remaining and sum(map(len, self.held)) >= (size := self.settings.pool_size(self.remaining)):
             held = Draws.concatenate(self.held)
-            rows = _resampled(held.log_weights[:size], min(self.left, self.settings.block), self.uniform(1))
-            found.append(self.given(held, rows))
+            count = min(self.remaining, self.settings.texts_per_pool)
+            found.append(self.accept(held, _resampled(held.log_weights[:size], count, self.uniform(1))))
             self.held = [held.select(torch.arange(size, len(held)))] if len(held) > size else []
-        given = [part for part in found if part is not None]
-        return Draws.concatenate(given) if given else None
+        accepted = [part for part in found if part is not None]
+        return Draws.concatenate(accepted) if accepted else None
 
 
 def _resampled(log_weights: Tensor, n: int, uniform: Tensor) -> Tensor:
-    """Rows [n], each on average n times its share of the weight; none where no row has any."""
+    """Systematic resampling: rows [n] in proportion to their weights; no rows where all weights are 0."""
     if not bool((log_weights > -math.inf).any()):
         return torch.empty(0, dtype=torch.long)
-    upto = log_weights.softmax(0).cumsum(0)
-    at = (torch.arange(n, dtype=torch.float64) + uniform) / n
-    return torch.searchsorted(upto, at * upto[-1], right=True).clamp_max(int(upto.argmax()))
+    cumulative = log_weights.softmax(0).cumsum(0)
+    points = (torch.arange(n, dtype=torch.float64) + uniform) / n
+    return torch.searchsorted(cumulative, points * cumulative[-1], right=True).clamp_max(int(cumulative.argmax()))

@@ -1,8 +1,9 @@
-"""What a sampler of the target is: a rule that keeps some of a proposal's draws, and the step that applies it.
+"""The abstract sampler, a rule that accepts some of a proposal's draws, and its abstract acceptance step.
 
-A sampler says beforehand, from the weights of a pilot, its acceptance rate and how near to p its texts are. For each
-prompt it begins an acceptance step, which takes draws as they come and returns texts. A prompt's draws are judged by
-their weights w = P/q alone, so no prompt's Z is needed."""
+A sampler states its acceptance rate and the distance of its texts from p beforehand, from the weights of a pilot. It
+starts one acceptance step for each prompt, which takes draws and returns texts. It uses only the weights w = P/q of
+that prompt's draws, so no prompt's Z is needed.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +15,79 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import (
-    Closeness,
-    Estimate,
-)
+from tiltlm.estimation import Closeness, Estimate
 from tiltlm.sampling.target_proposal import Draws, Source
 from tiltlm.targets import Target
 
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """A rule for what to keep, with its settings."""
+    """A sampling rule with its settings. ``name`` is its name on the command line."""
 
     name: ClassVar[str]
 
     @property
-    def only_source(self) -> Source | None:
-        """The one proposal that it works with, None for any."""
+    def required_source(self) -> Source | None:
+        """The only proposal that it works with; None for any."""
         return None
 
     @property
     def keeps_pilot(self) -> bool:
-        """Whether texts may come from the pilot: not where the weights of its draws decide on a setting."""
+        """Whether pilot draws may become texts. They may not where their weights determined a setting."""
         return True
 
-    def settled(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
-        """This sampler with what was left open decided by a pilot: log-weights [N] of each of its prompts.
+    def fit_pilot(self, weights: Sequence[Tensor], target: Target, source: Source) -> Sampler:
+        """This sampler with all settings fixed, given the log-weights [N] of each prompt of a pilot.
 
-        ``source`` names the proposal. Raises UsageError where it cannot work.
+        ``source`` is the proposal. Raises UsageError where the sampler cannot work.
         """
         return self
 
     @abstractmethod
-    def words(self, source: Source) -> str:
-        """What it does, in a line, once it is settled."""
+    def description(self, source: Source) -> str:
+        """What it does, in one line; all settings are fixed."""
 
     @abstractmethod
-    def rate(self, log_weights: Tensor, n: int) -> Estimate:
-        """The share of proposals that is accepted, for ``n`` texts of a prompt."""
+    def acceptance_rate(self, log_weights: Tensor, n: int) -> Estimate:
+        """The share of draws that become texts, for ``n`` texts of a prompt with these log-weights [N]."""
 
     @abstractmethod
-    def law(self, log_weights: Tensor, n: int) -> Closeness:
-        """How near to p the law of each of its ``n`` texts is."""
+    def closeness(self, log_weights: Tensor, n: int) -> Closeness:
+        """KL and TV from p to the distribution of each of ``n`` texts of a prompt with these log-weights [N]."""
 
     @abstractmethod
-    def draws(self, n: int, rate: float, hit: float) -> float:
-        """How many proposals ``n`` texts of a prompt need, about; ``hit`` is the share with P > 0."""
+    def expected_draws(self, n: int, acceptance: float, support: float) -> float:
+        """The expected number of draws for ``n`` texts of a prompt.
+
+        ``acceptance`` is the acceptance rate, ``support`` the share of draws with P > 0.
+        """
 
     @abstractmethod
-    def begin(self, n: int, rate: float, generator: torch.Generator) -> Acceptance:
-        """An intake that gives ``n`` texts."""
+    def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
+        """An acceptance step for ``n`` texts of a prompt, with the forecast's acceptance rate."""
 
 
-class Acceptance(ABC):
-    """Takes the draws of one prompt until it has given ``left`` more texts."""
+class AcceptanceStep(ABC):
+    """Takes the draws of one prompt, in order, and returns texts; ``remaining`` texts are still to come."""
 
     def __init__(self, n: int, generator: torch.Generator) -> None:
-        self.left, self.generator = n, generator
+        self.remaining, self.generator = n, generator
 
     @property
     @abstractmethod
-    def wanted(self) -> float:
-        """About how many draws it still needs."""
+    def draws_needed(self) -> float:
+        """The expected number of further draws."""
 
     @abstractmethod
     def take(self, draws: Draws) -> Draws | None:
-        """The texts that follow from these draws and those before them, if any."""
+        """The new texts, given these further draws; None where there are none."""
 
     def uniform(self, n: int) -> Tensor:
-        """Numbers [n] in [0, 1), from the sampler's generator."""
+        """Uniform random numbers [n] in [0, 1)."""
         return torch.rand(n, dtype=torch.float64, generator=self.generator)
 
-    def given(self, draws: Draws, rows: Tensor) -> Draws | None:
-        """These rows of the draws, no more than are left."""
-        rows = rows[: self.left]
-        self.left -= len(rows)
+    def accept(self, draws: Draws, rows: Tensor) -> Draws | None:
+        """These rows of the draws as texts, at most ``remaining``."""
+        rows = rows[: self.remaining]
+        self.remaining -= len(rows)
         return draws.select(rows) if len(rows) else None

@@ -1,4 +1,4 @@
-"""The law to draw from, the base, a guided base or a policy, and what its draws weigh under the target."""
+"""The proposal of a sampler, the base, the guided base or a policy, and the weights of its draws."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tiltlm.targets import BaseSample, Target, measure_samples
 
 Source = Literal["base", "guided", "policy"]
 SOURCES: dict[str, Source] = {"base": "base", "guided": "guided", "policy": "policy"}
-CALLED: dict[Source, str] = {"base": "the base", "guided": "the guided base", "policy": "the policy"}
-# Draws by which two proposals are told apart, and the most prompts that they are of.
-TRIAL, TRIAL_PROMPTS = 256, 16
+SOURCE_NAMES: dict[Source, str] = {"base": "the base", "guided": "the guided base", "policy": "the policy"}
+# Trial draws of each proposal, from which the nearest is chosen, and the most prompts of a trial.
+TRIAL_DRAWS, TRIAL_PROMPTS = 256, 16
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,28 @@ class Draws:
         return len(self.samples)
 
     def select(self, rows: Tensor) -> Draws:
-        """These rows [N'], places on the CPU."""
+        """These rows [N'], indices on the CPU."""
         return Draws(self.samples.select(rows.to(self.samples.tokens.device)), self.log_weights[rows])
 
     def by_prompt(self) -> Iterator[tuple[int, Draws]]:
-        """The draws of each prompt, by its place, in the order in which they were drawn."""
+        """The index of each prompt with its draws, in the order in which they were drawn."""
         index = self.samples.prompt_index.cpu()
-        places = list(dict.fromkeys(index.tolist()))
-        for place in places:
-            yield place, self if len(places) == 1 else self.select((index == place).nonzero().squeeze(-1))
+        prompts = list(dict.fromkeys(index.tolist()))
+        for prompt in prompts:
+            yield prompt, self if len(prompts) == 1 else self.select((index == prompt).nonzero().squeeze(-1))
 
     @staticmethod
     def concatenate(parts: Sequence[Draws]) -> Draws:
-        """The rows of all parts, which come from the same prompts and law."""
+        """The rows of all parts, which come from the same prompts and proposal."""
         samples = Samples.concatenate([part.samples for part in parts])
         return Draws(samples, torch.cat([part.log_weights for part in parts]))
 
 
 @dataclass(frozen=True)
 class TargetProposal:
-    """A law q on completions of ``prompts``: that of the base, of the policy, or of the base under ``guide``.
+    """A distribution q of completions of ``prompts``: the base, the policy, or the base under ``guide``.
 
-    ``reason`` says why it was chosen, where it was chosen among others.
+    ``reason`` says why it was chosen, "" where the caller named it.
     """
 
     roles: Roles
@@ -68,11 +68,11 @@ class TargetProposal:
     rollouts: RolloutsOf = LocalRollouts
 
     @torch.no_grad()
-    def draw(self, n: int, places: Sequence[int], generator: torch.Generator) -> Draws:
-        """``n`` completions of the prompts at these places, in turn, with their weights."""
+    def draw(self, n: int, prompts: Sequence[int], generator: torch.Generator) -> Draws:
+        """``n`` completions of the prompts with these indices, in turn, with their weights."""
         with self.roles.use("policy" if self.source == "policy" else "base") as model:
             samples = self.rollouts(model).generate(
-                self.prompts.select(places),
+                self.prompts.select(prompts),
                 n,
                 generator=generator,
                 max_completion_length=self.max_completion_length,
@@ -84,8 +84,8 @@ class TargetProposal:
             with self.roles.use("base") as base:
                 base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
         log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)
-        among_all = torch.tensor(places, device=samples.tokens.device)[samples.prompt_index]
-        return Draws(replace(samples, prompts=self.prompts, prompt_index=among_all), log_weights)
+        prompt_index = torch.tensor(prompts, device=samples.tokens.device)[samples.prompt_index]
+        return Draws(replace(samples, prompts=self.prompts, prompt_index=prompt_index), log_weights)
 
 
 def build_proposal(
@@ -98,22 +98,21 @@ def build_proposal(
     prompts: Prompts,
     max_completion_length: int = 40,
 ) -> TargetProposal:
-    """The proposal called ``source``, by default the nearest to the target of those at hand.
+    """The proposal ``source``, by default the available one nearest to the target.
 
-    That is the base under the guide that ``base_sample``, what the target was fitted on, makes, or the base where they
-    are not there; or the policy, if there is one and more of 256 draws of it carry the target's weight. Raises
-    UsageError for a proposal that there is not.
+    The default is the guided base where there is a ``base_sample``, on which the target was fitted, or else the base;
+    or the policy, where there is one and 256 draws of it have a larger ESS. Raises UsageError for an unavailable one.
     """
     if source is None:
         own = "guided" if base_sample is not None else "base"
-        rivals = [own, "policy"] if policy else [own]
+        candidates = [own, "policy"] if policy else [own]
         given: dict[str, Any] = {
             "policy": policy,
             "base_sample": base_sample,
             "prompts": prompts,
             "max_completion_length": max_completion_length,
         }
-        return _nearest([build_proposal(rival, roles, target, **given) for rival in rivals])
+        return _nearest([build_proposal(one, roles, target, **given) for one in candidates])
     if source not in SOURCES:
         raise UsageError(f"proposal: '{source}' is not known; {nearest(source, SOURCES)}")
     if source == "policy" and not policy:
@@ -123,25 +122,24 @@ def build_proposal(
         with roles.use("base") as base:
             if base_sample is None:
                 raise UsageError(
-                    "guided: a guide is made of the base's samples that the target was fitted on, and they are not "
-                    "there; take another proposal, with rejection, qrs, resample or mcmc"
+                    "guided: a guide needs the base's samples that the target was fitted on, and they are not there; "
+                    "choose another proposal, with rejection, qrs, resample or mcmc"
                 )
             guide = guide_toward(base, target, base_sample)
     return TargetProposal(roles, target, SOURCES[source], prompts, max_completion_length, guide)
 
 
 def _nearest(proposals: Sequence[TargetProposal]) -> TargetProposal:
-    """The one of which most draws carry the target's weight, by a trial of each."""
+    """The proposal whose trial draws have the largest ESS."""
     if len(proposals) == 1:
         return proposals[0]
     sizes = []
     for proposal in proposals:
-        generator = torch.Generator(proposal.roles.policy.device).manual_seed(TRIAL)
-        draws = proposal.draw(TRIAL, range(min(TRIAL_PROMPTS, len(proposal.prompts))), generator)
+        generator = torch.Generator(proposal.roles.policy.device).manual_seed(TRIAL_DRAWS)
+        draws = proposal.draw(TRIAL_DRAWS, range(min(TRIAL_PROMPTS, len(proposal.prompts))), generator)
         sizes.append(sum(effective_sample_size(part.log_weights).value for _, part in draws.by_prompt()))
     chosen = max(range(len(proposals)), key=sizes.__getitem__)
-    shown = ", ".join(f"{size:.0f} of {CALLED[one.source]}" for size, one in zip(sizes, proposals, strict=True))
-    reason = (
-        f"draws come from {CALLED[proposals[chosen].source]}: of {TRIAL} each, the target's weight is on {shown} (ESS)"
-    )
+    shown = ", ".join(f"{size:.0f} for {SOURCE_NAMES[one.source]}" for size, one in zip(sizes, proposals, strict=True))
+    name = SOURCE_NAMES[proposals[chosen].source]
+    reason = f"draws come from {name}: the ESS of {TRIAL_DRAWS} trial draws is {shown}"
     return replace(proposals[chosen], reason=reason)
