@@ -42,7 +42,7 @@ def our_trainer(
     from tiltlm.features import callable_feature
     from tiltlm.lm import LanguageModel, Roles
     from tiltlm.objectives import GDCPlusPlus
-    from tiltlm.targets import draw_base_sample, fit_target, state_terms
+    from tiltlm.targets import draw_base_sample, fit_target, target_terms
     from tiltlm.training.method import Method
     from tiltlm.training.proposal_rules import proposal_rule
     from tiltlm.training.trainer import Trainer
@@ -52,7 +52,7 @@ def our_trainer(
     reward = callable_feature(vowels)
     fit_samples = min(FIT_SAMPLES, batch)
     sample = draw_base_sample(model, [reward], fit_samples, max_completion_length=length)
-    target = fit_target(state_terms([], reward=reward, beta=BETA), sample)
+    target = fit_target(target_terms([], reward=reward, beta=BETA), sample)
     args = TrainingArguments(
         max_steps=10**6,
         batch_size=batch,

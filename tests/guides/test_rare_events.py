@@ -20,7 +20,7 @@ from tiltlm.guides.rare_events import RareEventEstimate, estimate_rare_event, ra
 from tiltlm.guides.token_states import build_token_states
 from tiltlm.guides.value import build_guide
 from tiltlm.lm import LanguageModel, SamplingSettings
-from tiltlm.targets import BaseSample, draw_base_sample, fit_target, state_terms
+from tiltlm.targets import BaseSample, draw_base_sample, fit_target, target_terms
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 
 LENGTH = 4
@@ -59,7 +59,7 @@ def test_it_estimates_the_rate_of_what_it_has_never_seen(base: LanguageModel, na
 
 def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp_path: Path) -> None:
     """A filter that hardly a sample passes and a moment under it: log Z, λ and E_p against enumeration."""
-    terms = state_terms([(contains("d b"), 1.0), (contains("a"), 0.6)])
+    terms = target_terms([(contains("d b"), 1.0), (contains("a"), 0.6)])
     features = [term.feature for term in terms]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     few = draw_base_sample(base, features, 300, None, LENGTH, seed=1)
@@ -107,10 +107,10 @@ def test_weights_of_the_mixture_have_mean_one_and_a_bound(base: LanguageModel) -
 
 def test_enough_samples_that_pass_need_no_foresight(base: LanguageModel) -> None:
     for feature, rare in ((contains("a"), False), (contains("d b c"), True)):
-        terms = state_terms([(feature, 1.0)])
+        terms = target_terms([(feature, 1.0)])
         sample = draw_base_sample(base, [feature], 1000, None, LENGTH, seed=1)
         assert rare_filters(terms, sample) == ([feature] if rare else [])
-    terms = state_terms([(contains("d b c"), 0.5)])
+    terms = target_terms([(contains("d b c"), 0.5)])
     assert rare_filters(terms, draw_base_sample(base, [terms[0].feature], 200, None, LENGTH)) == []
 
 

@@ -12,7 +12,7 @@ from tiltlm.exact import enumerate_completions
 from tiltlm.features import contains, measure
 from tiltlm.guides.refit import needs_refit, refit
 from tiltlm.lm import LanguageModel
-from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, state_terms
+from tiltlm.targets import FittedTarget, draw_base_sample, fit_target, target_terms
 
 LENGTH = 5
 
@@ -24,7 +24,7 @@ def base() -> LanguageModel:
 
 def test_weights_are_right_though_guides_were_made_of_the_same_samples(base: LanguageModel) -> None:
     """What the base does, told by the mixture, over many small fits."""
-    terms = state_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
+    terms = target_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
     features = [term.feature for term in terms]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     mass, phi = listed.sequence_logprob.double().exp(), measure(features, listed.texts).double()
@@ -45,7 +45,7 @@ def test_weights_are_right_though_guides_were_made_of_the_same_samples(base: Lan
 
 
 def test_a_fit_is_nearer_to_the_truth_after_a_second_look(base: LanguageModel) -> None:
-    terms = state_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
+    terms = target_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
     features = [term.feature for term in terms]
     drawn = draw_base_sample(base, features, 160, None, LENGTH, seed=3)
     before = fit_target(terms, drawn)
@@ -66,6 +66,6 @@ def test_only_a_fit_whose_weight_a_few_texts_carry_is_looked_at_again(base: Lang
     rare, common = contains("d b"), contains("a")
     few = draw_base_sample(base, [rare], 160, None, LENGTH, seed=0)
     many = draw_base_sample(base, [common], 640, None, LENGTH, seed=0)
-    assert needs_refit(fit_target(state_terms([(rare, 0.3)]), few))
-    assert not needs_refit(fit_target(state_terms([(common, 0.6)]), many))
-    assert not needs_refit(fit_target(state_terms([(rare, 1.0)]), few))  # a filter has a foresight of its own
+    assert needs_refit(fit_target(target_terms([(rare, 0.3)]), few))
+    assert not needs_refit(fit_target(target_terms([(common, 0.6)]), many))
+    assert not needs_refit(fit_target(target_terms([(rare, 1.0)]), few))  # a filter has a foresight of its own

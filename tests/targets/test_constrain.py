@@ -22,7 +22,7 @@ from tiltlm.targets import (
     constrain,
     fit_target,
     report_fit,
-    state_terms,
+    target_terms,
 )
 
 LENGTH = 4
@@ -116,9 +116,9 @@ def test_the_reports_errors_cover_the_truth_of_the_fitted_target(
 ) -> None:
     """Over many small samples, z = (estimate − truth)/se must have mean 0 and spread 1."""
     stated = {
-        "moments": state_terms([(A, 0.6), (WORDS, 2.5)]),
-        "filter": state_terms([(B, 1.0), (A, 0.6)]),
-        "reward": state_terms([(A, 0.6)], reward=WORDS, beta=1.5),
+        "moments": target_terms([(A, 0.6), (WORDS, 2.5)]),
+        "filter": target_terms([(B, 1.0), (A, 0.6)]),
+        "reward": target_terms([(A, 0.6)], reward=WORDS, beta=1.5),
     }[kind]
     features = [term.feature for term in stated]
     base_logprob, values = everything.sequence_logprob, measure(features, everything.texts)
@@ -144,7 +144,7 @@ def test_the_reports_errors_cover_the_truth_of_the_fitted_target(
 
 def test_ess_and_kl_agree_with_their_definitions(everything: Samples) -> None:
     sample = drawn(everything, 500, 0, measure([A], everything.texts))
-    target = fit_target(state_terms([(A, 0.7)]), sample)
+    target = fit_target(target_terms([(A, 0.7)]), sample)
     weights = target.log_tilt(sample.features).softmax(0)
     assert target.report.ess.value == pytest.approx(1 / float(weights.square().sum()))
     assert target.report.kl_p_a.value == pytest.approx(float((weights * (weights * 500).log()).sum()))
@@ -152,7 +152,7 @@ def test_ess_and_kl_agree_with_their_definitions(everything: Samples) -> None:
 
 def test_a_filter_alone_is_the_share_of_its_hits(everything: Samples) -> None:
     sample = drawn(everything, 500, 1, measure([B], everything.texts))
-    report = fit_target(state_terms([(B, 1.0)]), sample).report
+    report = fit_target(target_terms([(B, 1.0)]), sample).report
     rate = float(sample.features.mean())
     assert report.log_z.value == pytest.approx(math.log(rate))
     assert report.log_z.se == pytest.approx(math.sqrt((1 - rate) / (rate * 500)))
@@ -163,8 +163,8 @@ def test_a_filter_alone_is_the_share_of_its_hits(everything: Samples) -> None:
 
 
 def test_few_effective_samples_are_a_warning_with_a_number_to_ask_for(everything: Samples) -> None:
-    many = fit_target(state_terms([(A, 0.5)]), drawn(everything, 2000, 0, measure([A], everything.texts))).report
-    few = fit_target(state_terms([(A, 0.5)]), drawn(everything, 60, 0, measure([A], everything.texts))).report
+    many = fit_target(target_terms([(A, 0.5)]), drawn(everything, 2000, 0, measure([A], everything.texts))).report
+    few = fit_target(target_terms([(A, 0.5)]), drawn(everything, 60, 0, measure([A], everything.texts))).report
     assert many.warnings == ()
     assert len(few.warnings) == 1
     wanted = math.ceil(60 * 100 / few.ess.value)
@@ -198,9 +198,9 @@ def test_short_forms_mappings_and_pairs_state_the_same_target(base: LanguageMode
 
 
 def test_moment_one_of_a_number_is_a_moment_not_a_filter() -> None:
-    (term,) = state_terms([(WORDS, 1.0)])
+    (term,) = target_terms([(WORDS, 1.0)])
     assert term.kind == "moment"
-    (term,) = state_terms([(WORDS, 0.0)])
+    (term,) = target_terms([(WORDS, 0.0)])
     assert term.kind == "moment"
 
 
@@ -226,7 +226,7 @@ def test_what_is_wrong_as_stated_is_a_usage_error(
     constraints: list[tuple[Feature | str, float]], settings: dict[str, float], parts: list[str]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        state_terms(constraints, **settings)
+        target_terms(constraints, **settings)
     for part in parts:
         assert part in str(caught.value)
 
@@ -246,7 +246,7 @@ def binary(name: str) -> Feature:
     ],
 )
 def test_what_no_sample_shows_is_refused(moments: list[float], values: list[list[float]], parts: list[str]) -> None:
-    terms = state_terms(list(zip([binary("x"), binary("y")], moments, strict=False)))
+    terms = target_terms(list(zip([binary("x"), binary("y")], moments, strict=False)))
     with pytest.raises(UnreachableTargetError) as caught:
         fit_target(terms, written(torch.tensor(values)))
     for part in parts:
@@ -254,7 +254,7 @@ def test_what_no_sample_shows_is_refused(moments: list[float], values: list[list
 
 
 def test_log_score_is_minus_infinity_outside_of_the_support_and_never_nan() -> None:
-    terms = state_terms([(binary("x"), 1.0), (binary("y"), 0.3)], reward=WORDS, beta=0.01)
+    terms = target_terms([(binary("x"), 1.0), (binary("y"), 0.3)], reward=WORDS, beta=0.01)
     target = TiltedTarget(tuple(terms))
     values = torch.tensor(
         [[x, y, r] for x in (0.0, 1.0) for y in (0.0, 1.0) for r in (-1e300, -3.0, 0.0, 5.0, 1e300)],

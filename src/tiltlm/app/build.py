@@ -12,7 +12,7 @@ from tiltlm.errors import UsageError, nearest
 from tiltlm.features import Feature, build_feature
 from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Roles
-from tiltlm.targets import Target, Term, state_terms
+from tiltlm.targets import Target, Term, target_terms
 
 
 def build_base(config: RunConfig) -> LanguageModel:
@@ -51,8 +51,8 @@ def build_terms(config: RunConfig, objects: Sequence[Feature] = ()) -> list[Term
     ]
     reward = config.target.reward
     if reward is None:
-        return state_terms(constraints)
-    return state_terms(constraints, reward=_named("target.reward", reward, objects), beta=reward.beta)
+        return target_terms(constraints)
+    return target_terms(constraints, reward=_named("target.reward", reward, objects), beta=reward.beta)
 
 
 def build_own_target(config: RunConfig) -> Target:

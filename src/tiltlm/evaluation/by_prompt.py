@@ -1,4 +1,4 @@
-"""Evaluation prompt by prompt, where there are several."""
+"""Evaluation of each prompt, if there are several."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from tiltlm import estimation
 from tiltlm.estimation import Estimate
-from tiltlm.evaluation.pooled import Pooled
+from tiltlm.evaluation.pooled import PooledScores
 from tiltlm.evaluation.scores import Scores
 from tiltlm.lm import Samples
 
-# So many prompts are told apart in a report; the means are over all.
+# At most this many prompts are reported one by one; means are over all.
 MOST_PROMPTS = 100
 
 
@@ -40,9 +40,9 @@ class PromptEvaluation:
 
 
 def evaluate_prompts(
-    samples: Samples, scores: Scores, pooled: Pooled, columns: dict[str, torch.Tensor]
+    samples: Samples, scores: Scores, pooled: PooledScores, columns: dict[str, torch.Tensor]
 ) -> tuple[PromptEvaluation, ...]:
-    """What the samples say of each of their prompts, of the first ``MOST_PROMPTS``."""
+    """Estimates for each of the first ``MOST_PROMPTS`` prompts."""
     texts = dict(zip(samples.prompts.ids, samples.prompts.texts, strict=True))
     found = []
     assert scores.prompt_ids is not None

@@ -1,4 +1,4 @@
-"""Evaluation: fresh samples of a model, never of a proposal, and what they say of it, each with its error."""
+"""Evaluation: estimates on fresh samples of a model, never of a proposal, each with its standard error."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from tiltlm import estimation
 from tiltlm.estimation import Estimate, partition_for
 from tiltlm.evaluation.by_prompt import PromptEvaluation, evaluate_prompts
-from tiltlm.evaluation.pooled import Pooled
+from tiltlm.evaluation.pooled import PooledScores
 from tiltlm.evaluation.scores import Mismatch, Scores, kl_policy_base
 from tiltlm.lm import LanguageModel, Prompts, Roles, Samples, SamplingSettings, next_token
 from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets import Target
 from tiltlm.targets.base_sample import BaseSample, measure_samples, measured_base_sample
 
-# Which prompts an evaluation is on: those that the policy was trained on, others, or those of a file by its name.
+# The prompts of an evaluation: those of training, held-out ones, or (any other text) those of a file.
 TRAINING, HELD_OUT = "training", "held out"
 
 
@@ -26,10 +26,10 @@ TRAINING, HELD_OUT = "training", "held out"
 class Evaluation:
     """Estimates on samples of one model π: distances in nats, moments and TV as shares, entropy in nats per sequence.
 
-    What needs a target or a base is None or empty where there is none; ``texts`` are rows of ``samples.jsonl``. With
-    several ``prompts`` what concerns the target is a mean over them, and ``per_prompt`` holds the first hundred;
-    ``prompts_from`` says which they are. ``moments_top_p`` and ``top_p``, how varied texts are and how far from the
-    base, are of the law of top-p sampling.
+    Estimates that need a target or a base are None or empty without one. ``texts`` are rows of ``samples.jsonl``. With
+    several ``prompts``, estimates that involve the target are means over prompts, and ``per_prompt`` has the first
+    hundred; ``prompts_from`` says where prompts come from. ``moments_top_p`` and ``top_p`` (diversity and KL from the
+    base) are measured under top-p sampling.
     """
 
     samples: int
@@ -54,7 +54,7 @@ class Evaluation:
     top_p: Mapping[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object; estimates are ``{"value", "se"}``, what does not apply is null."""
+        """One JSON object; estimates are ``{"value", "se"}``, or null if they do not apply."""
         result: dict[str, Any] = {"samples": self.samples}
         for name in ("moments", "target_moments", "moments_top_p", "top_p"):
             result[name] = {key: value.to_json() for key, value in getattr(self, name).items()}
@@ -86,12 +86,12 @@ def evaluate_policy(
 ) -> Evaluation:
     """Draw ``n`` samples each of policy and base, and measure the policy; ``texts`` of its samples are kept.
 
-    What is averaged over the target uses both: weighted by the mixture of the two laws, P/(½π + ½a) stays below 2P/a,
-    so that a policy that has lost part of the target cannot look close to it.
+    Means over the target use both samples, weighted as drawn from the mixture of both models: P/(½π + ½a) stays below
+    2P/a, so a policy that has lost part of the target cannot look close to it.
 
-    With ``top_p`` the moments are also taken on ``n`` samples under top-p sampling, as the paper does. Prompts take
-    turns; where ``n`` is no multiple of their number, ``seed`` decides which of them have one sample more, or any.
-    ``control`` are the samples of the base, where ``draw_control`` has drawn them already with the same arguments.
+    With ``top_p`` the moments are also measured on ``n`` samples under top-p sampling, as in the paper. Prompts take
+    turns; if ``n`` is no multiple of their number, ``seed`` decides which prompts have one sample more, or any.
+    ``control`` are the samples of the base, if ``draw_control`` has drawn them with the same arguments.
     """
     drawing: dict[str, Any] = {"max_completion_length": max_completion_length, "progress": progress}
     control = control or draw_control(roles, target, n, prompts, seed=seed, rollouts=rollouts, **drawing)
@@ -105,7 +105,7 @@ def evaluate_policy(
     scores, features = _scored(roles, target, samples, measure_samples(target.features, samples))
     control_scores, control_features = _scored(roles, target, control.samples, control.features)
     mismatch = Mismatch.of(scores)
-    pooled = Pooled.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
+    pooled = PooledScores.of(Scores.concatenate([scores, control_scores]), torch.cat([features, control_features]))
     names = [feature.name for feature in target.features]
     under_top_p = measure_samples(target.features, nucleus).unbind(-1) if nucleus is not None else []
     evaluation = _evaluation(
@@ -123,7 +123,7 @@ def evaluate_policy(
 
 @torch.no_grad()
 def _under_top_p(roles: Roles, samples: Samples) -> dict[str, Estimate]:
-    """How a law of top-p sampling writes, and how far it is from the base's own law, on its samples."""
+    """Diversity of samples under top-p sampling, and their KL from the base."""
     with roles.use("base") as base:
         base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
     tokens, own = samples.completion_ids, samples.sequence_logprob.cpu()
@@ -148,7 +148,7 @@ def draw_control(
     progress: Callable[[int, int], None] | None = None,
     rollouts: RolloutsOf = LocalRollouts,
 ) -> BaseSample:
-    """The ``n`` samples of the base, measured, that stand beside those of the policy in ``evaluate_policy``."""
+    """The ``n`` samples of the base, measured, that ``evaluate_policy`` uses together with those of the policy."""
     with torch.no_grad(), roles.use("base") as base:
         prompts = prompts if isinstance(prompts, Prompts) else base.encode_prompts(prompts)
         prompts = prompts.select(prompts.fair_order(n, seed))
@@ -167,13 +167,13 @@ def evaluate_base(
     *,
     prompts_from: str = TRAINING,
 ) -> Evaluation:
-    """The same for the base, on ``n`` of the samples that the target was fitted on; no model is called.
+    """The evaluation of the base, on ``n`` of the samples that the target was fitted on; no model is called.
 
-    With several prompts ``seed`` chooses them, so that the last prompts are as likely among them as the first.
+    With several prompts ``seed`` chooses among them, all with equal probability.
     """
     prompts, prompt_index = base_sample.samples.prompts, base_sample.samples.prompt_index.cpu()
     count, places = len(prompts.texts), prompts.fair_order(n, seed).argsort()
-    # The first of each prompt, then the second; a round that is not used whole is used in fair order.
+    # The first sample of each prompt, then the second; a round that is used in part is used in fair order.
     rounds = _occurrence(prompt_index)
     rows = (rounds * count + places[prompt_index]).argsort()[:n]
     samples = base_sample.samples.select(rows.to(base_sample.samples.tokens.device))
@@ -182,7 +182,7 @@ def evaluate_base(
     score, nothing = target.log_score(logprob, features), torch.zeros_like(logprob)
     scores = Scores(logprob, logprob, logprob, score, nothing, prompt_ids=samples.prompt_ids)
     columns = {feature.name: column for feature, column in zip(target.features, features.unbind(-1), strict=True)}
-    pooled = Pooled(scores, features, logprob)
+    pooled = PooledScores(scores, features, logprob)
     rows_of_texts = text_rows("base", samples, target, features, logprob, logprob, texts)
     return _evaluation(samples, scores, pooled, columns, {}, rows_of_texts, None, prompts_from)
 
@@ -205,7 +205,7 @@ def evaluate_model(
     rollouts: RolloutsOf = LocalRollouts,
     **sampling: Any,
 ) -> Evaluation:
-    """A model alone, without target or base: entropy and diversity."""
+    """Entropy and diversity of a model, without target or base."""
     with torch.no_grad():
         wanted = prompts if prompts is not None else model.encode_prompts(None)
         samples = read_by_model(model, rollouts(model).generate(wanted, n, seed=seed, **sampling))
@@ -275,7 +275,7 @@ def text_rows(
 def _evaluation(
     samples: Samples,
     scores: Scores | None,
-    pooled: Pooled | None,
+    pooled: PooledScores | None,
     columns: dict[str, torch.Tensor],
     moments_top_p: dict[str, Estimate],
     texts: tuple[dict[str, Any], ...],
@@ -300,7 +300,7 @@ def _evaluation(
     if scores is None or pooled is None:
         nothing: dict[str, Any] = dict.fromkeys(("perplexity_base", "kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess"))
         return Evaluation(**common, **nothing, target_moments={})
-    # What is known of log Z here are these samples; with several prompts, of each its own.
+    # log Z is estimated from these samples, with several prompts one for each.
     assert scores.prompt_ids is not None
     found, place = torch.unique(pooled.scores.prompt_ids, return_inverse=True)
     log_weights = pooled.scores.target_logscore - pooled.mixture_logprob

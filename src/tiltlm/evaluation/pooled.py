@@ -11,15 +11,15 @@ from tiltlm.evaluation.scores import Scores
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """Scores and features [N, K] of samples from several laws, with the log-probability [N] of their mixture."""
+class PooledScores:
+    """Scores and features [N, K] of samples of several models, with the log-probability [N] of their mixture."""
 
     scores: Scores
     features: torch.Tensor
     mixture_logprob: torch.Tensor
 
     @staticmethod
-    def of(scores: Scores, features: torch.Tensor) -> Pooled:
+    def of(scores: Scores, features: torch.Tensor) -> PooledScores:
         """Policy and base in equal numbers: every row counts as drawn from their mixture (Owen & Zhou 2000)."""
         mixture = torch.logaddexp(scores.policy_logprob, scores.base_logprob) - math.log(2)
-        return Pooled(scores, features, mixture)
+        return PooledScores(scores, features, mixture)

@@ -14,7 +14,7 @@ from tiltlm import estimation
 from tiltlm.estimation import Estimate, Partition, PromptPartition
 from tiltlm.lm import NextToken, Samples
 
-# Above this mean, in nats, importance weights are typically off by a fifth.
+# At this mean, in nats, importance weights are off by about a fifth.
 LARGEST_MEAN_MISMATCH = 0.2
 
 
@@ -23,9 +23,9 @@ class Scores:
     """Sequence log-probabilities [N] in nats, float64 on the CPU, of samples drawn from the proposal.
 
     ``kl_to_base`` [N] is each row's Rao–Blackwell term Σ_t (π/q)(x_<t) KL(π(·|x_<t)‖a(·|x_<t)), whose mean is KL(π‖a)
-    whatever the proposal; None where the base's next-token law was not at hand. ``rescored`` [N] is the proposal's
-    log-probability by a scoring pass instead of the sampler; None, or NaN in a row, where no pass took that law.
-    ``base_logprob`` is NaN where P is 0 and the base was not asked. ``prompt_ids`` [N] tell prompts apart.
+    for any proposal; None without the base's next-token distributions. ``rescored`` [N] is the proposal's
+    log-probability from a scoring pass instead of the sampler; None, or NaN in a row, without such a pass.
+    ``base_logprob`` is NaN in rows with P = 0 that the base did not read. ``prompt_ids`` [N] identify prompts.
     """
 
     policy_logprob: Tensor
@@ -38,17 +38,17 @@ class Scores:
 
     @staticmethod
     @torch.no_grad()
-    def of(samples: Samples, laws: NextToken, base_tokens: Tensor | None = None) -> Scores:
-        """From what the models say at each token; ``base_tokens`` [N, T] where the base was not read. No target yet."""
+    def of(samples: Samples, scored: NextToken, base_tokens: Tensor | None = None) -> Scores:
+        """From scores of tokens; ``base_tokens`` [N, T] is log a if ``scored`` has none. Without the target."""
         kl: Tensor | None = None
-        if laws.kl is not None:
-            log_ratio = laws.policy - samples.proposal_logprob
+        if scored.kl is not None:
+            log_ratio = scored.policy - samples.proposal_logprob
             before = (log_ratio.cumsum(-1) - log_ratio).exp()
-            kl = (before * laws.kl).double().sum(-1).cpu()
-        base = laws.base if laws.base is not None else base_tokens
+            kl = (before * scored.kl).double().sum(-1).cpu()
+        base = scored.base if scored.base is not None else base_tokens
         assert base is not None
         return Scores(
-            policy_logprob=laws.policy.detach().double().sum(-1).cpu(),
+            policy_logprob=scored.policy.detach().double().sum(-1).cpu(),
             base_logprob=base.double().sum(-1).cpu(),
             proposal_logprob=samples.sequence_logprob.cpu(),
             target_logscore=torch.empty(0, dtype=torch.float64),
@@ -61,9 +61,9 @@ class Scores:
         return replace(self, target_logscore=target_logscore.double())
 
     def normalized(self, partition: Partition | PromptPartition) -> Scores:
-        """The same scores with log p in place of log P where prompts have a log Z each.
+        """The same scores with log p in place of log P, if prompts have a log Z each.
 
-        Samples of several prompts are then samples of prompt and completion, and log Z of that law is 0.
+        Samples of several prompts are then samples of prompt and completion, whose log Z is 0.
         """
         if isinstance(partition, Partition) or self.prompt_ids is None:
             return self
@@ -90,9 +90,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """|log-probability by the sampler − by a scoring pass| of whole sequences under one law, in nats.
+    """|log-probability from the sampler − from a scoring pass| of whole sequences, in nats.
 
-    Both are right to rounding, which differs between a pass with a cache and one without; in bfloat16 that shows.
+    Both are exact up to rounding, which differs between a pass with a cache and one without, most of all in bfloat16.
     """
 
     mean: float
@@ -100,7 +100,7 @@ class Mismatch:
 
     @staticmethod
     def of(scores: Scores) -> Mismatch | None:
-        """None where no scoring pass took the law that drew the samples."""
+        """None without a scoring pass of the model that drew the samples."""
         if scores.rescored is None:
             return None
         apart = (scores.rescored - scores.proposal_logprob).abs()
@@ -109,7 +109,7 @@ class Mismatch:
 
     @property
     def is_large(self) -> bool:
-        """Whether importance weights are off by more than is fair to call rounding."""
+        """Whether importance weights are off by more than rounding."""
         return self.mean > LARGEST_MEAN_MISMATCH
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class Mismatch:
 
 
 def kl_policy_base(scores: Scores) -> Estimate:
-    """KL(π‖a), by Rao–Blackwell where the base's next-token laws were at hand; NaN where the base was not asked."""
+    """KL(π‖a), Rao–Blackwellized if next-token distributions of the base are known; NaN if the base read nothing."""
     if scores.kl_to_base is not None:
         return estimation.mean(scores.kl_to_base)
     if bool(scores.base_logprob.isnan().any()):

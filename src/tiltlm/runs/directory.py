@@ -1,4 +1,4 @@
-"""The run directory: the one writer and the one reader of what a run leaves on disk."""
+"""The run directory: the one writer and the one reader of a run's files."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safet
 class RunDirectory:
     """One run on disk: run.json, metrics.jsonl, samples.jsonl, policy/, checkpoints/ and report.html.
 
-    Whatever replaces a file does so atomically, so that a run killed at any moment leaves the old file or the new one.
+    Files are replaced atomically: a run killed at any moment leaves the old file or the new one.
     """
 
     path: Path
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], seed: int, *, overwrite: bool = False) -> RunDirectory:
-        """Start a run in an empty or new directory; with ``overwrite``, in place of the run that is there.
+        """Start a run in an empty or new directory; with ``overwrite``, in place of the run in it.
 
-        Raises RunExistsError if the directory holds anything, and, even with ``overwrite``, if what it holds is no run;
-        UsageError if it cannot be made.
+        Raises RunExistsError if the directory is not empty (with ``overwrite``: if it holds anything but a run),
+        UsageError if it cannot be created.
         """
         run = cls(Path(path))
         run._make_room(overwrite)
@@ -80,7 +80,7 @@ class RunDirectory:
         return run
 
     def check_free(self) -> None:
-        """Raise RunExistsError, before any work is done, where ``create`` would; makes nothing."""
+        """Raise RunExistsError if ``create`` would; creates nothing."""
         if self.path.exists():
             self._make_room(overwrite=False)
 
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @property
     def run_path(self) -> Path:
-        """``run.json``: what was asked for and how far it got."""
+        """``run.json``: configuration, status and results."""
         return self.path / "run.json"
 
     @property
@@ -123,7 +123,7 @@ class RunDirectory:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """``checkpoints/``: what resuming needs."""
+        """``checkpoints/``: the state for resuming."""
         return self.path / "checkpoints"
 
     @property
@@ -145,26 +145,26 @@ class RunDirectory:
         return record
 
     def write_run(self, **updates: Any) -> None:
-        """Replace some of the ``RUN_FIELDS`` of ``run.json``; what is not finite becomes null."""
+        """Replace some of the ``RUN_FIELDS`` of ``run.json``; null where a number is not finite."""
         unknown = set(updates) - set(RUN_FIELDS)
         assert not unknown, f"run.json has no field {sorted(unknown)}"
         assert updates.get("status", "running") in STATUSES, f"no status {updates['status']!r}"
         storage.write_object(self.run_path, self.read_run() | {"updated": _now()} | updates)
 
     def mark_running(self, **updates: Any) -> None:
-        """The run goes on (again), its earlier failure cleared; ``updates`` are further fields of ``run.json``."""
+        """Mark the run as running, without its earlier failure; ``updates`` are further fields of ``run.json``."""
         self.write_run(status="running", error=None, **updates)
 
     def mark_done(self, **updates: Any) -> None:
-        """The run reached its last step and was evaluated; ``updates`` are further fields of ``run.json``."""
+        """Mark the run as done: trained and evaluated; ``updates`` are further fields of ``run.json``."""
         self.write_run(status="done", error=None, **updates)
 
     def mark_interrupted(self, **updates: Any) -> None:
-        """The run was asked to stop and can be resumed; ``updates`` are further fields of ``run.json``."""
+        """Mark the run as interrupted; it can be resumed; ``updates`` are further fields of ``run.json``."""
         self.write_run(status="interrupted", error=None, **updates)
 
     def mark_failed(self, error: BaseException, **updates: Any) -> None:
-        """The run died of ``error``; a full disk does not raise here, so that the first error stays the one seen."""
+        """Mark the run as failed with ``error``; never raises, so that the first error stays visible."""
         with suppress(OSError):
             record = {"type": type(error).__name__, "message": str(error)}
             self.write_run(status="failed", error=record, **updates)
@@ -192,7 +192,7 @@ class RunDirectory:
         return storage.read_lines(self.samples_path)
 
     def _make_room(self, overwrite: bool) -> None:
-        """Make the directory, or empty it of an earlier run; never deletes a file that a run did not write."""
+        """Create the directory, or remove an earlier run from it; never deletes a file that no run wrote."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             occupied = any(not storage.is_unfinished(path, self.run_path) for path in self.path.iterdir())
@@ -211,7 +211,7 @@ class RunDirectory:
             raise RunExistsError(f"output_dir: '{self.path}' already holds {held}. {advice}")
         if occupied:
             with storage.writing(self.path):
-                # run.json goes last: should deleting stop half-way, this is still a run that can be overwritten.
+                # run.json goes last: if deleting stops half-way, the directory is still a run that can be overwritten.
                 for directory in (self.policy_dir, self.checkpoint_dir):
                     if directory.exists():
                         shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""What must be the same for a run to go on, or to be measured again: its configuration and the weights of its base."""
+"""Checks before a run is resumed or measured again: the same configuration and the same base weights."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 from tiltlm.errors import CheckpointError, UsageError
 from tiltlm.runs.directory import RunDirectory
 
-# What may change between two sittings of one run without changing what it computes.
+# Settings that may change when a run is resumed, because they do not change its results.
 CHANGEABLE = ("output_dir", "report_to", "callbacks", "evaluation", "training.save_steps", "training.logging_steps")
 
 
 def has_ended(directory: RunDirectory) -> bool:
-    """Whether the run reached its end, wherever its tuned model is by now."""
+    """Whether the run is done, even if its tuned model was moved."""
     return bool(directory.read_run()["status"] == "done")
 
 
 def is_done(directory: RunDirectory) -> bool:
-    """Whether the run reached its end and its tuned model is there."""
+    """Whether the run is done and its tuned model exists."""
     return has_ended(directory) and directory.policy_dir.is_dir()
 
 
 def check_same_config(
     directory: RunDirectory, config: Mapping[str, Any], stated: Mapping[str, Any], *, done: bool
 ) -> None:
-    """Raise UsageError, with every difference, where ``config`` asks for another run than the one in ``directory``.
+    """Raise UsageError, with every difference, if ``config`` describes another run than the one in ``directory``.
 
-    ``stated`` is what of it is not at its default: a key that the run's record lacks came with a later tiltlm, and must
-    be at its default. Where the run is ``done`` it is not evaluated again, so the evaluation must be the same too.
+    ``stated`` are its settings that differ from their defaults: a key that the run's record lacks came with a later
+    tiltlm and must have its default. A run that is ``done`` is not evaluated again, so its evaluation must be the same.
     """
     changeable = tuple(key for key in CHANGEABLE if not (done and key == "evaluation"))
     then, now = (
@@ -47,7 +47,7 @@ def check_same_config(
 
 
 def check_same_base(directory: RunDirectory, fingerprint: str) -> None:
-    """Raise CheckpointError where the weights of the base are not those that the run began with."""
+    """Raise CheckpointError if the base's weights differ from those at the start of the run."""
     record = directory.read_run()
     known = record.get("base_fingerprint")
     if known not in (None, fingerprint):

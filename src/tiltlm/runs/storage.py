@@ -1,4 +1,4 @@
-"""How a run's files reach the disk: JSON without NaN, files and lines whole or not at all, and clear errors."""
+"""Files of a run: JSON without NaN, files and lines written whole or not at all, clear errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDY = "Mend it, put back a copy, or start anew in another --output-dir."
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content such that a reader sees all of the old or all of the new; raises CheckpointError."""
+    """Replace a file: readers see the whole old or the whole new content. Raises CheckpointError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -33,12 +33,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def is_unfinished(file: Path, path: Path) -> bool:
-    """Whether ``file`` is what a process that was killed within ``write_atomically(path, ...)`` left."""
+    """Whether ``file`` is a leftover of ``write_atomically(path, ...)`` in a killed process."""
     return re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.tmp", file.name) is not None
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete what killed processes left beside ``path``."""
+    """Delete leftovers of killed processes next to ``path``."""
     with suppress(OSError):
         for file in path.parent.iterdir():
             if is_unfinished(file, path):
@@ -46,7 +46,7 @@ def remove_unfinished(path: Path) -> None:
 
 
 def write_object(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace a file by one JSON object; what is not finite becomes null, estimates become value and se."""
+    """Replace a file by one JSON object; numbers that are not finite become null, estimates value and se."""
     write_atomically(path, _encode(record, indent=2))
 
 
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system says into a CheckpointError that names the file and what is safe."""
+    """Turn errors of the file system into a CheckpointError that names the file and what is safe."""
     try:
         yield
     except OSError as error:
@@ -101,7 +101,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the file system says into a CheckpointError that names the file."""
+    """Turn errors of the file system into a CheckpointError that names the file."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _jsonable(value: Any) -> Any:
-    """The value as JSON can hold it: estimates and paths unfolded, numbers of numpy and torch as Python's, no NaN."""
+    """The value as JSON: estimates and paths as plain values, numbers of numpy and torch as Python's, no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
@@ -129,7 +129,7 @@ def _jsonable(value: Any) -> Any:
 
 def _encode(record: Mapping[str, Any], indent: int | None = None) -> bytes:
     text = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
-    # A lone surrogate is no UTF-8, but as a backslash escape it is JSON for the same string.
+    # A lone surrogate cannot be UTF-8; as a backslash escape it is JSON for the same string.
     return text.encode("utf-8", errors="backslashreplace")
 
 
@@ -162,7 +162,7 @@ def _write_fully(file: IO[bytes], data: bytes) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    with suppress(OSError):  # Some file systems cannot sync a directory; the data itself is already down.
+    with suppress(OSError):  # Some file systems cannot sync a directory; the data itself is written.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

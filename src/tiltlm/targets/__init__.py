@@ -1,7 +1,7 @@
-"""Targets: what distribution we want."""
+"""Targets: the wanted distribution, and how it is fitted."""
 
 from tiltlm.targets.base_sample import BaseSample, draw_base_sample, measure_samples
-from tiltlm.targets.constrain import FitReport, FittedTarget, constrain, fit_target, report_fit, state_terms
+from tiltlm.targets.constrain import FitReport, FittedTarget, constrain, fit_target, report_fit, target_terms
 from tiltlm.targets.moments import MomentFit, fit_moments
 from tiltlm.targets.target import Target, Term, TiltedTarget, target_reward
 
@@ -19,6 +19,6 @@ __all__ = [
     "fit_target",
     "measure_samples",
     "report_fit",
-    "state_terms",
     "target_reward",
+    "target_terms",
 ]

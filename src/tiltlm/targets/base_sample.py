@@ -1,4 +1,4 @@
-"""Samples of the base with the values of the target's features: what coefficients are fitted on."""
+"""Samples of the base with the values of the target's features; the coefficients are fitted on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiltlm.targets.target import Target
 
 @dataclass(frozen=True)
 class BaseSample:
-    """N samples of the base with the values [N, K] of the target's features: what λ was fitted on.
+    """N samples of the base with the values [N, K] of the target's features; λ is fitted on them.
 
     ``max_completion_length`` is the length at which they were cut, a part of their distribution. ``base_logprob``
     [N, T] is log a of their tokens where that is not the samples' own log q: guides drew some of them, or an engine
@@ -122,7 +122,7 @@ def measure_samples(features: Sequence[Feature], samples: Samples) -> Tensor:
 
 
 def feature_batch(samples: Samples) -> Batch:
-    """What features may read of completions: their text and tokens, their prompts, and the columns of these."""
+    """Completions as features read them: texts, token ids, prompts and the prompts' columns."""
     chats = samples.prompts.messages
     return Batch(
         samples.texts,

@@ -1,4 +1,4 @@
-"""From desired moments to a fitted target: draw from the base, measure, fit, and say how well it stands."""
+"""From wanted moments to a fitted target: draw from the base, measure, fit, report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiltlm.targets.base_sample import BaseSample, draw_base_sample
 from tiltlm.targets.moments import fit_moments, log_mean_exp, rarity_advice
 from tiltlm.targets.target import Kind, Target, Term, TiltedTarget
 
-# Below this many effective samples the fitted coefficients mean little.
+# Below this ESS the fitted coefficients are too uncertain to use.
 ENOUGH_SAMPLES = 100
 # Weights that are normalized on fewer samples of a prompt are noticeably biased.
 ENOUGH_OF_A_PROMPT = 16
@@ -38,9 +38,9 @@ class TermReport:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a target stands on N samples of the base: log Z, ESS of its weights, KL(p‖a) in nats, and each feature.
+    """A target measured on N samples of the base: log Z, ESS of its weights, KL(p‖a) in nats, and each feature.
 
-    With several prompts all are means over them, the weights normalized in each.
+    With several prompts all are means over prompts, with weights normalized within each.
     """
 
     terms: tuple[TermReport, ...]
@@ -74,7 +74,7 @@ class FitReport:
 
 @dataclass(frozen=True)
 class FittedTarget(TiltedTarget):
-    """A tilted target with the base's samples that it was fitted on and the report of that fit."""
+    """A tilted target with the base samples of its fit and the report of the fit."""
 
     base_sample: BaseSample
     report: FitReport
@@ -97,12 +97,12 @@ def constrain(
 
     ``constraints`` gives each feature (an object, or a short form such as ``"pronouns:female"``) its moment: 1.0 for a
     binary feature is a filter, anything else an expectation. ``reward`` multiplies by exp(r/β). Draws ``samples``
-    completions of the base, the prompts in turn, ``samples_per_prompt`` of each at a time; with several the moments are
-    means over the prompts. Raises UsageError for moments that cannot be right, UnreachableTargetError for those that
-    the samples show to be out of reach.
+    completions of the base, the prompts in turn, ``samples_per_prompt`` of each at a time. With several prompts the
+    moments are means over prompts. Raises UsageError for impossible moments, UnreachableTargetError for moments that
+    the samples cannot reach.
     """
     pairs = list(constraints.items() if isinstance(constraints, Mapping) else constraints)
-    terms = state_terms(pairs, reward=reward, beta=beta)
+    terms = target_terms(pairs, reward=reward, beta=beta)
     features = [term.feature for term in terms]
     drawn = draw_base_sample(
         base, features, samples, prompts, max_completion_length, seed, progress, samples_per_prompt=samples_per_prompt
@@ -110,10 +110,10 @@ def constrain(
     return fit_target(terms, drawn)
 
 
-def state_terms(
+def target_terms(
     constraints: Sequence[tuple[Feature | str, float]], *, reward: Feature | str | None = None, beta: float = 1.0
 ) -> list[Term]:
-    """The terms of a target, not yet fitted. Raises UsageError for what is wrong as stated."""
+    """The terms of a target, not yet fitted. Raises UsageError for wrong constraints."""
     terms = [_term(feature, moment) for feature, moment in constraints]
     if reward is not None:
         if not (beta > 0 and math.isfinite(beta)):
@@ -129,7 +129,7 @@ def state_terms(
 
 
 def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
-    """Fit the coefficients of the moment terms on samples of the base, under the filters and rewards beside them."""
+    """Fit the coefficients of the moment terms on samples of the base, given the filters and rewards."""
     values = base_sample.features
     n = values.shape[0]
     for term, column in zip(terms, values.unbind(-1), strict=True):
@@ -161,7 +161,7 @@ def fit_target(terms: Sequence[Term], base_sample: BaseSample) -> FittedTarget:
 def report_fit(
     target: Target, base_sample: BaseSample, coefficients: Sequence[Estimate | None] | None = None
 ) -> FitReport:
-    """How any target, fitted here or written by a user, stands on samples of the base."""
+    """The report of any target, fitted here or defined by a user, on samples of the base."""
     values = base_sample.features
     n = values.shape[0]
     log_weights = base_sample.log_weights(target)
@@ -179,7 +179,7 @@ def report_fit(
     weights = strata.softmax(log_weights) if count == 1 else strata.softmax(log_weights) * (strata.count / count)
     ess = effective_sample_size(log_weights if strata.count == 1 else weights.log())
     log_z, by_prompt = _mean_log_z(strata, log_weights, weights, ess)
-    # d KL = Σ_i w_i (log w_i − log Z − KL) by the delta method; rows outside of the support weigh nothing.
+    # d KL = Σ_i w_i (log w_i − log Z − KL) by the delta method; rows outside the support have weight 0.
     log_tilt = torch.where(weights > 0, log_weights - base_sample.log_ratio - by_prompt[strata.index], 0.0)
     kl = float((weights * log_tilt).sum())
     around = strata.sum(weights * log_tilt)[strata.index] * count
@@ -218,7 +218,7 @@ def _mean_log_z(strata: Strata, log_weights: Tensor, weights: Tensor, ess: Estim
 
 
 def _warnings(strata: Strata, ess: Estimate, held: int) -> list[str]:
-    """What makes a fit on these samples doubtful; ``held`` prompts of all have a weight above 0."""
+    """Warnings about a fit on these samples; ``held`` is the number of prompts with a positive weight."""
     found, n = [], len(strata.index)
     if ess.value < ENOUGH_SAMPLES:
         found.append(

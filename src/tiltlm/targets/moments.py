@@ -4,9 +4,9 @@ No model is called here. With weights w_i on samples of the base (a filter's zer
 
     F(λ) = log Σ_i w_i exp(λ·φ_i) − λ·μ̄,    ∇F = E_λ[φ] − μ̄,    ∇²F = Cov_λ(φ)
 
-and its minimum gives the distribution with these moments that is closest to the base in KL (2012.11635, §2). For
-several prompts F is the mean over prompts of log Z_c(λ), each on its own samples, less λ·μ̄: λ is shared, and what has
-the moments μ̄ is the mean over prompts of E_{p_c}[φ].
+and its minimum gives the distribution with these moments that is closest to the base in KL (2012.11635, §2). With
+several prompts F is the mean over prompts of log Z_c(λ), each on its own samples, minus λ·μ̄. λ is shared, and the mean
+over prompts of E_{p_c}[φ] equals μ̄.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from tiltlm.errors import FeatureError, UnreachableTargetError
 from tiltlm.estimation import Strata
 
-# In units of each feature's spread.
+# In units of each feature's standard deviation.
 TOLERANCE = 1e-10
 MAX_ITERATIONS = 200
-# Nats by which one step may raise a sample's log-weight.
+# The largest increase of a sample's log-weight in one step, in nats.
 MAX_GROWTH = 4.0
-# On the edge of what is possible λ is infinite. Newton's method stops on the way there, where the gradient is below the
-# tolerance; but then hardly any of the samples' spread is left in some direction, while inside much more of it is.
+# For a goal at the edge of the feasible region λ is infinite. Newton's method stops when the gradient is below the
+# tolerance; then the variance in some direction is nearly 0, while inside the region it is not.
 EDGE = 1e-7
-# Below this ratio of eigenvalues of the correlation matrix, features move together as far as float64 can tell.
+# Below this ratio of eigenvalues of the correlation matrix, features are linearly dependent in float64.
 COLLINEAR = 1e-10
 
 
@@ -51,10 +51,10 @@ def fit_moments(
 ) -> MomentFit:
     """Find λ [K] with E_λ[φ] = ``goals`` on samples with values ``features`` [N, K] and ``log_weights`` [N].
 
-    With ``prompts`` [N], any numbers, E_λ[φ] is the mean over prompts, weights normalized in each; one without a weight
-    above 0 takes no part. Raises FeatureError for non-finite values, UnreachableTargetError for what the samples cannot
-    express: a feature without variation, a goal outside its range, goals that exclude each other, linearly dependent
-    features.
+    With ``prompts`` [N], any numbers, E_λ[φ] is the mean over prompts, with weights normalized within each; a prompt
+    without a positive weight is left out. Raises FeatureError for non-finite values, UnreachableTargetError for what
+    the samples cannot express: a feature without variation, a goal outside its range, goals that exclude each other,
+    linearly dependent features.
     """
     if not bool(torch.isfinite(features).all()):
         column = int((~torch.isfinite(features)).any(0).nonzero()[0])
@@ -69,7 +69,7 @@ def fit_moments(
 
 
 def _within(features: Tensor, strata: Strata) -> Tensor:
-    """The features as they are or, with several prompts, without their means over each: only the rest can be tilted."""
+    """The features; with several prompts minus their mean over each prompt, as only the rest can be tilted."""
     return features if strata.count == 1 else features - strata.mean(features)[strata.index]
 
 
@@ -94,7 +94,7 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence
         ridge = 1e-14 * torch.eye(len(goal), dtype=torch.float64)
         step = torch.linalg.solve(hessian + ridge, -gradient)
         slope = float(gradient @ step)
-        # A step that moved all weight onto few samples would leave no curvature to come back by.
+        # A step that moves all weight onto few samples leaves no curvature for the next step.
         change = (z - means[strata.index]) @ step
         rate = MAX_GROWTH / max(MAX_GROWTH, float(change.max()))
         trial = dual(coefficients + rate * step)
@@ -145,7 +145,7 @@ def _check_ranges(features: Tensor, goal: Tensor, names: Sequence[str], strata: 
 
 
 def rarity_advice(n: int) -> str:
-    """What n samples without a hit say of a rate, and how many samples would do."""
+    """The upper bound of a rate after n samples without a hit, and how many samples would show it."""
     return (
         f"Its rate is below {3 / n:.1g} (95% confidence); at that rate about {10 * n:,} samples would be needed to "
         f"see thirty: raise target.samples, or start from a looser feature or a prompt that brings it about. "
@@ -176,7 +176,7 @@ def _spread_left(z: Tensor, hessian: Tensor) -> float:
 
 
 def _out_of_reach(features: Tensor, goal: Tensor, names: Sequence[str]) -> UnreachableTargetError:
-    """Each goal may be in range and still exclude another, or be so far out that hardly a sample is left."""
+    """Goals within their ranges may still exclude each other, or leave hardly any effective sample."""
     n = len(features)
     if len(names) == 1:
         return UnreachableTargetError(

@@ -1,4 +1,4 @@
-"""Targets: the distribution that is wanted, as an unnormalized log-score of a text."""
+"""Targets: the wanted distribution, as an unnormalized log-score of a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = Literal["filter", "moment", "reward"]
 
 @runtime_checkable
 class Target(Protocol):
-    """What training needs of a target: the features that it reads, and the log-score that it makes of them."""
+    """A target: the features that it reads, and the log-score that it computes from them."""
 
     @property
     def features(self) -> Sequence[Feature]:
@@ -80,8 +80,8 @@ class TiltedTarget:
 def target_reward(target: Target, base_logprob: Tensor, features: Tensor) -> Tensor:
     """The target read as a reward [N], for methods that maximize one.
 
-    A target of a user's own gives ``reward(features)``, or log P − log a stands for it. Raises NumericalError where
-    that is −∞.
+    A user's own target may define ``reward(features)``; otherwise the reward is log P − log a. Raises NumericalError
+    where that is −∞.
     """
     if hasattr(target, "reward"):
         given: Tensor = target.reward(features)
