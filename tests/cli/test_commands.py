@@ -555,7 +555,7 @@ def test_fit_finds_what_no_sample_passed_and_says_how_rare_it_is(
     said = " ".join((answer.out + answer.err).split())
     assert "hardly a text of the base passes 'contains 'team good game''" in said
     rate = float(re.search(r"the base passes at a rate of (\S+) ", said).group(1))  # type: ignore[union-attr]
-    needed = re.search(r"about ([\d,]+) samples of it would hold thirty", said)
+    needed = re.search(r"about ([\d,]+) samples of the base would contain 30", said)
     assert needed is not None
     assert int(needed.group(1).replace(",", "")) == pytest.approx(30 / rate, rel=0.1)
 
