@@ -553,9 +553,9 @@ def test_fit_finds_what_no_sample_passed_and_says_how_rare_it_is(
     answer = tiltlm("fit", "rare.yaml")
     assert answer.code == 0
     said = " ".join((answer.out + answer.err).split())
-    assert "hardly a text of the base passes 'contains 'team good game''" in said
+    assert "hardly any text of the base passes 'contains 'team good game''" in said
     rate = float(re.search(r"the base passes at a rate of (\S+) ", said).group(1))  # type: ignore[union-attr]
-    needed = re.search(r"about ([\d,]+) samples of the base would contain 30", said)
+    needed = re.search(r"about ([\d,]+) samples of the base would contain 30 that pass", said)
     assert needed is not None
     assert int(needed.group(1).replace(",", "")) == pytest.approx(30 / rate, rel=0.1)
 
@@ -568,8 +568,7 @@ def test_fit_looks_again_where_a_few_texts_carry_the_weight_and_says_so(
     answer = tiltlm("fit", "rare.yaml")
     assert answer.code == 0
     said = " ".join((answer.out + answer.err).split())
-    found = re.search(
-        r"note: ([\d.]+) of 300 texts of the base carried .* with 1,024 guided ones it is ([\d.]+),", said
-    )
+    note = r"note: ([\d.]+) of 300 texts of the base carry .* 1,024 guided texts were added: the ESS is now ([\d.]+),"
+    found = re.search(note, said)
     assert found is not None, said
     assert float(found.group(2)) > float(found.group(1))

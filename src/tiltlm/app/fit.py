@@ -83,14 +83,14 @@ def fit_run_target(
 
 
 def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
-    """The target fitted anew with texts of guides toward it, and a word on what that changed."""
-    with display.counting("looking again with a guide") as progress:
+    """The target refitted with guided texts; a note shows what this changed."""
+    with display.counting("refitting with guided texts") as progress:
         again = refit(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
     before, after = fitted.report, again.report
     display.say(
-        f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carried the target's weight (ESS); with "
-        f"{after.samples - before.samples:,} guided ones it is {after.ess.value:.0f}, and KL(p‖a) is "
-        f"{after.kl_p_a.value:.2f} nats where the base's alone gave {before.kl_p_a.value:.2f}"
+        f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carry the target's weight (ESS), so "
+        f"{after.samples - before.samples:,} guided texts were added: the ESS is now {after.ess.value:.0f}, and "
+        f"KL(p‖a) is {after.kl_p_a.value:.2f} nats (before: {before.kl_p_a.value:.2f})"
     )
     return again
 
@@ -98,11 +98,11 @@ def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, disp
 def _rare_events(
     config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
 ) -> RareEventEstimate | None:
-    """Texts that pass the filters, found with a guide where hardly a sample does; None where nothing is to be found."""
+    """The rare-event estimate of the filters; None where enough samples pass them."""
     filters = rare_filters(terms, sample)
     if not filters:
         return None
-    with display.counting("looking for rare texts with a guide") as progress:
+    with display.counting("drawing guided texts that pass the filters") as progress:
         found = estimate_rare_event(
             base,
             filters,
@@ -112,5 +112,5 @@ def _rare_events(
             progress=progress,
         )
     names = " and ".join(f"'{feature.name}'" for feature in filters)
-    display.say(f"note: hardly a text of the base passes {names}. {found.advice()}")
+    display.say(f"note: hardly any text of the base passes {names}. {found.advice()}")
     return found
