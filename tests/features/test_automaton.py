@@ -23,7 +23,7 @@ from tiltlm.features import (
     threshold,
     wordlist,
 )
-from tiltlm.features.automaton import Automaton, Phrases, State, Together, WordCount, together
+from tiltlm.features.automaton import Automaton, Phrases, ProductAutomaton, State, WordCount, product_automaton
 
 WORDS = [
     *("he", "her", "hers", "she", "herself", "him", "himself", "his", "the", "He", "SHE", "Her", "hE"),
@@ -158,7 +158,7 @@ def test_a_lead_of_three_is_as_good_as_any() -> None:
 
 
 def test_words_are_counted_up_to_a_bound() -> None:
-    automaton = WordCount(most=3)
+    automaton = WordCount(max_count=3)
     assert [read(automaton, "ab\n " * n)[0] for n in range(6)] == [0, 1, 2, 3, 3, 3]
     assert read(WordCount(), "a " * 150) == (100, False)
     assert read(WordCount(), " a\u00a0b\n\nc") == (3, True)
@@ -177,7 +177,7 @@ def test_a_text_ends_with_the_count_that_a_space_would_bring(name: str) -> None:
     automaton = FEATURES[name].automaton()
     assert automaton is not None
     for text in TRICKY:
-        ended = automaton.ended(read(automaton, text))
+        ended = automaton.final_count(read(automaton, text))
         assert ended == read(automaton, text + " ")[0]
         assert ended in automaton.counts
 
@@ -233,7 +233,7 @@ def test_to_make_a_state_coarse_twice_is_to_do_it_once(name: str) -> None:
 
 
 def test_a_coarse_state_keeps_what_was_counted_and_forgets_what_is_half_read() -> None:
-    automaton = Phrases((("new york", 1), ("c++ code", 1), ("old", -1)), ignore_case=True, most=3)
+    automaton = Phrases((("new york", 1), ("c++ code", 1), ("old", -1)), ignore_case=True, max_count=3)
     for text, place in {"": "", "ne": None, "nex": None, "new ": "", "new yo": None, "c++": "", "x.": ""}.items():
         assert automaton.coarse(read(automaton, text)) == (0, place)
         assert automaton.coarse(read(automaton, "old old " + text)) == (-2, place)
@@ -244,7 +244,7 @@ def test_features_that_read_the_same_share_one_automaton() -> None:
     female, male, neither = (pronouns(group).automaton() for group in ("female", "male", "neither"))
     assert female == male == neither
     assert len({female, male, neither}) == 1
-    assert together([female, None, male]) == female
+    assert product_automaton([female, None, male]) == female
     assert female != pronouns("female", possessives=True).automaton()
     assert contains("a").automaton() != contains("a", ignore_case=False).automaton()
     assert contains("a").automaton() != contains("b").automaton()
@@ -253,17 +253,17 @@ def test_features_that_read_the_same_share_one_automaton() -> None:
 
 def test_different_automata_run_side_by_side() -> None:
     parts = [contains("he").automaton(), None, length("words").automaton(), contains("he").automaton()]
-    both = together(parts)
-    assert isinstance(both, Together)
+    both = product_automaton(parts)
+    assert isinstance(both, ProductAutomaton)
     assert both.parts == (parts[0], parts[2])
-    assert both == together(parts[:3])
-    assert hash(both) == hash(together(parts[:3]))
+    assert both == product_automaton(parts[:3])
+    assert hash(both) == hash(product_automaton(parts[:3]))
     for text in TRICKY:
         counts, places = zip(read(parts[0], text), read(parts[2], text), strict=True)
         assert read(both, text) == (counts, places)
     assert both.coarse(read(both, "in h")) == ((0, 2), (None, True))
-    assert together([]) is None
-    assert together([None, None]) is None
+    assert product_automaton([]) is None
+    assert product_automaton([None, None]) is None
 
 
 @pytest.mark.parametrize("spec", ["regex:he", "length:tokens", "length:characters"])

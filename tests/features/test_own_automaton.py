@@ -53,7 +53,7 @@ def test_the_table_lists_the_methods_of_an_automaton_that_may_be_defined(page: d
     for character in "a!b!!":
         state = counted.step(state, character)
     assert state == (2, "anywhere")
-    assert (counted.coarse(state), counted.ended(state)) == (state, 2)
+    assert (counted.coarse(state), counted.final_count(state)) == (state, 2)
 
 
 def test_a_guide_made_of_it_draws_what_the_target_asks(page: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def test_the_plain_sentences_are_of_all_three_signs() -> None:
 
 
 # Without a bound, which makes the order of the words count.
-UNBOUNDED = replace(sentiment().automaton(), most=100)
+UNBOUNDED = replace(sentiment().automaton(), max_count=100)
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,7 +75,7 @@ def test_on_words_at_random_the_sum_follows_vader_unless_it_is_nearly_even(words
 
 
 def test_values_negations_and_bounds() -> None:
-    automaton = WordSum({"good": 2, "bad": -3, "badly": -1}, frozenset({"not", "isn't"}), most=4, reach=2)
+    automaton = WordSum({"good": 2, "bad": -3, "badly": -1}, frozenset({"not", "isn't"}), max_count=4, reach=2)
     sums = {
         "good": 0,
         "good ": 2,
@@ -102,13 +102,13 @@ def test_values_negations_and_bounds() -> None:
 
 
 def test_a_negated_value_may_count_less_but_never_nothing() -> None:
-    automaton = WordSum({"good": 4, "bad": -6, "fine": 1}, frozenset({"not"}), most=9, negated=0.4)
+    automaton = WordSum({"good": 4, "bad": -6, "fine": 1}, frozenset({"not"}), max_count=9, negated=0.4)
     for text, expected in {"not good ": -2, "not bad ": 2, "not fine ": -1, "good ": 4}.items():
         assert read(automaton, text)[0] == expected, text
 
 
 def test_beginnings_that_go_on_alike_are_one_place() -> None:
-    automaton = WordSum({"fail": -2, "mail": -2, "nail": 1, "fails": -2, "mails": -2}, frozenset(), most=4)
+    automaton = WordSum({"fail": -2, "mail": -2, "nail": 1, "fails": -2, "mails": -2}, frozenset(), max_count=4)
     assert read(automaton, "fai") == read(automaton, "mai") != read(automaton, "nai")
     assert read(automaton, "fails") == read(automaton, "a mails")
 

@@ -27,7 +27,7 @@ class Lead(Feature):
         return [float(text.split().count("a") > text.split().count("b")) for text in batch.texts]
 
     def automaton(self) -> Automaton:
-        return Phrases((("a", 1), ("b", -1)), ignore_case=False, most=LENGTH)
+        return Phrases((("a", 1), ("b", -1)), ignore_case=False, max_count=LENGTH)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tiltlm.features import (
     threshold,
     wordlist,
 )
-from tiltlm.features.automaton import Automaton, State, together
+from tiltlm.features.automaton import Automaton, State, product_automaton
 from tiltlm.guides.token_states import (
     MAX_PLACES,
     ChangeRecorder,
@@ -75,7 +75,7 @@ def states_of(embedded: LanguageModel, samples: Samples) -> Callable[[str], Toke
 
 
 def automaton_of(features: list[Feature]) -> Automaton:
-    automaton = together(feature.automaton() for feature in features)
+    automaton = product_automaton(feature.automaton() for feature in features)
     assert automaton is not None
     return automaton
 

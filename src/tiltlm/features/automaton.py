@@ -58,7 +58,7 @@ class Automaton(ABC):
         """A common state that replaces a rare one."""
         return self._after(state[0], self.forget(state[1]))
 
-    def ended(self, state: State) -> Count:
+    def final_count(self, state: State) -> Count:
         """The count of a text that ends in the state: its last word counts as if a space followed."""
         return self.step(state, " ")[0]
 
@@ -69,14 +69,14 @@ class Automaton(ABC):
 
 @dataclass(frozen=True)
 class Phrases(Automaton):
-    """Counts whole words and phrases: ``weights`` pairs each with a number; the sum is kept within ±``most``.
+    """Counts whole words and phrases: ``weights`` pairs each with a number; the sum is kept within ±``max_count``.
 
     A place is the part of a phrase read so far: "" between words, None within a word that begins no phrase.
     """
 
     weights: tuple[tuple[str, int], ...]
     ignore_case: bool
-    most: int = 1
+    max_count: int = 1
     _beginnings: frozenset[str] = field(init=False, repr=False, compare=False)
     _values: dict[str, int] = field(init=False, repr=False, compare=False)
 
@@ -94,7 +94,7 @@ class Phrases(Automaton):
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        return tuple(range(-self.most if min(self._values.values()) < 0 else 0, self.most + 1))
+        return tuple(range(-self.max_count if min(self._values.values()) < 0 else 0, self.max_count + 1))
 
     def move(self, place: str | None, character: str) -> tuple[str | None, int | None]:
         character = self._plain(" " if character.isspace() else character)
@@ -136,7 +136,7 @@ WordPlace = tuple[int, int | None]
 
 @dataclass(frozen=True, eq=False)
 class WordSum(Automaton):
-    """Adds up the ``values`` of single words, ignoring case; the sum is kept within ±``most``.
+    """Adds up the ``values`` of single words, ignoring case; the sum is kept within ±``max_count``.
 
     Each of the ``reach`` words after one of ``negations`` counts with the opposite sign, times ``negated``. Hyphens and
     apostrophes are parts of words. A place is (words that a negation still applies to, index of the beginning of the
@@ -146,7 +146,7 @@ class WordSum(Automaton):
 
     values: Mapping[str, int]
     negations: frozenset[str]
-    most: int
+    max_count: int
     reach: int = 3
     negated: float = 1.0
     _places: list[dict[str, int]] = field(init=False, repr=False)
@@ -174,7 +174,7 @@ class WordSum(Automaton):
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        return tuple(range(-self.most, self.most + 1))
+        return tuple(range(-self.max_count, self.max_count + 1))
 
     def move(self, place: WordPlace, character: str) -> tuple[WordPlace, int | None]:
         reached, within = place
@@ -205,9 +205,9 @@ class WordSum(Automaton):
 
 @dataclass(frozen=True)
 class WordCount(Automaton):
-    """Counts words, up to ``most``; the place is True within a word."""
+    """Counts words, up to ``max_count``; the place is True within a word."""
 
-    most: int = 100
+    max_count: int = 100
 
     @property
     def start(self) -> State:
@@ -215,7 +215,7 @@ class WordCount(Automaton):
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        return tuple(range(self.most + 1))
+        return tuple(range(self.max_count + 1))
 
     def move(self, place: bool, character: str) -> tuple[bool, int | None]:
         if character.isspace():
@@ -227,7 +227,7 @@ class WordCount(Automaton):
 
 
 @dataclass(frozen=True)
-class Together(Automaton):
+class ProductAutomaton(Automaton):
     """Several automata in parallel: tuples of their counts and of their places."""
 
     parts: tuple[Automaton, ...]
@@ -256,7 +256,7 @@ class Together(Automaton):
         return places, None if all(change is None for change in changes) else changes
 
 
-def together(automata: Iterable[Automaton | None]) -> Automaton | None:
+def product_automaton(automata: Iterable[Automaton | None]) -> Automaton | None:
     """One automaton for all that are not None; None if there is none."""
     parts = tuple(dict.fromkeys(part for part in automata if part is not None))
-    return None if not parts else parts[0] if len(parts) == 1 else Together(parts)
+    return None if not parts else parts[0] if len(parts) == 1 else ProductAutomaton(parts)

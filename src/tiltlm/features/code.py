@@ -23,7 +23,7 @@ from pathlib import Path
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.batch import Batch
 from tiltlm.features.feature import Feature
-from tiltlm.features.fields import check_reads, read_texts
+from tiltlm.features.fields import check_reads, input_texts
 from tiltlm.features.kinds import feature_kind
 
 CHECKS = ("compiles",)
@@ -31,7 +31,7 @@ RUNNER = Path(__file__).with_name("code_runner.py")
 # A block that is cut off goes on to the end of the text.
 FENCED = re.compile(r"^```[ \t]*(?:python3?|py)[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 # Programs wait for a core, so more at once would only make each of them late.
-MOST_AT_ONCE = 8
+MAX_PROCESSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ class Code(Feature):
     reads: str
 
     def compute(self, batch: Batch) -> list[float]:
-        programs = [program_of(text) for text in read_texts(batch, self.reads)]
+        programs = [program_of(text) for text in input_texts(batch, self.reads)]
         distinct = list(dict.fromkeys(programs))
         held = dict(zip(distinct, map(compiles, distinct), strict=True))
         if self.tests is not None:
             to_run = [program for program in distinct if held[program]]
-            with ThreadPoolExecutor(max_workers=min(MOST_AT_ONCE, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(max_workers=min(MAX_PROCESSES, os.cpu_count() or 1)) as pool:
                 held.update(zip(to_run, pool.map(self._passes, to_run), strict=True))
         return [float(held[program]) for program in programs]
 

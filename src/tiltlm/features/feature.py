@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import FeatureError, TiltError, UsageError
-from tiltlm.features.automaton import Automaton, together
+from tiltlm.features.automaton import Automaton, product_automaton
 from tiltlm.features.batch import Batch, Span, merged
 from tiltlm.features.checking import EXPECTED, checked_values, described_row
 
@@ -134,7 +134,7 @@ class Combination(Feature):
 
     def automaton(self) -> Automaton | None:
         """Those of the parts, side by side."""
-        return together(part.automaton() for part in self.parts)
+        return product_automaton(part.automaton() for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ def check_reads(feature: str, reads: Any, valid: tuple[str, ...] = READS) -> str
     return str(reads)
 
 
-def read_prompts(batch: Batch) -> list[str]:
+def prompt_texts(batch: Batch) -> list[str]:
     """The N prompts, "" where there is none."""
     return [prompt or "" for prompt in batch.prompts or [""] * len(batch)]
 
 
-def read_texts(batch: Batch, reads: str) -> list[str]:
+def input_texts(batch: Batch, reads: str) -> list[str]:
     """The N ``completion``s alone, or the whole ``text``: each prompt with its completion after it."""
     if reads == "completion":
         return list(batch.texts)
-    return [prompt + completion for prompt, completion in zip(read_prompts(batch), batch.texts, strict=True)]
+    return [prompt + completion for prompt, completion in zip(prompt_texts(batch), batch.texts, strict=True)]

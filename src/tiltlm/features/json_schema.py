@@ -12,7 +12,7 @@ from typing import Any
 from tiltlm.errors import FeatureError, UsageError, nearest
 from tiltlm.features.batch import Batch
 from tiltlm.features.feature import Feature
-from tiltlm.features.fields import check_reads, read_texts
+from tiltlm.features.fields import check_reads, input_texts
 from tiltlm.features.kinds import feature_kind
 
 CHECKS = ("valid",)
@@ -27,7 +27,7 @@ class Json(Feature):
 
     def compute(self, batch: Batch) -> list[float]:
         validator = None if self.schema is None else _validator(self.schema)
-        return [float(_holds(text, validator)) for text in read_texts(batch, self.reads)]
+        return [float(_holds(text, validator)) for text in input_texts(batch, self.reads)]
 
 
 @feature_kind("json")

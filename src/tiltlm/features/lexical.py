@@ -22,7 +22,7 @@ POSSESSIVES = {"female": "hers", "male": "his"}
 GROUPS = ("female", "male", "neither")
 UNITS = ("words", "characters", "tokens")
 # A text is as good as decided when one group is ahead by so many.
-MOST_PRONOUNS = 3
+MAX_PRONOUNS = 3
 APOSTROPHES = "['\u2019]"
 
 
@@ -67,7 +67,7 @@ class Pronouns(Feature):
         """By how many female pronouns outnumber male ones; the same for all groups."""
         words = {1: _pronouns("female", self.possessives), -1: _pronouns("male", self.possessives)}
         pairs = tuple((word, weight) for weight, group in words.items() for word in group)
-        return Phrases(pairs, ignore_case=True, most=MOST_PRONOUNS)
+        return Phrases(pairs, ignore_case=True, max_count=MAX_PRONOUNS)
 
     def compute(self, batch: Batch) -> list[float]:
         return [float(self._majority(text) == self.group) for text in batch.texts]

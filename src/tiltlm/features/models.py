@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltlm.errors import ModelError, UsageError, nearest, why_not_loaded
 from tiltlm.features.batch import Batch
-from tiltlm.features.fields import READS, check_reads, read_prompts, read_texts
+from tiltlm.features.fields import READS, check_reads, input_texts, prompt_texts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,17 +101,17 @@ class TextModel:
     def _rows(self, batch: Batch) -> list[Row]:
         encode = self.loaded.encode
         if self.reads == "pair":
-            return encode(read_prompts(batch), list(batch.texts), max_length=self.max_length)
+            return encode(prompt_texts(batch), list(batch.texts), max_length=self.max_length)
         if self.reads == "chat":
             # A template writes the special tokens itself.
             chats = [self._chat(batch, row) for row in range(len(batch))]
             return encode(chats, max_length=self.max_length, add_special_tokens=False)
-        return encode(read_texts(batch, self.reads), max_length=self.max_length)
+        return encode(input_texts(batch, self.reads), max_length=self.max_length)
 
     def _chat(self, batch: Batch, row: int) -> str:
         """Prompt and completion as this model's tokenizer writes a chat."""
         given = batch.messages[row] if batch.messages is not None else None
-        asked = [{"role": "user", "content": read_prompts(batch)[row]}] if given is None else list(given)
+        asked = [{"role": "user", "content": prompt_texts(batch)[row]}] if given is None else list(given)
         tokenizer = self.loaded.tokenizer
         if not tokenizer.chat_template:
             raise ModelError(f"{self.feature}: the tokenizer of '{self.name}' has no chat template; use reads: text")
@@ -141,7 +141,7 @@ class LoadedModel:
         return next((int(token) for token in candidates if token is not None), 0)
 
     @cached_property
-    def most_tokens(self) -> int | None:
+    def max_tokens(self) -> int | None:
         """As many tokens as it can read; None where neither model nor tokenizer says."""
         limits = [limit for limit in (self.tokenizer.model_max_length, _positions(self.model.config)) if limit]
         most = min(limits, default=None)
@@ -158,7 +158,7 @@ class LoadedModel:
         """Token ids and what goes with them, a row per text, no longer than the model can read."""
         if not texts:
             return []
-        longest = min((limit for limit in (max_length, self.most_tokens) if limit is not None), default=None)
+        longest = min((limit for limit in (max_length, self.max_tokens) if limit is not None), default=None)
         found = self.tokenizer(
             texts,
             pairs,

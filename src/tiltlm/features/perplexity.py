@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from tiltlm.errors import ModelError, UsageError, nearest
 from tiltlm.features.batch import Batch
 from tiltlm.features.feature import Feature
-from tiltlm.features.fields import read_prompts
+from tiltlm.features.fields import prompt_texts
 from tiltlm.features.kinds import feature_kind
 from tiltlm.features.models import LoadedModel, Row, TextModel
 
@@ -27,7 +27,7 @@ class Perplexity(Feature):
 
     def compute(self, batch: Batch) -> Tensor:
         loaded = self.model.loaded
-        prompts = read_prompts(batch) if self.model.reads == "text" else [""] * len(batch)
+        prompts = prompt_texts(batch) if self.model.reads == "text" else [""] * len(batch)
         rows = _rows(loaded, prompts, list(batch.texts), self.model)
         logprob = loaded.measure(rows, self.model.batch_size, _mean_logprob).reshape(len(batch))
         return logprob if self.value == "logprob" else (-logprob).exp()
@@ -78,7 +78,7 @@ def _rows(loaded: LoadedModel, prompts: list[str], completions: list[str], model
     if start is None and end is None:
         raise ModelError(f"perplexity.model: the tokenizer of '{model.name}' has neither a BOS nor an EOS token")
     start, end = (end if start is None else start), (start if end is None else end)
-    limits = [limit for limit in (model.max_length, loaded.most_tokens) if limit is not None]
+    limits = [limit for limit in (model.max_length, loaded.max_tokens) if limit is not None]
     room = max(min(limits, default=10**9) - 1, 1)
     rows = []
     for prompt, completion in zip(prompts, completions, strict=True):

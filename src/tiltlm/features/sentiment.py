@@ -15,7 +15,7 @@ from tiltlm.features.kinds import feature_kind
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
 # Valences are summed in halves. A text is as good as decided when they lead by so many.
-HALVES, MOST_HALVES = 2, 8
+HALVES, MAX_HALVES = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def _valences() -> WordSum:
 
     words = {word: value for word, value in analyzer.lexicon.items() if _is_word(word) and word not in BOOSTER_DICT}
     values = {word: round(HALVES * value) or (1 if value > 0 else -1) for word, value in words.items()}
-    return WordSum(values, frozenset(NEGATE), MOST_HALVES, negated=-N_SCALAR)
+    return WordSum(values, frozenset(NEGATE), MAX_HALVES, negated=-N_SCALAR)
 
 
 def _is_word(entry: str) -> bool:

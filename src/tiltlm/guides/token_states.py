@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiltlm.errors import UsageError
 from tiltlm.features import Feature, measure
-from tiltlm.features.automaton import Automaton, Change, Count, Place, State, together
+from tiltlm.features.automaton import Automaton, Change, Count, Place, State, product_automaton
 from tiltlm.lm import Guide, LanguageModel, Samples, Transitions
 
 # Further places are merged into coarser ones, because each place costs a row of the vocabulary.
@@ -57,7 +57,7 @@ class TokenStates:
 
 def prefix_automaton(features: Sequence[Feature]) -> Automaton:
     """The automata of all features that have one. Raises UsageError where none has."""
-    automaton = together(feature.automaton() for feature in features)
+    automaton = product_automaton(feature.automaton() for feature in features)
     if automaton is None:
         names = ", ".join(f"'{feature.name}'" for feature in features)
         raise UsageError(
@@ -100,7 +100,7 @@ def build_token_states(model: LanguageModel, features: Sequence[Feature], sample
     number = {n: i for i, n in enumerate(automaton.counts)}
     start = number[automaton.start[0]]
     transitions = token_transitions(model, automaton, list(reached), reached.values())
-    final_count = torch.tensor([number[automaton.ended((n, place))] for place in reached for n in number])
+    final_count = torch.tensor([number[automaton.final_count((n, place))] for place in reached for n in number])
     values = None
     if all(feature.automaton() is not None for feature in features):
         texts = _shortest_texts(transitions, final_count, start)
