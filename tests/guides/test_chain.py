@@ -1,4 +1,4 @@
-"""The chain of places and counts: what it promises is the rate, however few of its steps are known apart."""
+"""The Markov chain of places and counts: its value is the pass rate, also with few separate statistics."""
 
 from __future__ import annotations
 
@@ -58,16 +58,20 @@ def learned(states: TokenStates, model: LanguageModel, samples: Samples) -> Mark
     return chain
 
 
-def test_it_promises_the_rate(states: TokenStates, model: LanguageModel, samples: Samples, rate: float) -> None:
+def test_the_value_of_the_start_is_the_pass_rate(
+    states: TokenStates, model: LanguageModel, samples: Samples, rate: float
+) -> None:
     assert states.transitions.counts.shape[1] == 2 * LENGTH + 1
     assert states.start > 0
-    promise = learned(states, model, samples).values(states.passing())
+    values = learned(states, model, samples).values(states.passing())
     assert 0.1 < rate < 0.9
-    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.06)
+    assert float(values[0, states.start]) == pytest.approx(rate, rel=0.06)
 
 
-def test_counts_are_states_like_any_others(states: TokenStates, model: LanguageModel, samples: Samples) -> None:
-    """The same table written out, of which every state that many prefixes are in is promised the same."""
+def test_values_do_not_depend_on_how_states_split_into_places_and_counts(
+    states: TokenStates, model: LanguageModel, samples: Samples
+) -> None:
+    """A full table gives the same value for every state with many prefixes."""
     written = TokenStates(Transitions.of(states.transitions[:]), states.start, states.values)
     chain, other = (learned(one, model, samples) for one in (states, written))
     often = (chain.visits.sum(0)[chain.row] > 200).nonzero().squeeze(-1)
@@ -77,30 +81,30 @@ def test_counts_are_states_like_any_others(states: TokenStates, model: LanguageM
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
 
 
-def test_with_little_room_all_counts_of_a_place_go_on_alike(
+def test_with_few_edges_all_counts_of_a_place_share_statistics(
     states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltlm.guides.chain.MAX_COUNT_EDGES", 0)
     chain = learned(states, model, samples)
     assert len(chain.place) == len(states.transitions.places)
     assert chain.count.tolist() == [-1] * len(chain.place)
-    promise = chain.values(states.passing())
-    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.15)
-    # What was counted still tells: each count more promises as much or more.
-    last = promise[-2].reshape(len(states.transitions.places), -1)
+    values = chain.values(states.passing())
+    assert float(values[0, states.start]) == pytest.approx(rate, rel=0.15)
+    # The value still rises with the count.
+    last = values[-2].reshape(len(states.transitions.places), -1)
     assert bool((last.diff(dim=1) > -1e-9).all())
     assert bool((last[:, -1] > last[:, 0] + 0.5).all())
 
 
-def test_ends_are_known_by_position_where_steps_are_not(
+def test_end_rates_depend_on_position_where_edges_do_not(
     states: TokenStates, model: LanguageModel, samples: Samples, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltlm.guides.chain.MAX_EDGE_SUMS", 1)
     chain = learned(states, model, samples)
     assert len(chain.mass) == 1
     assert len(chain.weight) == LENGTH
-    ending = (chain._end_rates() * chain.visits).sum(1) / chain.visits.sum(1)
-    # Few prefixes are at the last.
-    torch.testing.assert_close(ending[:-1], (chain.end_mass.sum(1) / chain.weight.sum(1))[:-1], rtol=0.05, atol=0)
-    assert float(ending.max()) > 1.1 * float(ending.min())
+    end_rates = (chain._end_rates() * chain.visits).sum(1) / chain.visits.sum(1)
+    # The last position has few prefixes.
+    torch.testing.assert_close(end_rates[:-1], (chain.end_mass.sum(1) / chain.weight.sum(1))[:-1], rtol=0.05, atol=0)
+    assert float(end_rates.max()) > 1.1 * float(end_rates.min())
     assert float(chain.values(states.passing())[0, states.start]) == pytest.approx(rate, rel=0.1)

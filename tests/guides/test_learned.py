@@ -1,4 +1,4 @@
-"""Learned states: a feature that nothing reads off a prefix is guided too, noise is not, and nothing is refused."""
+"""Learned states: they guide toward features without an automaton, and noise gives none."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def guided(name: str, with_guide: Guide) -> Tensor:
     return base().logprob(replace(truth(name).samples, guide=with_guide, settings=SamplingSettings())).sum(-1)
 
 
-def ess_share(name: str, law: Tensor) -> float:
-    """ESS/N of weights P/q, exactly."""
+def ess_share(name: str, logprob: Tensor) -> float:
+    """The exact ESS/N of weights P/q."""
     p = truth(name).logprob
-    return 1 / float(torch.where(p.isfinite(), 2 * p - law, -math.inf).exp().sum())
+    return 1 / float(torch.where(p.isfinite(), 2 * p - logprob, -math.inf).exp().sum())
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_guided_law_is_nearer_and_its_weights_are_more_even(name: str) -> None:
+def test_the_guided_base_is_nearer_and_its_weights_are_more_even(name: str) -> None:
     known = truth(name)
     own = guided(name, guide(name))
     before, after = exact_kl(known.logprob, known.base_logprob), exact_kl(known.logprob, own)
@@ -81,19 +81,21 @@ def test_the_guided_law_is_nearer_and_its_weights_are_more_even(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["filter", "without"])
-def test_a_filter_is_met_far_more_often(name: str) -> None:
+def test_far_more_texts_pass_a_filter_without_an_automaton(name: str) -> None:
     hits = truth(name).features[:, 0] > 0
-    by_base, by_guide = (float(law.exp()[hits].sum()) for law in (truth(name).base_logprob, guided(name, guide(name))))
+    by_base, by_guide = (
+        float(logprob.exp()[hits].sum()) for logprob in (truth(name).base_logprob, guided(name, guide(name)))
+    )
     assert 1 - by_guide < 0.6 * (1 - by_base)
     samples = base().sample(500, seed=0, max_completion_length=LENGTH, guide=guide(name))
     assert float(TARGETS[name].features[0](samples.texts).mean()) == pytest.approx(by_guide, abs=0.05)
 
 
-def test_what_an_automaton_tells_is_kept_and_the_rest_is_learned() -> None:
-    """Beside a word, an expression: nearer than under the automaton's own states."""
+def test_learned_states_add_to_the_automaton() -> None:
+    """For a word and a regular expression, the guide is nearer than with the automaton of the word alone."""
     known, sample = truth("mixed"), drawn("mixed")
-    blind = TiltedTarget(TARGETS["mixed"].terms[:1])
-    states = estimate_values(base(), blind, BaseSample(sample.samples, sample.features[:, :1], LENGTH))
+    word_only = TiltedTarget(TARGETS["mixed"].terms[:1])
+    states = estimate_values(base(), word_only, BaseSample(sample.samples, sample.features[:, :1], LENGTH))
     automaton_only = guided("mixed", states.guide(TARGETS["mixed"].log_tilt(sample.features)))
     own = guided("mixed", guide("mixed"))
     assert exact_kl(known.logprob, own) < 0.7 * exact_kl(known.logprob, automaton_only)
@@ -101,14 +103,14 @@ def test_what_an_automaton_tells_is_kept_and_the_rest_is_learned() -> None:
 
 
 @pytest.mark.parametrize("n", [60, 200, 1000])
-def test_few_samples_do_no_harm(n: int) -> None:
+def test_with_few_samples_the_guide_is_not_farther_than_the_base(n: int) -> None:
     for name in ("filter", "reward"):
         known = truth(name)
         assert exact_kl(known.logprob, guided(name, guide(name, n))) < exact_kl(known.logprob, known.base_logprob)
 
 
 def noise(n: int, seed: int, filtered: bool) -> tuple[TiltedTarget, BaseSample]:
-    """Values that have nothing to do with the texts."""
+    """Values independent of the texts."""
     feature: Feature = regex("x").renamed("noise") if filtered else callable_feature(lead_of_a)
     target = TiltedTarget((Term(feature, "filter") if filtered else Term(feature, "reward", None, 1.0),))
     samples = drawn("filter", n).samples
@@ -118,33 +120,33 @@ def noise(n: int, seed: int, filtered: bool) -> tuple[TiltedTarget, BaseSample]:
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("n", [100, 1000])
-def test_noise_teaches_nothing(n: int, filtered: bool) -> None:
+def test_noise_gives_no_learned_states(n: int, filtered: bool) -> None:
     learned = [estimate_values(base(), *noise(n, seed, filtered)).learned for seed in range(20)]
     assert sum(states is not None for states in learned) <= 2
 
 
-def test_without_a_hit_in_both_halves_nothing_is_learned() -> None:
+def test_both_halves_need_a_passing_text() -> None:
     target, sample = noise(100, 0, True)
     one = torch.zeros_like(sample.features)
     one[7] = 1
-    twist = estimate_values(base(), target, replace(sample, features=one))
-    assert len(twist.states.transitions) == 1
-    assert twist.learned is None
-    assert bool(torch.isfinite(twist.guide(target.log_tilt(one)).log_value_table).all())
+    values_of_states = estimate_values(base(), target, replace(sample, features=one))
+    assert len(values_of_states.states.transitions) == 1
+    assert values_of_states.learned is None
+    assert bool(torch.isfinite(values_of_states.guide(target.log_tilt(one)).log_value_table).all())
 
 
 @pytest.mark.parametrize("name", ["reward", "mixed"])
-def test_with_room_for_few_states_it_is_still_a_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_few_states_the_guided_base_is_still_normalized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiltlm.guides.estimate.MAX_STATES", 3)
     target, sample = TARGETS[name], drawn(name)
     few = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     assert len(few.transitions) < len(guide(name).transitions)
-    law = guided(name, few)
-    assert float(law.exp().sum()) == pytest.approx(1, abs=1e-9)
-    assert exact_kl(truth(name).logprob, law) < exact_kl(truth(name).logprob, truth(name).base_logprob)
+    logprob = guided(name, few)
+    assert float(logprob.exp().sum()) == pytest.approx(1, abs=1e-9)
+    assert exact_kl(truth(name).logprob, logprob) < exact_kl(truth(name).logprob, truth(name).base_logprob)
 
 
-def test_the_same_samples_teach_the_same_states() -> None:
+def test_the_same_samples_give_the_same_states() -> None:
     target, sample = TARGETS["reward"], drawn("reward")
     again = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     assert torch.equal(again.transitions[:], guide("reward").transitions[:])
@@ -152,21 +154,23 @@ def test_the_same_samples_teach_the_same_states() -> None:
     assert 2 < len(again.transitions) <= LEVELS + 2
 
 
-def test_what_the_automata_tell_is_not_learned_again() -> None:
+def test_features_with_automata_need_no_learned_states() -> None:
     word = TiltedTarget((Term(contains("c"), "filter"),))
     sample = draw_base_sample(base(), word.features, 500, None, LENGTH, seed=3)
     assert estimate_values(base(), word, sample).learned is None
 
 
-def test_a_tilt_that_leans_further_makes_the_levels_tell_more() -> None:
+def test_a_stronger_tilt_spreads_the_values_of_levels() -> None:
     sample, values = drawn("reward"), drawn("reward").features[:, 0]
-    twist = estimate_values(base(), TARGETS["reward"], sample)
-    spread = [float(twist.guide(strength * values).log_value_table[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)]
+    values_of_states = estimate_values(base(), TARGETS["reward"], sample)
+    spread = [
+        float(values_of_states.guide(strength * values).log_value_table[1].std()) for strength in (0.0, 0.4, 0.9, 1.4)
+    ]
     assert spread[0] < 0.1 * spread[2]
     assert spread == sorted(spread)
 
 
-def test_samples_of_another_law_teach_by_their_weights() -> None:
+def test_samples_of_another_distribution_count_by_their_weights() -> None:
     target, known = TARGETS["reward"], truth("reward")
     mixed = base().sample(MANY, seed=5, max_completion_length=LENGTH, guide=guide("reward"))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Foresight: the rate of a filter that no sample passed, and a sample to fit on, against a model that can be listed."""
+"""Rare-event estimate: the pass rate of a filter that no sample passed, and a sample to fit on, against enumeration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiltlm.targets import BaseSample, draw_base_sample, fit_target, target_term
 from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 
 LENGTH = 4
-# Rare phrases of the tiny vocabulary, one alone and one beside a word that must not come.
+# Rare phrases of the tiny vocabulary, one alone and one with a forbidden word.
 FILTERS = {
     "phrase": [{"contains": "d b c"}],
     "phrase without a word": [{"contains": "c d"}, {"not": {"contains": "a"}}],
@@ -37,14 +37,14 @@ def base() -> LanguageModel:
 
 
 def without_hits(base: LanguageModel, features: list[Feature], n: int, seed: int) -> BaseSample:
-    """Samples of the base of which none passes all."""
+    """Samples of the base without those that pass all features."""
     samples = base.sample(n, seed=seed, max_completion_length=LENGTH)
     samples = samples.select(~(measure(features, samples.texts) > 0).all(1))
     return BaseSample(samples, measure(features, samples.texts), LENGTH)
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_it_estimates_the_rate_of_what_it_has_never_seen(base: LanguageModel, name: str) -> None:
+def test_it_estimates_a_pass_rate_without_a_passing_sample(base: LanguageModel, name: str) -> None:
     filters = [build_feature(form) for form in FILTERS[name]]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     passing = (measure(filters, listed.texts) > 0).all(1)
@@ -57,8 +57,8 @@ def test_it_estimates_the_rate_of_what_it_has_never_seen(base: LanguageModel, na
     assert found.reliable
 
 
-def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp_path: Path) -> None:
-    """A filter that hardly a sample passes and a moment under it: log Z, λ and E_p against enumeration."""
+def test_a_target_fitted_on_guided_texts_is_right(base: LanguageModel, tmp_path: Path) -> None:
+    """A rare filter and a moment under it: log Z, λ and E_p against enumeration."""
     terms = target_terms([(contains("d b"), 1.0), (contains("a"), 0.6)])
     features = [term.feature for term in terms]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
@@ -74,21 +74,21 @@ def test_a_target_fitted_on_what_it_found_is_the_target(base: LanguageModel, tmp
     assert share == pytest.approx(0.6, abs=0.04)
     kl = float((truth.logprob.exp() * (truth.logprob - truth.base_logprob)).nan_to_num(0.0).sum())
     assert abs(fitted.report.kl_p_a.value - kl) < 4 * fitted.report.kl_p_a.se
-    # What the base writes is told from all samples, each with its weight.
+    # The base's rate is estimated from all samples, each with its weight.
     rate = float(listed.sequence_logprob.exp() @ measure(features, listed.texts)[:, 0])
     assert abs(fitted.report.terms[0].base.value - rate) < 4 * fitted.report.terms[0].base.se
     own = sample.of_the_base()
     assert own.base_logprob is None
     assert torch.equal(own.samples.tokens, few.samples.tokens)
     torch.testing.assert_close(own.samples.proposal_logprob, few.samples.proposal_logprob, rtol=0, atol=1e-5)
-    # A guide made of it is nearer than one of the base's samples alone.
-    kept = estimate_values(base, fitted, sample)
-    assert kept.states.values is not None
-    guide = kept.guide(sample.log_weights(fitted), sample.log_ratio, fitted.log_tilt(kept.states.values))
+    # A guide from these samples is nearer to the target than the base.
+    values = estimate_values(base, fitted, sample)
+    assert values.states.values is not None
+    guide = values.guide(sample.log_weights(fitted), sample.log_ratio, fitted.log_tilt(values.states.values))
     with torch.no_grad():
-        law = base.logprob(replace(listed, guide=guide, settings=SamplingSettings())).sum(-1)
-    assert float((truth.logprob.exp() * (truth.logprob - law)).nan_to_num(0.0).sum()) < 0.3 * kl
-    # And it survives a checkpoint.
+        logprob = base.logprob(replace(listed, guide=guide, settings=SamplingSettings())).sum(-1)
+    assert float((truth.logprob.exp() * (truth.logprob - logprob)).nan_to_num(0.0).sum()) < 0.3 * kl
+    # A checkpoint keeps the sample.
     save_base_sample(tmp_path, sample)
     again = load_base_sample(tmp_path, base)
     assert again is not None
@@ -101,11 +101,11 @@ def test_weights_of_the_mixture_have_mean_one_and_a_bound(base: LanguageModel) -
     sample = estimate_rare_event(base, filters, filters, without_hits(base, filters, 300, 1), n=300, seed=2).base_sample
     ratio = sample.log_ratio.exp()
     assert float(ratio.mean()) == pytest.approx(1, abs=5 * float(ratio.std()) / len(ratio) ** 0.5)
-    # The base's share bounds a/m.
+    # One over the base's mixture weight bounds a/m.
     assert float(ratio.max()) <= len(ratio) / (sample.plain or 0) + 1e-9
 
 
-def test_enough_samples_that_pass_need_no_foresight(base: LanguageModel) -> None:
+def test_only_filters_that_few_samples_pass_are_rare(base: LanguageModel) -> None:
     for feature, rare in ((contains("a"), False), (contains("d b c"), True)):
         terms = target_terms([(feature, 1.0)])
         sample = draw_base_sample(base, [feature], 1000, None, LENGTH, seed=1)
@@ -114,8 +114,8 @@ def test_enough_samples_that_pass_need_no_foresight(base: LanguageModel) -> None
     assert rare_filters(terms, draw_base_sample(base, [terms[0].feature], 200, None, LENGTH)) == []
 
 
-def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: LanguageModel) -> None:
-    """With all completions by their probability ψ of the start is the rate, up to what the states do not tell."""
+def test_with_many_prefixes_the_value_of_the_start_is_the_rate(base: LanguageModel) -> None:
+    """And the guided base is normalized."""
     filters = [build_feature({"contains": "d"})]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     rate = float(listed.sequence_logprob.exp()[measure(filters, listed.texts)[:, 0] > 0].sum())
@@ -123,15 +123,15 @@ def test_a_chain_that_saw_every_prefix_promises_what_its_states_promise(base: La
     states = build_token_states(base, filters, many)
     chain = MarkovChain.empty(states, LENGTH)
     chain.add_samples(base, many)
-    promise = chain.values(states.passing())
-    assert float(promise[0, states.start]) == pytest.approx(rate, rel=0.1)
-    law = replace(listed, guide=build_guide(states, promise, states.passing()), settings=SamplingSettings())
+    values = chain.values(states.passing())
+    assert float(values[0, states.start]) == pytest.approx(rate, rel=0.1)
+    guided = replace(listed, guide=build_guide(states, values, states.passing()), settings=SamplingSettings())
     with torch.no_grad():
-        assert float(base.logprob(law).sum(-1).exp().sum()) == pytest.approx(1, abs=1e-6)
+        assert float(base.logprob(guided).sum(-1).exp().sum()) == pytest.approx(1, abs=1e-6)
 
 
-def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageModel) -> None:
-    """Learning from guided samples, weighed, gives the mean laws of the base in each state."""
+def test_weighted_prefixes_of_guided_samples_give_the_chain_of_the_base(base: LanguageModel) -> None:
+    """Edge probabilities from guided samples, with weights, agree with those from samples of the base."""
     filters = [build_feature({"contains": "d b"})]
     samples = base.sample(4000, seed=4, max_completion_length=LENGTH)
     states = build_token_states(base, filters, samples)
@@ -145,12 +145,12 @@ def test_prefixes_of_guided_samples_are_weighed_back_to_the_base(base: LanguageM
     often = (plain.visits > 300) & (guided.visits > 300)
     assert int(often.sum()) >= 2
     rows, seen = often.any(0), [chain._edge_sums() for chain in (plain, guided)]
-    steps = [(one.mass / one.per_edge(one.weight).clamp_min(1e-9))[one.per_edge(rows)] for one in seen]
-    assert float((steps[0] - steps[1]).abs().max()) < 0.06
+    edges = [(one.mass / one.per_edge(one.weight).clamp_min(1e-9))[one.per_edge(rows)] for one in seen]
+    assert float((edges[0] - edges[1]).abs().max()) < 0.06
     assert torch.allclose(plain.weight[often], guided.weight[often], rtol=0.25)
 
 
-def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageModel) -> None:
+def test_advice_gives_the_number_of_samples_or_says_that_the_estimate_is_unreliable(base: LanguageModel) -> None:
     feature = contains("d")
     sample = draw_base_sample(base, [feature], 100, None, LENGTH, seed=0)
     guide = build_token_states(base, [feature], sample.samples).guide(torch.zeros(1, 2))
@@ -164,14 +164,14 @@ def test_its_advice_says_how_many_samples_or_that_none_would_do(base: LanguageMo
     assert not replace(found, log_weights=uneven).reliable
 
 
-def test_what_cannot_be_read_off_a_prefix_is_refused(base: LanguageModel) -> None:
+def test_filters_without_an_automaton_are_refused(base: LanguageModel) -> None:
     sample = draw_base_sample(base, [length("characters")], 20, None, LENGTH, seed=0)
     with pytest.raises(UsageError, match="cannot"):
         estimate_rare_event(base, [length("characters")], [length("characters")], sample)
 
 
-def test_what_cannot_be_written_at_all_is_told_and_no_crash(base: LanguageModel) -> None:
-    """No token of the vocabulary makes the word, so that no state promises anything."""
+def test_a_word_that_no_tokens_form_has_no_hits(base: LanguageModel) -> None:
+    """All values are 0, so the guide is constant."""
     feature = contains("zebra")
     found = estimate_rare_event(
         base, [feature], [feature], draw_base_sample(base, [feature], 100, None, LENGTH, seed=1), n=50

@@ -1,4 +1,4 @@
-"""A second look with guides: λ where the base's samples hardly show what carries the target's weight."""
+"""Refitting with guided texts, where few samples of the base carry the target's weight."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def base() -> LanguageModel:
     return tiny_model("gpt2", "pad_is_eos")
 
 
-def test_weights_are_right_though_guides_were_made_of_the_same_samples(base: LanguageModel) -> None:
-    """What the base does, told by the mixture, over many small fits."""
+def test_weights_are_unbiased_though_guides_come_from_the_same_samples(base: LanguageModel) -> None:
+    """Weighted means over the mixture, averaged over many small fits, are those of the base."""
     terms = target_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
     features = [term.feature for term in terms]
     listed = enumerate_completions(base, max_completion_length=LENGTH)
@@ -44,28 +44,28 @@ def test_weights_are_right_though_guides_were_made_of_the_same_samples(base: Lan
     assert bool(((table.mean(0) - truth).abs() < 3.5 * error).all())
 
 
-def test_a_fit_is_nearer_to_the_truth_after_a_second_look(base: LanguageModel) -> None:
+def test_a_fit_is_nearer_to_the_truth_after_refitting(base: LanguageModel) -> None:
     terms = target_terms([(contains("d b"), 0.3), (contains("c a"), 0.25)])
     features = [term.feature for term in terms]
     drawn = draw_base_sample(base, features, 160, None, LENGTH, seed=3)
     before = fit_target(terms, drawn)
     after = refit(base, before, n=400, seed=5)
     listed = enumerate_completions(base, max_completion_length=LENGTH)
-    law = listed.sequence_logprob.double()
+    base_logprob = listed.sequence_logprob.double()
     phi = measure(features, listed.texts).double()
 
-    def misses(target: FittedTarget) -> float:
-        p = target.log_score(law, phi).softmax(0)
+    def error(target: FittedTarget) -> float:
+        p = target.log_score(base_logprob, phi).softmax(0)
         return float((p @ phi - torch.tensor([0.3, 0.25])).abs().max())
 
-    assert misses(after) < misses(before)
+    assert error(after) < error(before)
     assert after.report.ess.value > before.report.ess.value
 
 
-def test_only_a_fit_whose_weight_a_few_texts_carry_is_looked_at_again(base: LanguageModel) -> None:
+def test_only_a_fit_whose_weight_a_few_texts_carry_needs_refitting(base: LanguageModel) -> None:
     rare, common = contains("d b"), contains("a")
     few = draw_base_sample(base, [rare], 160, None, LENGTH, seed=0)
     many = draw_base_sample(base, [common], 640, None, LENGTH, seed=0)
     assert needs_refit(fit_target(target_terms([(rare, 0.3)]), few))
     assert not needs_refit(fit_target(target_terms([(common, 0.6)]), many))
-    assert not needs_refit(fit_target(target_terms([(rare, 1.0)]), few))  # a filter has a foresight of its own
+    assert not needs_refit(fit_target(target_terms([(rare, 1.0)]), few))  # filters have the rare-event estimate

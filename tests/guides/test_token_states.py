@@ -1,4 +1,4 @@
-"""From characters to tokens: transitions are steps over what the tokens write, also where states are merged."""
+"""From characters to tokens: a transition reads the characters of a token, also where states are merged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tiltlm.guides.token_states import (
 )
 from tiltlm.lm import LanguageModel, Samples
 
-# What a byte that is only part of a character decodes to; its state is a guess.
+# A byte that is part of a character decodes to this; its state is not defined.
 PART = "\ufffd"
 
 FEATURES: dict[str, list[Feature]] = {
@@ -62,7 +62,7 @@ def embedded() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def samples(embedded: LanguageModel) -> Samples:
-    """Samples of the embedded model whose every character is whole."""
+    """Samples of the embedded model without partial characters."""
     drawn = embedded.sample(80, seed=0, max_completion_length=12)
     texts = [embedded.tokenizer.decode(ids) for ids in drawn.completion_ids]
     return drawn.select(torch.tensor([text.isascii() for text in texts]))
@@ -70,7 +70,7 @@ def samples(embedded: LanguageModel) -> Samples:
 
 @pytest.fixture(scope="module")
 def states_of(embedded: LanguageModel, samples: Samples) -> Callable[[str], TokenStates]:
-    """The states of FEATURES by name; thousands of them take a while, so each is found once."""
+    """The states of FEATURES by name, built once each because they take seconds."""
     return cache(lambda name: build_token_states(embedded, FEATURES[name], samples))
 
 
@@ -105,18 +105,18 @@ def follow(states: TokenStates, tokens: torch.Tensor) -> torch.Tensor:
 def test_transitions_are_steps_over_the_decoded_text(
     embedded: LanguageModel, samples: Samples, name: str, states_of: Callable[[str], TokenStates]
 ) -> None:
-    """Prefixes of samples and tokens at random: one state of the guide for each that the text has, and back."""
+    """For random prefixes and tokens, states of the guide and of the automaton correspond one to one."""
     automaton, states = automaton_of(FEATURES[name]), states_of(name)
-    assert len(states.transitions.places) < MAX_PLACES  # so none is missing
+    assert len(states.transitions.places) < MAX_PLACES  # all places are kept
     before = follow(states, samples.tokens)
-    chance = random.Random(0)
+    rng = random.Random(0)
     prefixes = [(i, t) for i, ids in enumerate(samples.completion_ids) for t in range(len(ids))]
     decode = embedded.tokenizer.decode
     paired: dict[int, State] = {}
     frequent = [embedded.tokenizer.encode(f" {w}")[0] for w in ("he", "she", "her", "in", "the", "was", "New", "born")]
-    for i, t in chance.sample(prefixes, 400):
+    for i, t in rng.sample(prefixes, 400):
         ids = samples.completion_ids[i][:t]
-        for token in [*chance.sample(range(embedded.vocab_size), 6), *frequent]:
+        for token in [*rng.sample(range(embedded.vocab_size), 6), *frequent]:
             if token in embedded.eos_ids or PART in decode([token]):
                 continue
             state = read(automaton, decode([*ids, token], skip_special_tokens=True))
@@ -126,8 +126,8 @@ def test_transitions_are_steps_over_the_decoded_text(
     assert max(paired) < len(states.transitions)
 
 
-def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageModel, samples: Samples) -> None:
-    """A phrase that no sample holds is read to its end, and what its last state says is known from a text of it."""
+def test_states_that_no_sample_visited_fill_the_remaining_places(embedded: LanguageModel, samples: Samples) -> None:
+    """A phrase that is in no sample has all its states, and the last one has the value of the phrase."""
     phrase = "purple elephants dance"
     assert not any(phrase in text for text in samples.texts)
     states = build_token_states(embedded, [contains(phrase)], samples)
@@ -142,7 +142,7 @@ def test_states_that_no_sample_passed_fill_up_what_is_left(embedded: LanguageMod
 def test_values_of_states_are_those_of_texts_that_end_there(
     samples: Samples, states_of: Callable[[str], TokenStates]
 ) -> None:
-    """On every sample that ends in a state that is one text's alone: the features agree."""
+    """The features of samples agree with the values of their last states."""
     for name, features in FEATURES.items():
         states = states_of(name)
         if any(feature.automaton() is None for feature in features):
@@ -163,16 +163,16 @@ def test_an_end_keeps_the_state(embedded: LanguageModel, name: str, states_of: C
         assert states.transitions[:, eos].tolist() == list(range(s, 2 * s))
     others = states.transitions[:][:, [i for i in range(embedded.vocab_size) if i not in embedded.eos_ids]]
     assert 0 <= int(others.min()) <= int(others.max()) < s
-    # A special token writes nothing.
+    # A special token adds no characters.
     assert states.transitions[:, 0].tolist() == list(range(s))
 
 
 @pytest.mark.parametrize("features", TINY)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_the_last_state_of_every_completion_settles_the_values(tokens: str, features: str) -> None:
-    """Also where one of several EOS tokens is a word itself."""
+def test_the_last_state_of_every_completion_determines_the_values(tokens: str, features: str) -> None:
+    """Also where one of several EOS tokens is a word."""
     model = tiny_model("gpt2", tokens)
-    # States are those of longer texts too, so that none is left out because it is only ever the last.
+    # Longer texts, so that states which only end texts of four tokens are visited before an end too.
     states = build_token_states(model, TINY[features], enumerate_completions(model, max_completion_length=5))
     listed = enumerate_completions(model, max_completion_length=4)
     last = follow(states, listed.tokens)[:, -1].tolist()
@@ -195,29 +195,29 @@ def test_the_texts_of_tokens_join_to_the_text(embedded: LanguageModel, samples: 
     assert len({len(text) for text in token_texts(tiny)}) > 1
 
 
-def test_an_embedding_without_a_token_writes_nothing() -> None:
+def test_embeddings_beyond_the_tokenizer_add_no_characters() -> None:
     model = tiny_model("gpt2", "pad_is_eos").copy()
     model.model.resize_token_embeddings(8)
     assert token_texts(model)[5:] == ["", "", ""]
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_tree_of_tokens_reads_as_each_token_alone(name: str) -> None:
+def test_a_trie_of_tokens_reads_like_each_token_alone(name: str) -> None:
     automaton = automaton_of(FEATURES[name])
     letters = "hes wa\nNYork"
-    chance = random.Random(0)
+    rng = random.Random(0)
     texts = [
         "",
         " he",
         " her",
         "he",
         "he",
-        *("".join(chance.choices(letters, k=chance.randrange(6))) for _ in range(80)),
+        *("".join(rng.choices(letters, k=rng.randrange(6))) for _ in range(80)),
     ]
-    tree, memo = TokenTrie(texts), {}
+    trie, memo = TokenTrie(texts), {}
     for before in ("", "he", "s", "he was", "New", "the ", "Ne"):
         count, place = read(automaton, before)
-        found = tree.read_all(ChangeRecorder(automaton), (place, ()), memo)
+        found = trie.read_all(ChangeRecorder(automaton), (place, ()), memo)
         assert [(_apply_changes(automaton, count, changes), after) for after, changes in found] == [
             read(automaton, before + text) for text in texts
         ]
@@ -242,7 +242,7 @@ def test_too_many_states_are_merged_and_the_guide_still_samples(
         torch.testing.assert_close(embedded.logprob(drawn), drawn.proposal_logprob, rtol=0, atol=1e-4)
 
 
-def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
+def test_with_few_places_the_coarse_ones_of_all_samples_are_kept(
     embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", 1)
@@ -253,16 +253,16 @@ def test_with_room_for_few_states_the_coarse_ones_of_all_samples_are_kept(
         assert len(states.transitions.places) == len({automaton.start[1], *coarse})
 
 
-def test_a_merged_guide_is_still_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guide_over_merged_states_is_still_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2", "pad_is_eos")
     listed = enumerate_completions(model, max_completion_length=4)
     monkeypatch.setattr("tiltlm.guides.token_states.MAX_PLACES", 2)
     states = build_token_states(model, TINY["both"], listed)
-    twist = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
+    log_values = torch.randn(5, 2 * len(states.transitions), generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        law = model.logprob(replace(listed, guide=states.guide(twist))).sum(-1).exp()
-    assert float(law.sum()) == pytest.approx(1, abs=1e-9)
-    assert float((law - listed.sequence_logprob.exp()).abs().sum()) > 0.05
+        probabilities = model.logprob(replace(listed, guide=states.guide(log_values))).sum(-1).exp()
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-9)
+    assert float((probabilities - listed.sequence_logprob.exp()).abs().sum()) > 0.05
 
 
 def test_without_any_automaton_the_features_are_named() -> None:
@@ -273,10 +273,10 @@ def test_without_any_automaton_the_features_are_named() -> None:
     assert len(build_token_states(model, [regex("a+"), contains("a")], listed).transitions) > 1
 
 
-def test_the_states_that_are_kept_are_those_without_which_most_would_be_missed(
+def test_places_are_kept_where_the_coarse_one_would_diverge_most(
     embedded: LanguageModel, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beginnings of words that are read often and come to nothing leave room for rarer ones that count."""
+    """Frequent beginnings of words without a value make room for rarer ones with a value."""
     feature = sentiment()
     automaton = automaton_of([feature])
     totals = [read(automaton, text)[0] for text in samples.texts]

@@ -1,4 +1,4 @@
-"""The twist: it comes near the exact promise of a prefix, and a guide made of it brings the base near the target."""
+"""The value function is near the exact values of prefixes, and its guide brings the base near the target."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def truth(name: str) -> ExactTarget:
 
 
 @cache
-def twist(name: str) -> ValueFunction:
+def value_function(name: str) -> ValueFunction:
     return estimate_values(base(), TARGETS[name], drawn(name))
 
 
@@ -72,9 +72,9 @@ def guided(name: str, with_guide: Guide) -> Tensor:
     return base().logprob(listed).sum(-1)
 
 
-def promises(name: str) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-    """E_a[P/a | state after t tokens] and the probability of being there, by enumeration."""
-    known, own = truth(name), twist(name).states
+def exact_values(name: str) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+    """E_a[P/a | state after t tokens] and the probability of the state, by enumeration."""
+    known, own = truth(name), value_function(name).states
     states = own.guide(torch.zeros(1, 2 * len(own.transitions)))
     above: dict[tuple[int, int], float] = defaultdict(float)
     below: dict[tuple[int, int], float] = defaultdict(float)
@@ -90,9 +90,9 @@ def promises(name: str) -> tuple[dict[tuple[int, int], float], dict[tuple[int, i
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_with_many_samples_the_twist_is_the_exact_promise(name: str) -> None:
-    """Up to a constant, in states and positions that samples visit often; the values at neighbours are mixed in."""
-    exact, visits = promises(name)
+def test_with_many_samples_values_are_near_the_exact_ones(name: str) -> None:
+    """Up to a constant, in states and positions that samples visit often."""
+    exact, visits = exact_values(name)
     own = guide(name)
     z = math.exp(truth(name).log_z)
     error = total = 0.0
@@ -100,7 +100,7 @@ def test_with_many_samples_the_twist_is_the_exact_promise(name: str) -> None:
         found = float(own.log_value_table[t, state].exp())
         error += visits[t, state] * abs(found - value / z)
         total += visits[t, state] * value / z
-        # No text goes on from a final state, so that it knows its value and not an average.
+        # A final state has one value, which is not averaged over continuations.
         if (state >= len(own.transitions) or t == LENGTH) and visits[t, state] > 0.003:
             assert found == pytest.approx(max(value / z, MIN_VALUE), rel=0.12, abs=0.02)
     assert total == pytest.approx(LENGTH + 1, rel=0.6)
@@ -111,7 +111,7 @@ KL_SHARE = {"filter": 0.06, "rare filter": 0.05, "without": 0.04, "moment": 0.1,
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_guided_law_is_much_nearer_to_the_target_than_the_base(name: str) -> None:
+def test_the_guided_base_is_much_nearer_to_the_target_than_the_base(name: str) -> None:
     known = truth(name)
     before = exact_kl(known.logprob, known.base_logprob)
     after = exact_kl(known.logprob, guided(name, guide(name)))
@@ -119,7 +119,7 @@ def test_the_guided_law_is_much_nearer_to_the_target_than_the_base(name: str) ->
     assert 0 <= after < KL_SHARE[name] * before
 
 
-def test_few_samples_help_too_and_more_help_more() -> None:
+def test_few_samples_help_and_more_samples_help_more() -> None:
     known = truth("several")
     kls = [exact_kl(known.logprob, guided("several", guide("several", drawn("several", n)))) for n in (100, 1000, MANY)]
     assert exact_kl(known.logprob, known.base_logprob) > 1.5 * kls[0]
@@ -127,19 +127,19 @@ def test_few_samples_help_too_and_more_help_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["filter", "rare filter", "without"])
-def test_a_filter_is_met_far_more_often(name: str) -> None:
+def test_far_more_texts_pass_a_filter(name: str) -> None:
     known = truth(name)
     hits = known.features[:, 0] > 0
-    by_base, by_guide = (float(law.exp()[hits].sum()) for law in (known.base_logprob, guided(name, guide(name))))
+    by_base, by_guide = (float(x.exp()[hits].sum()) for x in (known.base_logprob, guided(name, guide(name))))
     assert by_base < 0.95
-    # So many times fewer texts fail.
+    # At least twenty times fewer texts fail.
     assert 1 - by_guide < 0.05 * (1 - by_base)
     samples = base().sample(500, seed=0, max_completion_length=LENGTH, guide=guide(name))
     assert float(TARGETS[name].features[0](samples.texts).mean()) == pytest.approx(by_guide, abs=0.03)
 
 
-def test_whatever_the_samples_the_guide_reaches_all_of_the_target() -> None:
-    """A state that no sample of the target passed may still lead there."""
+def test_the_guide_reaches_all_of_the_target_from_any_samples() -> None:
+    """States that no sample of the target visited keep a positive value."""
     few = drawn("several", 30, seed=1)
     own = guide("several", few)
     assert bool(torch.isfinite(own.log_value_table).all())
@@ -148,7 +148,7 @@ def test_whatever_the_samples_the_guide_reaches_all_of_the_target() -> None:
 
 
 def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
-    own, sample = twist("several"), drawn("several")
+    own, sample = value_function("several"), drawn("several")
     s = len(own.states.transitions)
     assert own.cells.shape == (MANY, LENGTH + 1)
     assert own.length == LENGTH
@@ -164,8 +164,8 @@ def test_cells_are_states_at_positions_and_an_end_is_counted_once() -> None:
         assert own.cells[row].tolist() == expected
 
 
-def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> None:
-    """One open state, four samples: means by hand, nearer positions weighing more."""
+def test_rare_cells_borrow_from_other_positions() -> None:
+    """One open state and four samples: means by hand, with more weight on nearer positions."""
     transitions = torch.tensor([[0, 1]])
     cells, nothing = torch.tensor([0, 2, 4, 6]), 8
     ends_after = [1, 1, 2, 3]
@@ -186,9 +186,9 @@ def test_few_samples_of_a_state_borrow_from_other_positions_and_from_all() -> No
     assert own.log_value_table[:, 1].exp().tolist() == pytest.approx([1.0] * 4)
 
 
-def test_a_constant_in_the_tilt_is_no_matter_and_the_same_samples_give_the_same_guide() -> None:
+def test_a_constant_tilt_changes_nothing_and_the_same_samples_give_the_same_guide() -> None:
     tilt = TARGETS["several"].log_tilt(drawn("several").features)
-    one, again, more = (twist("several").guide(t) for t in (tilt, tilt, tilt + 123.0))
+    one, again, more = (value_function("several").guide(t) for t in (tilt, tilt, tilt + 123.0))
     other = guide("several")
     assert torch.equal(one.log_value_table, again.log_value_table)
     assert torch.equal(one.log_value_table, other.log_value_table)
@@ -196,13 +196,13 @@ def test_a_constant_in_the_tilt_is_no_matter_and_the_same_samples_give_the_same_
     torch.testing.assert_close(one.log_value_table, more.log_value_table, rtol=0, atol=1e-9)
 
 
-def test_no_tilt_is_no_guide() -> None:
-    own = twist("several").guide(torch.zeros(MANY, dtype=torch.float64))
+def test_without_a_tilt_the_guide_is_constant() -> None:
+    own = value_function("several").guide(torch.zeros(MANY, dtype=torch.float64))
     torch.testing.assert_close(own.log_value_table, torch.zeros_like(own.log_value_table), rtol=0, atol=1e-9)
     torch.testing.assert_close(guided("several", own), truth("several").base_logprob, rtol=0, atol=1e-9)
 
 
-def test_samples_that_all_end_early_leave_the_full_length_open() -> None:
+def test_samples_that_all_end_early_still_give_a_guide_of_the_full_length() -> None:
     """Positions that no sample reached still have a value for every state."""
     sample = drawn("filter", 2000)
     short = sample.samples.lengths <= 3
@@ -213,25 +213,25 @@ def test_samples_that_all_end_early_leave_the_full_length_open() -> None:
     assert float(guided("filter", own).exp()[truth("filter").features[:, 0] > 0].sum()) > 0.9
 
 
-def test_a_feature_without_automaton_stands_beside_one_that_has() -> None:
-    """Its part of the tilt is averaged over, and the guided law is still nearer."""
+def test_a_feature_without_an_automaton_beside_one_with_an_automaton() -> None:
+    """Its part of the tilt is averaged over, and the guided base is still nearer."""
     target = TiltedTarget((Term(contains("a"), "filter"), Term(length("characters"), "reward", coefficient=0.1)))
     sample = draw_base_sample(base(), target.features, MANY, None, LENGTH, seed=0)
     known = exact_target(base(), target, truth("filter").samples)
     own = estimate_values(base(), target, sample).guide(target.log_tilt(sample.features))
     with torch.no_grad():
-        law = base().logprob(replace(known.samples, guide=own)).sum(-1)
-    assert exact_kl(known.logprob, law) < 0.4 * exact_kl(known.logprob, known.base_logprob)
+        guided_logprob = base().logprob(replace(known.samples, guide=own)).sum(-1)
+    assert exact_kl(known.logprob, guided_logprob) < 0.4 * exact_kl(known.logprob, known.base_logprob)
 
 
-def test_an_automaton_that_leaves_out_a_rule_is_believed_as_far_as_samples_bear_it_out() -> None:
-    """Of the texts that it says no of, a tenth are wanted: so is a state of which no sample ended."""
+def test_samples_correct_the_values_of_an_approximate_automaton() -> None:
+    """A tenth of the texts that it rejects pass; so the value is 0.1, also of a state in which no sample ended."""
     states = TokenStates.of(torch.tensor([[0, 1, 2, 3]] * 4), values=torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
     ended = torch.tensor([0] * 100 + [2] * 100)
     visited = torch.stack([torch.zeros_like(ended), 8 + ended], 1)
     weights = torch.tensor([1.0] * 10 + [0.0] * 90 + [1.0] * 100, dtype=torch.float64)
-    told = torch.tensor([-math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
-    guide = ValueFunction(states, visited, 1).guide(weights.log(), None, told)
-    worth = (guide.log_value_table[-1, 4:] + guide.log_scale).exp()
-    torch.testing.assert_close(worth[:2], torch.tensor([0.1, 0.1], dtype=torch.float64), atol=0.01, rtol=0)
-    torch.testing.assert_close(worth[2:], torch.tensor([1.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)
+    final_log_tilt = torch.tensor([-math.inf, -math.inf, 0.0, 0.0], dtype=torch.float64)
+    guide = ValueFunction(states, visited, 1).guide(weights.log(), None, final_log_tilt)
+    values = (guide.log_value_table[-1, 4:] + guide.log_scale).exp()
+    torch.testing.assert_close(values[:2], torch.tensor([0.1, 0.1], dtype=torch.float64), atol=0.01, rtol=0)
+    torch.testing.assert_close(values[2:], torch.tensor([1.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)

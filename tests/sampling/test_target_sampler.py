@@ -1,4 +1,4 @@
-"""Samplers on a model whose every completion is known: what they give follows the law that they say, exactly."""
+"""Samplers on an enumerable model: their texts follow the distribution that the forecast states."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def proposal(source: str | None = "base", target: TiltedTarget = TARGET, **setti
 
 @cache
 @torch.no_grad()
-def law_of(source: str) -> Tensor:
+def logprob_of(source: str) -> Tensor:
     """log q [N] of every completion."""
     if source == "guided":
         guided = replace(listed(), guide=proposal("guided").guide)
@@ -103,16 +103,16 @@ def law_of(source: str) -> Tensor:
 
 def exact_weights(source: str, target: TiltedTarget = TARGET) -> tuple[Tensor, Tensor]:
     """log w [N] and q [N] of every completion."""
-    return truth(target).target_logscore - law_of(source), law_of(source).exp()
+    return truth(target).target_logscore - logprob_of(source), logprob_of(source).exp()
 
 
-def chi_squared(samples: Samples, law: Tensor, prompt: str | None = None) -> float:
-    """The chance of counts that differ from the law at least as much; cells of few texts are put together."""
+def chi_squared(samples: Samples, distribution: Tensor, prompt: str | None = None) -> float:
+    """The p-value of the χ² test of the texts against a distribution [N]; rare completions form one cell."""
     places = {tuple(ids): i for i, ids in enumerate(listed(prompt).completion_ids)}
     counts = torch.zeros(len(places), dtype=torch.float64)
     for ids in samples.completion_ids:
         counts[places[tuple(ids)]] += 1
-    expected = law / law.sum() * len(samples)
+    expected = distribution / distribution.sum() * len(samples)
     assert float(counts[expected == 0].sum()) == 0
     rare = expected < 5
     cells = [(counts[~rare], expected[~rare]), (counts[rare].sum()[None], expected[rare].sum()[None])]
@@ -126,9 +126,9 @@ def drawn(n: int, sampler: str | Sampler, source: str, target: TiltedTarget = TA
     return sample_target(base(), target, n, sampler=sampler, proposal=source, **given)
 
 
-def assert_drawn_from(result: TargetSamples, law: Tensor, other: Tensor) -> None:
-    """The texts follow the law, and there are enough of them to tell it from another one."""
-    assert chi_squared(result.samples, law) > 1e-3
+def assert_drawn_from(result: TargetSamples, distribution: Tensor, other: Tensor) -> None:
+    """The texts follow a distribution, and are enough to reject another one."""
+    assert chi_squared(result.samples, distribution) > 1e-3
     assert chi_squared(result.samples, other) < 1e-6
 
 
@@ -143,16 +143,16 @@ def test_rejection_from_the_base_is_exact() -> None:
 
 
 @pytest.mark.parametrize("source", ["policy", "guided"])
-def test_rejection_under_a_bound_that_is_vouched_for(source: str) -> None:
+def test_rejection_with_a_given_bound(source: str) -> None:
     log_w, _ = exact_weights(source)
     result = drawn(1_500, Rejection(float(log_w.max())), source)
-    assert_drawn_from(result, truth().logprob.exp(), law_of("base").exp() * (log_w > -math.inf))
+    assert_drawn_from(result, truth().logprob.exp(), logprob_of("base").exp() * (log_w > -math.inf))
 
 
 @pytest.mark.parametrize("source", ["base", "policy", "guided"])
 def test_quasi_rejection_follows_p_beta(source: str) -> None:
     log_w, q = exact_weights(source)
-    # The guided base is so near that a higher bound changes nothing that could be seen.
+    # The guided base is so near that a higher bound has no visible effect.
     log_beta = float(log_w[log_w > -math.inf].quantile(0.05 if source == "guided" else 0.4))
     result = drawn(4_000, QuasiRejection(log_beta), source)
     p_beta = q * log_w.clamp_max(log_beta).exp()
@@ -160,7 +160,7 @@ def test_quasi_rejection_follows_p_beta(source: str) -> None:
     assert chi_squared(result.samples, truth().logprob.exp()) < (0.05 if source == "guided" else 1e-6)
 
 
-def test_quasi_rejection_that_settles_its_own_bound() -> None:
+def test_quasi_rejection_chooses_its_bound_on_the_pilot() -> None:
     sampler = TargetSampler(proposal("policy"), QuasiRejection(), 1_500, seed=4, pilot=512)
     forecast = sampler.forecast()
     assert forecast.closeness.kl.value <= 0.01 + 1e-9
@@ -172,12 +172,12 @@ def test_quasi_rejection_that_settles_its_own_bound() -> None:
     assert wanted.acceptance.value == pytest.approx(0.3)
 
 
-def test_long_chains_come_to_p() -> None:
+def test_long_chains_converge_to_p() -> None:
     result = drawn(2_000, Metropolis(chains=16, burn_in=30, thin=16), "policy")
-    assert_drawn_from(result, truth().logprob.exp(), law_of("policy").exp() * (truth().features[:, 0] > 0))
+    assert_drawn_from(result, truth().logprob.exp(), logprob_of("policy").exp() * (truth().features[:, 0] > 0))
 
 
-def test_short_chains_follow_the_law_that_is_foretold() -> None:
+def test_short_chains_follow_the_distribution_of_the_forecast() -> None:
     # A prompt for each text, so that no two texts share a chain.
     n, steps = 2_500, 2
     result = drawn(n, Metropolis(burn_in=steps), "base", prompts=[None] * n, pilot=2)
@@ -186,49 +186,49 @@ def test_short_chains_follow_the_law_that_is_foretold() -> None:
     start = q[hits] / q[hits].sum()
     moves = (q[hits] * (log_w[hits] - log_w[hits][:, None]).clamp_max(0).exp()).fill_diagonal_(0)
     moves = moves + torch.diag(1 - moves.sum(1))
-    law = torch.zeros_like(q)
-    law[hits] = start @ torch.linalg.matrix_power(moves, steps)
-    assert_drawn_from(result, law, truth().logprob.exp())
+    distribution = torch.zeros_like(q)
+    distribution[hits] = start @ torch.linalg.matrix_power(moves, steps)
+    assert_drawn_from(result, distribution, truth().logprob.exp())
     assert chi_squared(result.samples, q * hits) < 1e-6
 
 
-def test_resampling_follows_the_law_of_its_pool() -> None:
+def test_resampling_follows_the_distribution_of_its_pool_size() -> None:
     # A pool for each text, so that texts are independent.
     n, pool = 2_500, 3
     result = drawn(n, Resampling(oversample=pool, min_pool=1), "base", prompts=[None] * n, pilot=2)
     log_w, q = exact_weights("base")
     p = truth().logprob.exp()
-    # Of three draws the first one, given the sum of the other two, by enumeration of pairs of weights.
+    # The first of three draws, given the sum of the other two weights, by enumeration of pairs of weights.
     w = log_w.exp()
     values, place = w.unique(return_inverse=True)
-    chance = torch.zeros_like(values).index_add_(0, place, q)
-    pairs, sums = chance[:, None] * chance, values[:, None] + values
-    law = torch.stack(
+    probability = torch.zeros_like(values).index_add_(0, place, q)
+    pairs, sums = probability[:, None] * probability, values[:, None] + values
+    distribution = torch.stack(
         [q_x * w_x * pool * (pairs / (w_x + sums)).sum() if w_x > 0 else w_x for q_x, w_x in zip(q, w, strict=True)]
     )
-    assert_drawn_from(result, law, p)
+    assert_drawn_from(result, distribution, p)
 
 
-def test_a_large_pool_gives_each_text_its_share() -> None:
+def test_a_large_pool_follows_p() -> None:
     result = drawn(1_000, Resampling(oversample=40), "policy")
-    # Systematic resampling leaves less to chance than independent draws, so the test can only pass too often.
-    assert_drawn_from(result, truth().logprob.exp(), law_of("base").exp() * (truth().features[:, 0] > 0))
-    # Three pools, the last one smaller.
+    # Systematic resampling varies less than independent draws, so the test passes more often than it should.
+    assert_drawn_from(result, truth().logprob.exp(), logprob_of("base").exp() * (truth().features[:, 0] > 0))
+    # Three pools, the last one is smaller.
     sampler = Resampling(oversample=40, min_pool=512)
     assert (sampler.texts_per_pool, sampler.pool_size(1_000), result.draws) == (409, 16_360, 40_000)
 
 
-def test_the_guided_base_is_what_it_is_said_to_be() -> None:
+def test_the_guided_sampler_returns_draws_of_the_guided_base() -> None:
     result = drawn(3_000, "guided", "guided")
-    assert_drawn_from(result, law_of("guided").exp(), law_of("base").exp())
+    assert_drawn_from(result, logprob_of("guided").exp(), logprob_of("base").exp())
     assert result.draws == 3_000
     places = {tuple(ids): i for i, ids in enumerate(listed().completion_ids)}
     rows = [places[tuple(ids)] for ids in result.samples.completion_ids]
     torch.testing.assert_close(result.log_weights, exact_weights("guided")[0][rows], rtol=0, atol=1e-9)
 
 
-def foretold(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estimate, Closeness]:
-    """The truth of a forecast, by the exact forms of the same formulas."""
+def exact_forecast(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[Estimate, Closeness]:
+    """The exact forecast, by the same formulas on all completions."""
     match sampler:
         case Metropolis():
             return chain_acceptance(log_w, q), chain_law(log_w, sampler.burn_in, q)
@@ -260,7 +260,7 @@ def test_forecasts_hold(sampler: Sampler, source: str) -> None:
     work = TargetSampler(proposal(source, target), sampler, 5, seed=2, pilot=8_000)
     forecast = work.forecast()
     log_w, q = exact_weights(source, target)
-    acceptance, closeness = foretold(work.sampler, log_w, q, 5)
+    acceptance, closeness = exact_forecast(work.sampler, log_w, q, 5)
     plain = proposal_law(log_w, q)
     for name, found, exact in (
         ("acceptance", forecast.acceptance, acceptance),
@@ -283,16 +283,16 @@ def test_each_prompt_has_texts_of_its_own_target(sampler: Sampler) -> None:
     assert Counter(result.samples.prompt_texts) == {"a": 600, "b d": 600, None: 600}
     for place, prompt in enumerate(prompts):
         p = truth(TARGET, prompt).logprob
-        law = p.exp()
+        distribution = p.exp()
         if isinstance(sampler, QuasiRejection):
             with torch.no_grad():
                 q = policy().logprob(listed(prompt), settings=SamplingSettings()).sum(-1)
             log_w = truth(TARGET, prompt).target_logscore - q
-            law = q.exp() * log_w.clamp_max(1.0).exp()
+            distribution = q.exp() * log_w.clamp_max(1.0).exp()
         own = result.samples.select(result.samples.prompt_index == place)
         # The prompt makes a difference that would be seen.
         other = truth(TARGET, prompts[place - 1]).logprob.exp()
-        assert chi_squared(own, law, prompt) > 1e-3
+        assert chi_squared(own, distribution, prompt) > 1e-3
         assert chi_squared(own, other, prompt) < 1e-6
 
 
@@ -323,7 +323,7 @@ def test_a_seed_fixes_the_texts_and_is_none_that_fitted_the_target() -> None:
 
 
 class Counting(TargetProposal):
-    """A proposal that remembers how much it was asked for."""
+    """A proposal that records the sizes of its draws."""
 
     asked: list[int]
 
@@ -340,15 +340,15 @@ def counting(source: str, target: TiltedTarget = TARGET) -> Counting:
 
 
 @pytest.mark.parametrize("sampler", [Rejection(), QuasiRejection(), Metropolis(), Resampling(), GuidedBase()])
-def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
+def test_draws_come_in_rounds_and_as_many_as_forecast(sampler: Sampler) -> None:
     rejects = type(sampler) is Rejection
     source = counting("guided" if isinstance(sampler, GuidedBase) else "base", BINARY if rejects else TARGET)
     work = TargetSampler(source, sampler, 900, seed=0, pilot=1_500)
-    forecast, told = work.forecast(), []
-    texts = list(work.texts(lambda found, n: told.append((found, n))))
+    forecast, reported = work.forecast(), []
+    texts = list(work.texts(lambda found, n: reported.append((found, n))))
     assert sum(map(len, texts)) == work.found == 900
-    assert told[-1] == (900, 900)
-    assert [found for found, _ in told] == sorted(found for found, _ in told)
+    assert reported[-1] == (900, 900)
+    assert [found for found, _ in reported] == sorted(found for found, _ in reported)
     assert sum(source.asked) == work.drawn
     assert max(source.asked) <= ROUND_DRAWS
     exact = not isinstance(sampler, Rejection | Metropolis)
@@ -357,15 +357,15 @@ def test_draws_come_in_rounds_and_as_many_as_foretold(sampler: Sampler) -> None:
         assert all(float(part.log_weights.min()) > -math.inf for part in texts)
 
 
-def test_small_needs_are_met_by_the_pilot_alone() -> None:
+def test_the_pilot_suffices_for_few_texts() -> None:
     for sampler in (Rejection(), QuasiRejection(3.0), Metropolis(), Resampling()):
         result = drawn(4, sampler, "base", BINARY, pilot=1_000)
         assert result.draws == result.forecast.draws == 1_000
-    # Its weights decided on β, so its texts are no fair draws under that β.
+    # The pilot's weights determined β, so its draws are biased under that β.
     assert drawn(4, QuasiRejection(), "base", pilot=1_000).draws > 1_000
 
 
-def test_too_many_draws_are_refused_before_and_stopped_in_the_middle() -> None:
+def test_too_many_draws_are_refused_before_the_start_and_on_the_way() -> None:
     rare = TiltedTarget((Term(build_feature({"contains": "a b a b"}), "filter", 1.0),))
     assert math.exp(truth(rare).log_z) == pytest.approx(0.00097, abs=1e-5)
     with pytest.raises(
@@ -374,7 +374,7 @@ def test_too_many_draws_are_refused_before_and_stopped_in_the_middle() -> None:
         drawn(500, "rejection", "base", rare, pilot=4_000, max_draws=10_000)
     work = TargetSampler(proposal("base", rare), Rejection(), 9, seed=5, pilot=4_000, max_draws=10**6)
     work.forecast()
-    work.max_draws = work.forecast().draws  # as a pilot that was too hopeful would have it
+    work.max_draws = work.forecast().draws  # as after a pilot with too high an acceptance rate
     work.sampler = Rejection(math.log(4.0))
     with pytest.raises(UnreachableTargetError, match=r"9 texts take about [\d,]+ draws; [\d,]+ were found in"):
         list(work.texts())
@@ -385,7 +385,7 @@ def test_too_many_draws_are_refused_before_and_stopped_in_the_middle() -> None:
         drawn(5, "rejection", "base", rare, pilot=20)
 
 
-def test_what_is_uncertain_is_said() -> None:
+def test_notes_report_uncertainty() -> None:
     rare = TiltedTarget((Term(build_feature({"contains": "b b b"}), "filter", 1.0), WORDS))
     (note,) = drawn(2, "qrs", "base", rare, pilot=1_000).forecast.notes
     assert note.startswith("only ")
@@ -398,7 +398,7 @@ def test_what_is_uncertain_is_said() -> None:
     assert math.isfinite(few.closeness.kl.value)
 
 
-def test_adapters_on_shared_weights_are_the_same_three_laws() -> None:
+def test_adapters_on_shared_weights_give_the_same_distributions() -> None:
     roles = Roles(base().copy().with_lora(**LORA))
     for name, part in roles.trainable().items():
         part.data.add_(0.3 * torch.randn(part.shape, generator=torch.Generator().manual_seed(len(name))).to(part))
@@ -408,12 +408,12 @@ def test_adapters_on_shared_weights_are_the_same_three_laws() -> None:
     texts = Draws.concatenate(list(work.texts()))
     with torch.no_grad():
         q = roles.policy.logprob(listed(), settings=SamplingSettings()).sum(-1)
-    assert float((q - law_of("base")).abs().max()) > 0.1
+    assert float((q - logprob_of("base")).abs().max()) > 0.1
     log_w = truth().target_logscore - q
     assert chi_squared(texts.samples, q.exp() * log_w.clamp_max(2.0).exp()) > 1e-3
 
 
-def test_a_fitted_target_brings_what_it_needs() -> None:
+def test_a_fitted_target_sets_prompts_length_and_guide() -> None:
     fitted = constrain(base(), {AN_A.feature: 0.5}, samples=500, prompts=["a", "b"], max_completion_length=3, seed=0)
     result = sample_target(base(), fitted, 200, seed=0, pilot=400)
     assert result.forecast.source == "guided"
@@ -425,7 +425,7 @@ def test_a_fitted_target_brings_what_it_needs() -> None:
 
 
 def tuned() -> LanguageModel:
-    """A policy that comes near p by the exact gradient of KL(p‖π)."""
+    """A policy tuned near p with the exact gradient of KL(p‖π)."""
     model = base().copy()
     named = dict(model.model.named_parameters())
     optimizer = torch.optim.Adam(named.values(), lr=0.02)
@@ -465,7 +465,9 @@ def test_the_nearest_proposal_is_the_default() -> None:
         ("qrs", None, {"max_draws": 0}, "max_draws: 0"),
     ],
 )
-def test_what_cannot_work_is_refused(sampler: Any, source: Any, settings: dict[str, Any], said: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(
+    sampler: Any, source: Any, settings: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         drawn(3, sampler, source, **settings)
 
@@ -484,12 +486,12 @@ def test_what_cannot_work_is_refused(sampler: Any, source: Any, settings: dict[s
         ("rejection", {"log_beta": math.inf}, "log_beta: inf"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(name: str, settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_refused(name: str, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         build_sampler(name, **settings)
 
 
-def test_where_features_tell_nothing_there_is_no_bound_but_a_guide() -> None:
+def test_a_target_of_ones_own_has_no_known_bound_but_a_guide() -> None:
     class Own:
         features = (feature(lambda texts: [len(text) for text in texts], name="own"),)
 
@@ -502,7 +504,7 @@ def test_where_features_tell_nothing_there_is_no_bound_but_a_guide() -> None:
     assert result.forecast.source == "guided"
 
 
-def test_a_bound_that_does_not_hold_is_found_out() -> None:
+def test_a_false_bound_is_an_error() -> None:
     with pytest.raises(NumericalError, match=r"log_beta: 0 is no bound: log P\(x\)/q\(x\) is"):
         drawn(200, Rejection(0.0), "base")
 
@@ -520,7 +522,7 @@ def test_the_curve_trades_acceptance_against_divergence() -> None:
         exact = accepted_law(log_w, point.log_beta, q)
         assert abs(point.closeness.kl.value - exact.kl.value) < 4 * point.closeness.kl.se + 0.01
         assert abs(point.acceptance.value - acceptance_rate(log_w, point.log_beta, q).value) < 4 * point.acceptance.se
-    # Weights of 0 and 1 leave no choice.
+    # Weights of 0 and 1 give one point.
     binary = TargetSampler(proposal("base", TiltedTarget((NO_C,))), QuasiRejection(), 1, seed=0, pilot=500)
     points = binary.qrs_curve()
     assert len(points) == 1
