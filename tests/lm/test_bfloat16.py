@@ -19,7 +19,7 @@ from enumerable import PROMPTS, tiny_model
 from tiltlm.errors import UsageError
 from tiltlm.lm import LanguageModel, Roles, Samples, next_token
 from tiltlm.lm import sampling as sampling_module
-from tiltlm.lm.cache import RoomyLayer, reserve
+from tiltlm.lm.cache import ReservedLayer, reserve
 from tiltlm.lm.precision import FLOAT32_ATTENTION, FUSED_GELU, cache_dtype, native_bfloat16
 
 CPU = torch.device("cpu")
@@ -396,14 +396,14 @@ def test_roles_hold_the_base_frozen_and_the_policy_whole(given: bool) -> None:
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens that each use of a layer with room has come to."""
     seen: list[int] = []
-    update = RoomyLayer.update
+    update = ReservedLayer.update
 
-    def counted(layer: RoomyLayer, *args: Any, **kwargs: Any) -> Any:
+    def counted(layer: ReservedLayer, *args: Any, **kwargs: Any) -> Any:
         found = update(layer, *args, **kwargs)
         seen.append(found[0].shape[2])
         return found
 
-    monkeypatch.setattr(RoomyLayer, "update", counted)
+    monkeypatch.setattr(ReservedLayer, "update", counted)
     return seen
 
 
@@ -457,9 +457,9 @@ def test_other_caches_stay_what_they_are(architecture: str, monkeypatch: pytest.
     layers = list(getattr(cache, "layers", []))
     reserve(cache, 20)
     for before, after in zip(layers, getattr(cache, "layers", []), strict=True):
-        assert type(after) is (RoomyLayer if type(before) is DynamicLayer else type(before))
+        assert type(after) is (ReservedLayer if type(before) is DynamicLayer else type(before))
         assert (after is before) == (type(before) is not DynamicLayer)
-    assert any(type(layer) is RoomyLayer for layer in getattr(cache, "layers", [])) == (architecture == "lfm2")
+    assert any(type(layer) is ReservedLayer for layer in getattr(cache, "layers", [])) == (architecture == "lfm2")
 
 
 def keys_and_values(n: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -477,7 +477,7 @@ def test_a_layer_with_room_holds_what_transformers_own_does(capacity: int) -> No
     plain.update(*keys_and_values(2, 3, 0))
     reserve(cache, capacity)
     roomy = cache.layers[0]
-    assert type(roomy) is RoomyLayer
+    assert type(roomy) is ReservedLayer
     n = 2
     for step, order in enumerate([None, [1, 0, 1, 1], None, [3, 0], None, None, [1]]):
         if order is not None:

@@ -181,7 +181,7 @@ def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
 MEASURE = """
 import sys, torch
 from tiltlm.lm.forward import ForwardPass
-from tiltlm.lm.token_scores import Job, NextTokenFunction
+from tiltlm.lm.token_scores import ScoreInputs, NextTokenFunction
 from tiltlm.lm import Samples, SamplingSettings, Prompts
 vocabulary, positions, naive = int(sys.argv[1]), 2048, sys.argv[2] == "naive"
 def held(name):
@@ -199,7 +199,7 @@ if naive:
     found = (hidden @ weight.T).log_softmax(-1).gather(-1, samples.flat_tokens[:, None])
 else:
     reading = ForwardPass(hidden, weight, None, torch.float32)
-    found = NextTokenFunction.apply(hidden, weight, None, Job(samples, None, None, reading, True))[0]
+    found = NextTokenFunction.apply(hidden, weight, None, ScoreInputs(samples, None, None, reading, True))[0]
 found.sum().backward()
 print(held("VmHWM") - before)
 """

@@ -1,4 +1,4 @@
-"""Language models: load, sample, score."""
+"""Language models: loading, sampling, log-probabilities, guides."""
 
 from tiltlm.lm.forward import ForwardPass
 from tiltlm.lm.guide import Guide

@@ -1,4 +1,4 @@
-"""LoRA adapters on a model whose own weights stay those of the base."""
+"""LoRA adapters, which leave the weights of the base unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiltlm.lm.loading import quiet_peft
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# LoRA settings with the values that leave the base as it is; others change weights or layers that it shares.
+# LoRA settings and their values that leave the base unchanged; other values change weights or layers it shares.
 HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
@@ -24,9 +24,9 @@ HARMLESS_TO_THE_BASE: dict[str, tuple[Any, ...]] = {
 def add_lora(
     model: PreTrainedModel, seed: int, settings: Mapping[str, Any], *, is_encoder_decoder: bool
 ) -> PreTrainedModel:
-    """The model with a fresh LoRA adapter; ``seed`` fixes its random start.
+    """The model with a new LoRA adapter, initialized from ``seed``.
 
-    Raises UsageError for settings that peft refuses, and for those that would change the base.
+    Raises UsageError for settings that peft refuses or that would change the base.
     """
     from peft import LoraConfig, get_peft_model
 

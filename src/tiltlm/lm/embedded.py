@@ -8,5 +8,5 @@ EMBEDDED = "embedded"
 
 
 def embedded_path() -> Path:
-    """Folder of the embedded model: a plain Hugging Face checkpoint with its model card."""
+    """The folder of the embedded model: a plain Hugging Face checkpoint with its model card."""
     return Path(__file__).parent / "embedded_model"

@@ -1,4 +1,4 @@
-"""A hash of a model's weights, fast enough for every start, so that a run never resumes with other weights."""
+"""A fast hash of a model's weights, so that a run never resumes with other weights."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Bytes of a row when a tensor is read as a table.
+# Bytes in a row of the table that a tensor is split into.
 ROW_BYTES = 2**15
-# Parameters that peft adds to a model: they are not weights of the base.
-OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens_")
+# Parts of the names of parameters that peft adds to a model.
+ADAPTER_NAMES = ("lora_", "modules_to_save", "trainable_tokens_")
 
 
 @torch.no_grad()
 def hash_weights(module: torch.nn.Module) -> str:
-    """A hash of the base's weights in their order, the same on every device and with or without an adapter.
+    """A hash of the base's weights in order; the same on every device, with or without an adapter.
 
-    Every bit counts, but sums are hashed, several times as fast as a cryptographic hash of all bytes. It tells weights
-    apart that were trained or loaded differently; it does not protect against forgery.
+    It hashes sums over all bits, which is several times as fast as hashing all bytes. It detects weights that were
+    trained or loaded differently. It does not protect against forgery.
     """
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        if not any(part in name for part in OF_ADAPTERS):
+        if not any(part in name for part in ADAPTER_NAMES):
             digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
             for summed in _sums(parameter.detach()):
                 digest.update(summed.cpu().numpy().tobytes())
@@ -30,9 +30,9 @@ def hash_weights(module: torch.nn.Module) -> str:
 
 
 def _sums(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensor's bytes as a table of integers, summed over rows and over columns, and the rest that fills no row.
+    """Sums over rows and over columns of the tensor's bytes as a table of integers, and the bytes after its last row.
 
-    Integer sums do not depend on their order. Either sum alone would miss swapped rows or columns.
+    Integer sums do not depend on the order of addition. One sum alone would miss swapped rows or columns.
     """
     data = tensor.contiguous().view(-1).view(torch.uint8)
     full = len(data) // ROW_BYTES * ROW_BYTES

@@ -1,4 +1,4 @@
-"""Loading: tokenizer and weights from a folder or the hub, and the device they go to; whatever fails says why."""
+"""Loading tokenizers, weights and adapters from a folder or the hub, and choosing a device."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DTYPES = {
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; ``kwargs`` go to ``AutoTokenizer.from_pretrained``.
 
-    Raises ModelError when there is none, or none with a token to start from.
+    Raises ModelError when it cannot be loaded, or has neither a BOS nor an EOS token.
     """
     from transformers import AutoTokenizer
 
     with _explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_source(name), **kwargs)
-        # For a folder without tokenizer files transformers may build one that knows no word.
+        # For a folder without tokenizer files transformers may build one with an empty vocabulary.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("there are no tokenizer files (tokenizer.json, tokenizer.model, vocab.json ...).")
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -42,10 +42,10 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
-    """The language model, causal or encoder–decoder, from safetensors only; ``kwargs`` go to ``from_pretrained``.
+    """A causal or encoder–decoder language model, from safetensors only; ``kwargs`` go to ``from_pretrained``.
 
-    Where ``name`` is a PEFT adapter, its base model with the adapter merged into the weights. Raises UsageError for an
-    unknown dtype, ModelError for weights that are missing, damaged or incomplete.
+    If ``name`` is a PEFT adapter, this is its base model with the adapter merged into the weights. Raises UsageError
+    for an unknown dtype, ModelError for weights that are missing, damaged or incomplete.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -55,20 +55,20 @@ def load_weights(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     with _explained(name, "model"):
         if find_adapter_config_file(_source(name), revision=kwargs.get("revision")) is not None:
             return _merged_adapter(name, dtype, **kwargs)
-        crossing = AutoConfig.from_pretrained(_source(name), **kwargs).is_encoder_decoder
-        model, info = (AutoModelForSeq2SeqLM if crossing else AutoModelForCausalLM).from_pretrained(
+        is_encoder_decoder = AutoConfig.from_pretrained(_source(name), **kwargs).is_encoder_decoder
+        model, info = (AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM).from_pretrained(
             _source(name),
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are told below, and not in the log alone
+            ignore_mismatched_sizes=True,  # they are reported below, not only in the log
             **kwargs,
         )
         for key, stored, wanted in sorted(info["mismatched_keys"]):
             raise ValueError(
                 f"its weight {key} has shape {tuple(stored)}, but its config.json asks for {tuple(wanted)}."
             )
-        # transformers would fill them with random numbers and go on.
+        # transformers would continue with random numbers.
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"{len(missing)} of its weights are not in the file, among them {missing[0]}.")
@@ -81,20 +81,20 @@ def _merged_adapter(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
     base = load_weights(str(adapter.base_model_name_or_path), dtype, **{**kwargs, "revision": adapter.revision})
     merged: PreTrainedModel = load_adapter(base, name, revision=kwargs.get("revision")).merge_and_unload()
-    merged.requires_grad_(True)  # peft froze it
+    merged.requires_grad_(True)  # peft froze the weights
     return merged
 
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hide what peft warns of and corrects by itself (Conv1D layers), and what it has yet to rename."""
+    """Hide peft's warnings about Conv1D layers, which it corrects itself, and about a name that it deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set|`is_gradient_checkpointing`")
         yield
 
 
 def load_adapter(model: PreTrainedModel, name: str, **kwargs: Any) -> Any:
-    """``model`` with a trained PEFT adapter on its weights, from safetensors; ``kwargs`` go to peft.
+    """``model`` with a trained PEFT adapter, from safetensors; ``kwargs`` go to peft.
 
     Raises ModelError when it cannot be loaded.
     """
@@ -105,7 +105,7 @@ def load_adapter(model: PreTrainedModel, name: str, **kwargs: Any) -> Any:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
+    """The device to use; ``auto`` is CUDA, else MPS, else the CPU. Raises UsageError for one that is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
@@ -123,7 +123,7 @@ def _source(name: str) -> str:
 
 @contextlib.contextmanager
 def _explained(name: str, part: str) -> Iterator[None]:
-    """Turn whatever transformers, tokenizers or safetensors say of a missing or broken model into one ModelError."""
+    """Turn any error of transformers, tokenizers or safetensors into one ModelError."""
     try:
         yield
     except (ModelError, UsageError):

@@ -1,4 +1,4 @@
-"""How many rows a model reads or samples at once: what fits a memory bound that no other process changes."""
+"""Chunk sizes: how many rows a model scores or samples at once within a memory bound that never changes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Bytes that one chunk's activations (or logits, where they are made) may take on a CPU; or as many as the weights take,
-# which every chunk reads: smaller ones would do little else.
+# Bytes for the activations (or whole logits) of one chunk on a CPU. The bound is never below the size of the weights:
+# smaller chunks would spend their time reading weights.
 CPU_CHUNK_BYTES = 192 * 2**20
 CPU_SAMPLING_BYTES = 2**30
 COPIES_OF_LOGITS = 4
-# Of a layer's activations that backward needs, per token: so many hidden and intermediate vectors.
+# Vectors of hidden and of intermediate size that a layer keeps for backward, per token.
 HIDDEN_VECTORS, INTERMEDIATE_VECTORS = 10, 6
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model needs of memory, in bytes; all but ``weights`` are estimates.
+    """Memory that a model needs, in bytes; all but ``weights`` are estimates.
 
-    ``activations`` of a token in a pass with gradient, its ``logits`` where they are made, and what is ``cached`` of it
-    while a row is sampled.
+    Per token: ``activations`` of a pass with gradient, ``logits`` where they exist as a whole, and the keys and values
+    ``cached`` while sampling.
     """
 
     device: torch.device
@@ -37,12 +37,12 @@ class Memory:
 
     @staticmethod
     def of(model: PreTrainedModel, *, narrow: bool) -> Memory:
-        """Of a model whose products are taken in 16 bits where ``narrow``."""
+        """The needs of ``model``; ``narrow``: its products are computed in 16 bits."""
         config = model.config.get_text_config()
         first = next(model.parameters())
         width, layers = int(config.hidden_size), int(config.num_hidden_layers)
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-        # Products in 16 bits keep their inputs for backward in 16 bits; norms and attention keep theirs in 32.
+        # For backward, products in 16 bits keep 16-bit inputs; norms and attention keep 32-bit ones.
         element = 3 if narrow else 4
         return Memory(
             device=first.device,
@@ -54,22 +54,23 @@ class Memory:
 
     @property
     def bound(self) -> int:
-        """Bytes that a chunk may take."""
+        """Bytes that one chunk may take."""
         if self.device.type == "cuda":
-            # Of all memory: what is free changes from run to run, and the sizes of chunks decide the last bits.
+            # From the total, not the free memory: chunk sizes decide the last bits, and must be the same in every run.
             return int(torch.cuda.mem_get_info(self.device)[1] // 8)
         return max(CPU_CHUNK_BYTES, self.weights)
 
     def rows_at_once(self, length: int) -> int:
-        """Rows of ``length`` tokens that may be sampled together: their logits and their caches fit the bound."""
+        """Number of rows of ``length`` tokens whose logits and caches fit the bound while sampling."""
         bound = self.bound if self.device.type == "cuda" else CPU_SAMPLING_BYTES
         return max(1, bound // (self.logits + self.cached * length))
 
 
 def even_pieces(lengths: Sequence[int], budget: int) -> list[int]:
-    """Numbers of rows, of ascending ``lengths``, in as few pieces as can be of ``budget`` tokens each with padding.
+    """Split rows of ascending ``lengths`` into pieces of at most ``budget`` tokens with padding; returns their sizes.
 
-    Among such pieces those whose largest is least, so that none is full where another is nearly empty.
+    There are as few pieces as possible. Among such splits this is one whose largest piece is smallest. A row that is
+    longer than the budget is a piece of its own.
     """
 
     def pieces(budget: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""LanguageModel: a Hugging Face model and tokenizer, and the only place that computes sequence log-probabilities."""
+"""LanguageModel: a Hugging Face model and its tokenizer; nothing else computes sequence log-probabilities."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from tiltlm.lm.output_layer import plain_output_layer
 from tiltlm.lm.precision import cache_dtype, cast_weights, computing, keep_cast, native_bfloat16, sparse_lookups
 from tiltlm.lm.prompts import Messages, Prompts, encode_prompts
 from tiltlm.lm.samples import Samples, SamplingSettings
-from tiltlm.lm.sampling import sample_batch
+from tiltlm.lm.sampling import generator_of, sample_batch
 from tiltlm.lm.scoring_pass import causal_pass, decoder_pass
 from tiltlm.lm.token_scores import logit_bias, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a model's own guide is called beside its weights.
+# The file of a model's own guide, beside its weights.
 GUIDE_FILE = "guide.safetensors"
 
 
 class LanguageModel:
     """A language model that samples text and scores it under exactly the distribution that it samples from.
 
-    ``model`` and ``tokenizer`` are the Hugging Face objects; matrix products are taken in ``compute_dtype``, or in the
-    dtype of the weights if it is None. A completion starts after BOS (or EOS, for tokenizers without BOS) or after a
-    prompt, and ends with the first EOS or at the length limit. Of an encoder–decoder model the encoder reads the
+    ``model`` and ``tokenizer`` are the Hugging Face objects. Matrix products are computed in ``compute_dtype`` (None:
+    the dtype of the weights). A completion starts after the prompt, or without a prompt after BOS (EOS for tokenizers
+    without BOS). It ends with the first EOS or at the length limit. In an encoder–decoder model the encoder reads the
     prompt, and the completion starts after ``decoder_start_token_id``.
     """
 
@@ -54,19 +54,19 @@ class LanguageModel:
         name: str = "model",
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model = model.eval()  # dropout would make two passes over one sequence disagree
+        self.model = model.eval()  # with dropout, two passes over a sequence would disagree
         self.tokenizer = tokenizer
         self.name = name
         self.compute_dtype = compute_dtype
-        self._fingerprint: str | None = None  # kept once ``freeze`` has changed the weights' dtype
-        self.guide: Guide | None = None  # a guide that is part of the model's own law; see keep
+        self._fingerprint: str | None = None  # set by ``freeze``, which changes the weights
+        self.guide: Guide | None = None  # part of the model's own distribution; see ``keep``
         configured = getattr(model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         self.eos_ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
         self.is_encoder_decoder = bool(unwrapped(model).config.is_encoder_decoder)
         self.start_id = start_token(unwrapped(model), tokenizer)
         pad = tokenizer.pad_token_id
-        # A pad token that was added to the tokenizer alone has no embedding; any other id pads as well.
+        # A pad token that only the tokenizer knows has no embedding; padding works with any other id.
         self.pad_id = pad if pad is not None and pad < self.vocab_size else (self.eos_ids or [0])[0]
 
     @classmethod
@@ -82,9 +82,9 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load ``"embedded"``, a local folder or a hub name; safetensors weights only.
 
-        ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings; ``dtype`` is the dtype of the weights, and
-        ``auto`` float32 weights with products in bfloat16 where the hardware multiplies it natively.
-        Raises ModelError when the model or its tokenizer cannot be loaded, UsageError for a bad device or dtype.
+        ``dtype`` is the dtype of the weights; ``auto`` means float32 weights, with products in bfloat16 on hardware
+        that supports it. ``peft`` adds a LoRA adapter with these ``peft.LoraConfig`` settings. Raises ModelError if the
+        model or its tokenizer cannot be loaded, UsageError for a bad device or dtype.
         """
         kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
         target = resolve_device(device)
@@ -95,41 +95,41 @@ class LanguageModel:
         return loaded.with_lora(**peft) if peft is not None else loaded
 
     def copy(self) -> LanguageModel:
-        """The same model in memory of its own."""
+        """A copy of the model with its own weights."""
         return self._with(copy.deepcopy(self.model))
 
     def freeze(self) -> LanguageModel:
-        """Make this a model that is only read, and keep in ``compute_dtype`` alone what is only read in it; returns it.
+        """Keep the weights of linear layers only in ``compute_dtype`` from now on; returns the model.
 
-        Its law and its fingerprint stay what they are. It cannot be copied, adapted or saved any more.
+        Its distribution and fingerprint do not change. It can no longer be trained, copied, adapted or saved.
         """
-        _ = self.output_layer, self.memory  # are found with the weights as they are
+        _ = self.output_layer, self.memory  # cached before the weights change
         if self.compute_dtype is not None and self._fingerprint is None:
             self._fingerprint = hash_weights(self.model)
         keep_cast(self.model, self.compute_dtype)
         return self
 
     def with_lora(self, *, seed: int = 0, **settings: Any) -> LanguageModel:
-        """The same weights, held once, with a fresh LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``).
+        """A model on the same weights with a new LoRA adapter (``peft.LoraConfig`` settings, e.g. ``r=8``).
 
-        ``seed`` fixes the adapter's random start. Raises UsageError for settings that peft refuses, and for trained
-        biases, which the base would share.
+        ``seed`` fixes the adapter's initial values. Raises UsageError for settings that peft refuses or that would
+        change the base.
         """
         model = add_lora(self.model, seed, settings, is_encoder_decoder=self.is_encoder_decoder)
         return self._with(model)
 
     def with_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
-        """The same weights with a trained adapter from a folder. Raises ModelError when it cannot be loaded."""
+        """A model on the same weights with a trained adapter. Raises ModelError if the adapter cannot be loaded."""
         return self._with(load_adapter(self.model, str(folder)))._with_guide_of(folder)
 
     def keep(self, guide: Guide) -> LanguageModel:
-        """Make a guide part of this model's law, in sampling and in scoring; it is saved with it. Returns the model."""
+        """Make ``guide`` part of this model's distribution, also when it is saved. Returns the model."""
         self.guide = self.placed(guide)
         return self
 
     @contextlib.contextmanager
     def unguided(self) -> Iterator[LanguageModel]:
-        """The model without a guide of its own, for the length of the block."""
+        """The model without its own guide, within the block."""
         kept, self.guide = self.guide, None
         try:
             yield self
@@ -151,12 +151,12 @@ class LanguageModel:
         return torch.device(next(self.model.parameters()).device)
 
     def fingerprint(self) -> str:
-        """A hash of the weights without adapters: equal for equal bases, also once frozen."""
+        """A hash of the weights without adapters; equal for equal bases, frozen or not."""
         return self._fingerprint if self._fingerprint is not None else hash_weights(self.model)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA adapter sits on the weights."""
+        """Whether the model has a LoRA adapter."""
         return hasattr(self.model, "peft_config")
 
     def encode_prompts(
@@ -164,10 +164,10 @@ class LanguageModel:
         prompts: str | Messages | Sequence[str | Messages | None] | None,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Prompts:
-        """Tokenize prompts, left-padded; None is the one empty prompt: just BOS, or what an encoder is given for "".
+        """Encode prompts, left-padded. None is the empty prompt: BOS alone, or the encoder's input for "".
 
-        Chat messages, mappings with role and content, are encoded by the tokenizer's chat template. ``columns`` hold
-        one further value per prompt each, which features may read. Raises UsageError for what cannot be encoded.
+        The tokenizer's chat template encodes chat messages (mappings with role and content). ``columns`` hold one value
+        per prompt each, which features may read. Raises UsageError for prompts that cannot be encoded.
         """
         return encode_prompts(self.tokenizer, prompts, columns, self._no_prompt, self.pad_id, self.device, self.name)
 
@@ -187,12 +187,12 @@ class LanguageModel:
         samples_per_prompt: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Draw ``n`` completions in all, the prompts taken in turn, with their log-probabilities.
+        """Draw ``n`` completions in all, with their log-probabilities; prompts take turns.
 
-        ``samples_per_prompt`` of each are drawn before it is the next one's turn.
-        ``seed`` or ``generator`` fixes the draw (neither: a fresh seed); ``batch_size`` limits the rows decoded at
-        once (default: what fits a fixed memory bound); ``guide`` reweights each next token, before the law's settings;
-        ``progress`` is told the number drawn so far and ``n``. Raises UsageError for settings out of range.
+        A prompt's turn is ``samples_per_prompt`` completions. ``seed`` or ``generator`` fixes the draw (neither: a
+        random seed). ``batch_size`` limits the rows decoded at once (None: what fits a fixed memory bound). ``guide``
+        adds its logit bias before temperature, top-k and top-p. ``progress`` is called with the number drawn and
+        ``n``. Raises UsageError for arguments out of range.
         """
         settings = SamplingSettings(temperature, top_k, top_p)
         for name, value, least in (("n", n, 1), ("max_completion_length", max_completion_length, 1), ("seed", seed, 0)):
@@ -202,11 +202,7 @@ class LanguageModel:
         if not isinstance(prompts, Prompts):
             prompts = self.encode_prompts(prompts)
         self.check_length(prompts, max_completion_length)
-        if generator is None:
-            generator = torch.Generator(self.device)
-            generator.seed() if seed is None else generator.manual_seed(seed)
-        elif seed is not None:
-            raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
+        generator = generator_of(self.device, seed, generator)
         index = torch.arange(n, device=self.device) // samples_per_prompt % len(prompts)
         guide = self.placed(guide) if guide is not None else None
         limit = batch_size or self.memory.rows_at_once(prompts.tokens.shape[1] + max_completion_length)
@@ -232,70 +228,71 @@ class LanguageModel:
         return Samples.concatenate(parts)
 
     def chunks(self, samples: Samples, size: int | None = None) -> list[Tensor]:
-        """Row indices of ``samples``, like lengths together, in pieces whose activations fit the memory bound.
+        """Indices of the rows of ``samples``, sorted by length, in chunks whose activations fit the memory bound.
 
-        ``size`` sets the number of rows of a piece instead.
+        ``size`` sets the number of rows in a chunk instead.
         """
         check_whole("batch_size", size, 1)
         order = samples.lengths.argsort(stable=True)
         if size is not None:
             return list(torch.split(order, size))
-        # The last sampled token is not read, the prompt is.
+        # The input is the prompt and all sampled tokens but the last.
         lengths = (samples.lengths[order] + samples.prompts.tokens.shape[1] - 1).tolist()
         token_bytes = self.memory.logits if self.output_layer is None else self.memory.activations
         return list(torch.split(order, even_pieces(lengths, self.memory.bound // token_bytes)))
 
     def read(self, samples: Samples) -> ForwardPass:
-        """One pass over ``samples``: what the model makes of every sampled position, with gradient if enabled.
+        """One forward pass over ``samples``, at every sampled token, with gradient if enabled.
 
-        For one chunk at a time: the caller bounds N. ``next_token`` makes log-probabilities of it.
+        ``next_token`` computes log-probabilities from it. The caller limits the number of rows; see ``chunks``.
         """
         with computing(self._inner, self.compute_dtype):
             layer = self.output_layer
             if self.is_encoder_decoder:
-                read = decoder_pass(self.model, layer, samples, self.start_id)
+                hidden = decoder_pass(self.model, layer, samples, self.start_id)
             else:
-                read = causal_pass(self.model, self._inner, layer, samples)
-            last = read[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
+                hidden = causal_pass(self.model, self._inner, layer, samples)
+            at_tokens = hidden[:, -samples.tokens.shape[1] :][samples.flat_rows, samples.flat_columns]
             weight, bias = (layer.weight, layer.bias) if layer is not None else (None, None)
-            return ForwardPass.of(last, weight, bias, logit_bias(samples, self.guide))
+            return ForwardPass.of(at_tokens, weight, bias, logit_bias(samples, self.guide))
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Hold the weights of linear layers in ``compute_dtype`` for the length of the block, for many passes.
+        """Cast the weights of linear layers to ``compute_dtype`` once for all passes within the block.
 
-        The parameters must not change in it. Gradients accumulate on ``grad`` of the parameters as ever.
+        The parameters must not change in it. Gradients accumulate on ``grad`` of the parameters as usual.
         """
-        _ = self.output_layer, self.memory  # are found with the weights as they are
-        with contextlib.ExitStack() as held:
-            held.enter_context(cast_weights(self.model, self.compute_dtype))
+        _ = self.output_layer, self.memory  # cached before the weights change
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cast_weights(self.model, self.compute_dtype))
             if self.compute_dtype is not None and self.device.type == "cpu":
-                held.enter_context(sparse_lookups(self.model))
+                stack.enter_context(sparse_lookups(self.model))
             yield
 
     def logprob(
         self, samples: Samples, *, settings: SamplingSettings | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Log-probability of each sampled token [N, T] in nats, 0 where masked, under the law that drew ``samples``.
+        """Log-probability [N, T] of each sampled token in nats, 0 where masked; sum over T for sequences.
 
-        Other ``settings`` may be given, unguided then. Sum over the last axis for sequences. Runs in chunks of bounded
-        memory; under ``torch.no_grad()`` nothing is kept, otherwise the result carries a gradient.
+        The settings and guide are those of ``samples``; with other ``settings``, their guide is left out. The passes
+        run in chunks (``batch_size`` rows, or a memory bound). Except under ``torch.no_grad()`` the result carries a
+        gradient.
         """
         if not len(samples):
             return torch.zeros_like(samples.proposal_logprob)
         guide = self.placed(samples.guide) if settings is None and samples.guide is not None else None
-        pieces, order = [], self.chunks(samples, batch_size)
+        parts, chunks = [], self.chunks(samples, batch_size)
         width = samples.tokens.shape[1]
         with contextlib.nullcontext() if torch.is_grad_enabled() else self.cast_once():
-            for rows in order:
+            for rows in chunks:
                 chunk = samples.select(rows).trimmed()
                 scores = token_logprobs(chunk, self.read(chunk), settings or samples.settings, guide)
-                pieces.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
-        return torch.cat(pieces)[torch.cat(order).argsort()]
+                parts.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
+        return torch.cat(parts)[torch.cat(chunks).argsort()]
 
     @cached_property
     def output_layer(self) -> torch.nn.Linear | None:
-        """The layer that makes logits of hidden states, where that is all that the model does with them."""
+        """The linear layer that maps hidden states to logits; None if the model does more than that."""
         return plain_output_layer(self._inner, [self.start_id, self.pad_id])
 
     @property
@@ -307,13 +304,13 @@ class LanguageModel:
 
     @property
     def _inner(self) -> PreTrainedModel:
-        """The model without PEFT around it."""
+        """The model without its PEFT wrapper."""
         return unwrapped(self.model)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a plain Hugging Face checkpoint, or a PEFT adapter, with the tokenizer, as safetensors."""
+        """Write a Hugging Face checkpoint or a PEFT adapter, the tokenizer and the guide, as safetensors."""
         self._check_whole_weights()
-        # A proposal's adapter is part of a run, not of its result.
+        # The proposal's adapter is not part of the tuned model.
         adapters = {"selected_adapters": ["default"]} if self.has_adapter else {}
         self.model.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)
@@ -321,15 +318,15 @@ class LanguageModel:
             self.guide.save(Path(folder) / GUIDE_FILE)
 
     def placed(self, guide: Guide) -> Guide:
-        """The guide where the logits are, as precise as they are but no less than float32."""
+        """The guide on the model's device, in float64 for float64 weights, else in float32."""
         precise = next(self.model.parameters()).dtype == torch.float64
         return guide.to(self.device, torch.float64 if precise else torch.float32)
 
     def _check_whole_weights(self) -> None:
         if self._fingerprint is not None:
             raise UsageError(
-                f"model: '{self.name}' is the frozen base of a tuned model, some of whose weights are held in "
-                f"{self.compute_dtype} alone; load it again to copy, adapt or save it"
+                f"model: '{self.name}' is a frozen base, which has some of its weights in {self.compute_dtype} only; "
+                f"load it again to copy, adapt or save it"
             )
 
     @property
@@ -338,7 +335,7 @@ class LanguageModel:
 
     @cached_property
     def memory(self) -> Memory:
-        """What passes over it need of memory."""
+        """The memory that passes over the model need."""
         return Memory.of(self.model, narrow=self.compute_dtype is not None)
 
     def check_length(self, prompts: Prompts, completion: int) -> None:

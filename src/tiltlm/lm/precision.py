@@ -1,4 +1,4 @@
-"""bfloat16 where the hardware multiplies it natively: products in 16 bits, weights and sums in 32."""
+"""Mixed precision: matrix products in bfloat16 where the hardware supports it, weights and sums in float32."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 FLOAT32_ATTENTION = "tiltlm_float32"
-# The same function as transformers' own, which under autocast is eight operations in float32 and keeps what each takes.
+# The same function as NewGELUActivation, which under autocast runs eight float32 operations and saves each input.
 FUSED_GELU = nn.GELU(approximate="tanh")
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether this device has instructions for products of bfloat16; where it has not they are slower than float32."""
+    """Whether the device has bfloat16 instructions; without them bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -31,7 +31,7 @@ def native_bfloat16(device: torch.device) -> bool:
 def attend_in_float32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention on a CPU: torch's backward of it in bfloat16 is many times slower on short sequences."""
+    """Attention in float32 on a CPU, where torch's bfloat16 backward is many times slower on short sequences."""
     with torch.autocast("cpu", enabled=False):
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs
@@ -45,7 +45,7 @@ AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def computing(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Take products in ``dtype`` within the block; None leaves everything as it is."""
+    """Compute matrix products in ``dtype`` within the block; None changes nothing."""
     if dtype is None:
         yield
         return
@@ -67,47 +67,47 @@ def computing(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[Non
 
 
 def cache_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
-    """In what attention reads its keys and values while products are taken in ``dtype``; None: in what they come."""
+    """The dtype of the key-value cache when products are computed in ``dtype``; None: that of the keys."""
     return torch.float32 if dtype is not None and device.type == "cpu" else dtype
 
 
 @contextlib.contextmanager
 def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Hold the weights of linear layers in ``dtype`` for the length of the block, so that no pass casts them anew.
+    """Replace the weights of linear layers by copies in ``dtype`` within the block, so that they are cast only once.
 
-    The layers' parameters themselves are put aside and come back as they were: what is tied to them, or trains them,
-    does not notice. Gradients of their copies are added to ``grad`` of the parameters, in the dtype of these, at every
-    backward; ``torch.autograd.grad`` does not reach them.
+    The parameters themselves come back unchanged, also for tied layers and optimizers. Every backward adds the
+    gradient of a copy to ``grad`` of its parameter, in the parameter's dtype. ``torch.autograd.grad`` does not reach
+    the parameters.
     """
-    held = _of_linear_layers(model) if dtype is not None else []
+    replaced = _linear_parameters(model) if dtype is not None else []
     try:
-        _replace_by_copies(held, dtype)
+        _replace_by_copies(replaced, dtype)
         yield
     finally:
-        for layer, name, parameter in held:
+        for layer, name, parameter in replaced:
             layer._parameters[name] = parameter
 
 
 def keep_cast(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Hold the weights of linear layers in ``dtype`` from now on, for a model that is never trained again.
+    """Cast the weights of linear layers to ``dtype`` for good, in a model that is never trained again.
 
-    Its law stays what it is, as products are taken of these numbers anyway; an embedding that is tied to a linear layer
-    stays as it is.
+    The model's distribution does not change, because products are computed from the cast weights anyway. An embedding
+    that is tied to a linear layer keeps its dtype.
     """
     model.requires_grad_(False)
     if dtype is not None:
-        _replace_by_copies(_of_linear_layers(model), dtype)
+        _replace_by_copies(_linear_parameters(model), dtype)
 
 
-def _of_linear_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Parameters with the layer that each is in and its name there."""
+def _linear_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The parameters of linear layers: layer, name in the layer, parameter."""
     layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
     return [(layer, name, p) for layer in layers for name, p in layer._parameters.items() if p is not None]
 
 
-def _replace_by_copies(held: list[tuple[nn.Module, str, nn.Parameter]], dtype: torch.dtype | None) -> None:
+def _replace_by_copies(listed: list[tuple[nn.Module, str, nn.Parameter]], dtype: torch.dtype | None) -> None:
     copies: dict[nn.Parameter, nn.Parameter] = {}
-    for layer, name, parameter in held:
+    for layer, name, parameter in listed:
         if parameter.dtype != dtype:
             if parameter not in copies:
                 copies[parameter] = _copy(parameter, dtype)
@@ -118,25 +118,26 @@ def _copy(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     copied = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
     if parameter.requires_grad:
         copied.original = parameter  # type: ignore[attr-defined]
-        copied.register_post_accumulate_grad_hook(_hand_over)  # type: ignore[no-untyped-call]
+        copied.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
     return copied
 
 
-def _hand_over(copied: Tensor) -> None:
+def _move_gradient(copied: Tensor) -> None:
+    """Add the gradient of a copy to that of its parameter."""
     gradient, copied.grad = copied.grad, None
-    # A backward that has added its gradient to the original by itself leaves none.
+    # NextTokenFunction adds its gradient to the original itself and leaves none.
     if gradient is not None:
         add_gradient(copied.original, gradient)  # type: ignore[attr-defined]
 
 
 def original_of(weight: Tensor) -> nn.Parameter | None:
-    """The parameter that trains where ``weight`` is its copy from ``cast_weights``; None for any other tensor."""
+    """The trained parameter of which ``weight`` is a copy made by ``cast_weights``; None for any other tensor."""
     return getattr(weight, "original", None)
 
 
 @torch.no_grad()
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to the gradient that has accumulated on a parameter, in its dtype."""
+    """Add ``gradient`` to the accumulated gradient of a parameter, in the parameter's dtype."""
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype)
     else:
@@ -145,14 +146,14 @@ def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 @contextlib.contextmanager
 def sparse_lookups(model: nn.Module) -> Iterator[None]:
-    """Let a backward within the block touch only those rows of an embedding's gradient that were looked up.
+    """Make gradients of embeddings sparse within the block, so that a backward only touches the rows it looked up.
 
-    torch's own fills a table of zeros at every backward, which on a CPU takes as long as much of the rest of it.
+    A dense gradient is a new table of zeros at every backward, which is slow on a CPU.
     """
     tables = [m for m in model.modules() if type(m) is nn.Embedding and m.weight.requires_grad]
     tables = [table for table in tables if not (table.sparse or table.scale_grad_by_freq)]
     weights: set[Any] = {table.weight for table in tables}
-    hooks = [weight.register_post_accumulate_grad_hook(_fill) for weight in weights]
+    hooks = [weight.register_post_accumulate_grad_hook(_to_dense) for weight in weights]
     try:
         for table in tables:
             table.sparse = True
@@ -164,6 +165,6 @@ def sparse_lookups(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _fill(parameter: Tensor) -> None:
+def _to_dense(parameter: Tensor) -> None:
     if parameter.grad is not None and parameter.grad.is_sparse:
         parameter.grad = parameter.grad.to_dense()

@@ -1,4 +1,4 @@
-"""Prompts: what completions continue, as tokens, and how text and chat messages become them."""
+"""Prompts as tokens, encoded from text or chat messages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """M tokenized prompts, left-padded: ``tokens`` [M, L], ``mask`` [M, L] and the texts (None: just BOS).
+    """M tokenized prompts, left-padded: ``tokens`` [M, L], ``mask`` [M, L] and ``texts`` (None: no prompt).
 
-    ``messages`` are those of prompts that are a chat, and None for the others; ``columns`` hold M further values each,
-    which features may read; ``ids`` are the places of the prompts among all, which no selection changes.
+    ``messages`` are the chat messages of a prompt, None for a plain text. ``columns`` hold M values each, which
+    features may read. ``ids`` are the positions of the prompts in the full list; ``select`` keeps them.
     """
 
     tokens: Tensor
@@ -41,6 +41,7 @@ class Prompts:
 
     @property
     def ragged(self) -> bool:
+        """Whether any prompt is padded."""
         return not bool(self.mask.all())
 
     @property
@@ -49,10 +50,10 @@ class Prompts:
         return self.mask.sum(-1)
 
     def fair_order(self, n: int, seed: int, each: int = 1) -> Tensor:
-        """Their places [M], shuffled by ``seed`` unless ``n`` samples that take them in turn use all equally often.
+        """An order [M] of the prompts for ``n`` samples that take them in turn, ``each`` samples of a prompt at a time.
 
-        So the samples that do not come out even fall on any of the prompts, and not always on the first ones. Of each
-        prompt ``each`` samples are taken at a time.
+        If ``n`` uses all prompts equally often, the order is unchanged. Otherwise ``seed`` shuffles it, so that the
+        first prompts are not always the ones with more samples.
         """
         count = len(self.texts)
         if n % (count * each) == 0:
@@ -60,17 +61,17 @@ class Prompts:
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
     def select(self, order: Tensor | Sequence[int]) -> Prompts:
-        """The prompts at these places, in this order, without columns that are padding in all of them."""
-        places = [int(i) for i in order]
-        rows = torch.tensor(places, dtype=torch.long, device=self.tokens.device)
+        """The prompts at the positions ``order``, in this order, without padding that all of them share."""
+        indices = [int(i) for i in order]
+        rows = torch.tensor(indices, dtype=torch.long, device=self.tokens.device)
         used = self.mask[rows].any(0)
         return Prompts(
             self.tokens[rows][:, used],
             self.mask[rows][:, used],
-            tuple(self.texts[i] for i in places),
-            tuple(self.messages[i] for i in places) if self.messages is not None else None,
-            {name: tuple(values[i] for i in places) for name, values in self.columns.items()},
-            tuple(self.ids[i] for i in places),
+            tuple(self.texts[i] for i in indices),
+            tuple(self.messages[i] for i in indices) if self.messages is not None else None,
+            {name: tuple(values[i] for i in indices) for name, values in self.columns.items()},
+            tuple(self.ids[i] for i in indices),
         )
 
 
@@ -83,9 +84,10 @@ def encode_prompts(
     device: torch.device,
     name: str,
 ) -> Prompts:
-    """One prompt or several as tokens, left-padded; ``no_prompt`` are the tokens of an empty one.
+    """Encode one or several prompts, left-padded; ``no_prompt`` are the tokens of an empty prompt.
 
-    ``columns`` hold one further value per prompt each. Raises UsageError for what the model ``name`` cannot encode.
+    ``columns`` hold one value per prompt each. Raises UsageError if the tokenizer of the model ``name`` cannot encode a
+    prompt, or a column has the wrong length.
     """
     listed = prompt_list(given)
     rows = [encode(tokenizer, prompt, row, name) or no_prompt for row, prompt in enumerate(listed, 1)]
@@ -104,7 +106,7 @@ def encode_prompts(
 
 
 def prompt_list(given: Any) -> list[str | Messages | None]:
-    """One prompt or several as a list. Raises UsageError for what is neither text nor chat messages."""
+    """One or several prompts as a list. Raises UsageError for anything but text and chat messages."""
     listed: list[Any] = [given] if given is None or isinstance(given, str) or _are_messages(given) else []
     if not listed:
         if not isinstance(given, Iterable) or isinstance(given, Mapping):
@@ -128,9 +130,9 @@ def _are_messages(given: Any) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages | None, row: int, name: str) -> list[int]:
-    """The tokens of a prompt; chat messages by the tokenizer's template, up to where the answer begins.
+    """The tokens of a prompt; a chat template encodes chat messages up to where the answer begins.
 
-    Raises UsageError, which names the ``row``, where the tokenizer of the model ``name`` cannot make tokens of it.
+    Raises UsageError, which names ``row``, if the tokenizer of the model ``name`` cannot encode the prompt.
     """
     if not prompt:
         return []
@@ -142,9 +144,9 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: in
     if tokenizer.chat_template is None:
         raise UsageError(
             f"prompts: prompt {row} is chat messages, but the tokenizer of '{name}' has no chat template; give it as "
-            f"text, or take a model that is tuned for chat"
+            f"text, or use a model that is tuned for chat"
         )
-    # An answer that has begun is continued.
+    # A last message of the assistant is the beginning of the answer, which the completion continues.
     begun = messages[-1].get("role") == "assistant"
     try:
         encoded = tokenizer.apply_chat_template(
@@ -162,5 +164,5 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, row: in
 
 
 def text_of(prompt: str | Messages | None) -> str | None:
-    """A prompt as it is shown: of chat messages what they say, one after the other."""
+    """A prompt as text; the contents of chat messages on a line each."""
     return prompt if prompt is None or isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)

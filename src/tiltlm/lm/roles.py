@@ -1,4 +1,4 @@
-"""One set of weights in three roles: base, policy and proposal, as LoRA adapters or as frozen copies."""
+"""Base, policy and proposal of a run: LoRA adapters on one set of weights, or frozen copies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ POLICY_ADAPTER, PROPOSAL_ADAPTER = "default", "proposal"
 class Roles:
     """The base, the policy that is tuned from it, and the proposal that samples are drawn from.
 
-    With a LoRA adapter the weights are in memory once and roles are adapters: none for the base, one each for policy
-    and proposal. Otherwise base and proposal are frozen copies. The proposal's copy is made by the first
-    ``keep_proposal``; a run that never calls it holds none. ``base`` spares a copy where one is loaded already, and
-    takes least memory once it is frozen (``LanguageModel.freeze``).
+    With LoRA the weights are in memory once: the base has no adapter, policy and proposal have one each. Without LoRA
+    base and proposal are frozen copies. The first ``keep_proposal`` creates the proposal. Pass ``base`` to reuse a
+    loaded model instead of a copy; it takes least memory after ``LanguageModel.freeze``.
     """
 
     def __init__(self, policy: LanguageModel, base: LanguageModel | None = None) -> None:
@@ -30,19 +29,19 @@ class Roles:
         self.shared = policy.has_adapter and base is None
         if base is None and not self.shared:
             base = policy.copy()
-            base.guide = None  # that of the policy alone
+            base.guide = None  # the guide belongs to the policy only
             base.freeze()
         self._base = base or policy
         self._proposal: LanguageModel | None = None
 
     @property
     def has_proposal(self) -> bool:
-        """Whether an earlier policy is kept as a proposal of its own."""
+        """Whether an earlier policy is kept as the proposal."""
         return self._proposal is not None
 
     @contextlib.contextmanager
     def use(self, role: Role) -> Iterator[LanguageModel]:
-        """The language model in this role, for the length of the block."""
+        """The language model in this role, within the block."""
         if role == "policy" or not self.shared:
             chosen = {"base": self._base, "policy": self.policy, "proposal": self._proposal}[role]
             assert chosen is not None, "keep_proposal() comes before the proposal is used"
@@ -60,7 +59,7 @@ class Roles:
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
-        """``LanguageModel.cast_once`` of policy and base."""
+        """``LanguageModel.cast_once`` of policy and base, within the block."""
         with self.policy.cast_once(), contextlib.nullcontext() if self.shared else self._base.cast_once():
             yield
 
@@ -70,7 +69,7 @@ class Roles:
 
     @torch.no_grad()
     def keep_proposal(self) -> None:
-        """Make the proposal a copy of the policy as it is now."""
+        """Copy the current policy to the proposal."""
         if self._proposal is None:
             self._add_proposal()
         if not self.shared:
@@ -83,7 +82,7 @@ class Roles:
 
     @torch.no_grad()
     def weights(self, role: Literal["policy", "proposal"]) -> dict[str, Tensor]:
-        """A copy of what training has changed in policy or proposal, by the policy's names; for ``earlier``."""
+        """A copy of the trained parameters of policy or proposal, by the policy's names; ``earlier`` takes it."""
         named = self.trainable()
         if role == "proposal":
             own = self._proposal_parameters()
@@ -92,7 +91,7 @@ class Roles:
 
     @contextlib.contextmanager
     def earlier(self, weights: dict[str, Tensor]) -> Iterator[LanguageModel]:
-        """The policy with weights that it had earlier, for the length of the block; only to be read."""
+        """The policy with earlier ``weights``, within the block; do not train it there."""
         parameters = self.trainable()
         now = {name: p.data for name, p in parameters.items()}
         try:
@@ -104,7 +103,7 @@ class Roles:
                 parameters[name].data = tensor
 
     def proposal_state(self) -> dict[str, Tensor] | None:
-        """The proposal's own tensors by name, for a checkpoint; None where there is no proposal."""
+        """The proposal's own tensors by name, for a checkpoint; None without a proposal."""
         if self._proposal is None:
             return None
         named = self._proposal.model.named_parameters()
@@ -112,7 +111,7 @@ class Roles:
 
     @torch.no_grad()
     def load_proposal_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what ``proposal_state`` gave."""
+        """Restore the tensors that ``proposal_state`` returned."""
         if self._proposal is None:
             self._add_proposal()
         assert self._proposal is not None
@@ -121,7 +120,7 @@ class Roles:
             parameters[name].copy_(tensor)
 
     def _proposal_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The proposal's own parameters, by the names that they have in the policy."""
+        """The proposal's own parameters, by the policy's names."""
         assert self._proposal is not None, "keep_proposal() comes before the proposal is used"
         named = dict(self._proposal.model.named_parameters())
         if not self.shared:

@@ -1,4 +1,4 @@
-"""Samples: token sequences drawn from a language model, with the log-probability of the law that drew them."""
+"""Samples: token sequences drawn from a language model, with their log-probabilities when they were drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiltlm.lm.prompts import Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Logits and masses that are no further apart count as equal.
+# Differences up to which logits (nats) and cumulative probabilities (a share of top_p) count as equal.
 TIE_NATS = 1e-3
 TIE_SHARE = 1e-6
 TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
@@ -27,11 +27,11 @@ TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How next-token logits become the law that is sampled from: temperature, then top-k, then top-p.
+    """How logits become the distribution to sample from: temperature, then top-k, then top-p.
 
-    ``temperature`` divides the logits; ``top_k`` keeps the k likeliest tokens (0: all); ``top_p`` keeps the smallest
-    set of likeliest tokens whose mass reaches p (1: all). The default is the model's own law. Raises UsageError for
-    settings out of range.
+    ``temperature`` divides the logits. ``top_k`` keeps the k likeliest tokens (0: all). ``top_p`` keeps the smallest
+    set of likeliest tokens whose probability reaches p (1: all). The default is the model's own distribution. Raises
+    UsageError for settings out of range.
     """
 
     temperature: float = 1.0
@@ -53,13 +53,13 @@ class SamplingSettings:
                 raise UsageError(message)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
+        """Probabilities [..., V] of the next token from logits [..., V], in float32 or better."""
         if self != SamplingSettings():
             return self.log_probabilities(logits).exp()
         return _precise(logits).softmax(-1)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Log-probabilities [..., V] of the next token under this law, from logits [..., V], in float32 or better."""
+        """Log-probabilities [..., V] of the next token from logits [..., V], in float32 or better."""
         logits = _precise(logits)
         if self.temperature != 1.0:
             logits = logits / self.temperature
@@ -68,8 +68,8 @@ class SamplingSettings:
         return logits.log_softmax(-1)
 
     def _dropped(self, logits: Tensor) -> Tensor:
-        """Which tokens [..., V] top-k and top-p leave out; ties go to the lower id."""
-        # A pass with a cache and one without differ by rounding; that must not decide which of two equal tokens stays.
+        """A mask [..., V] of tokens that top-k and top-p remove; of equally likely tokens the lower id is kept."""
+        # Passes with and without a cache differ by rounding, which must not decide between equally likely tokens.
         order = (logits / TIE_NATS).round().sort(dim=-1, descending=True, stable=True).indices
         ranked = logits.gather(-1, order)
         if self.top_k:
@@ -88,10 +88,10 @@ def _precise(logits: Tensor) -> Tensor:
 class Samples:
     """N completions of up to T tokens.
 
-    ``tokens`` [N, T] are right-padded; ``mask`` [N, T] marks the sampled ones, EOS included; ``proposal_logprob``
-    [N, T] is the log-probability (nats) of each sampled token under the law that it was drawn from, 0 where masked;
-    ``prompt_index`` [N] points into ``prompts``. ``settings`` and ``guide`` (None: unguided) define its distribution.
-    ``exact``: ``proposal_logprob`` is also what a scoring pass of the model gives, up to rounding.
+    ``tokens`` [N, T] are right-padded. ``mask`` [N, T] marks the sampled tokens, EOS included. ``proposal_logprob``
+    [N, T] is the log-probability (nats) of each sampled token under the distribution it was drawn from, 0 where
+    masked. ``prompt_index`` [N] points into ``prompts``. ``settings`` and ``guide`` (None: unguided) define the
+    distribution. ``exact``: a scoring pass of the model gives ``proposal_logprob`` too, up to rounding.
     """
 
     tokens: Tensor
@@ -113,18 +113,18 @@ class Samples:
         return self.mask.sum(-1)
 
     @cached_property
-    def _places(self) -> Tensor:
+    def _columns_and_rows(self) -> Tensor:
         return self.mask.T.nonzero()
 
     @property
     def flat_columns(self) -> Tensor:
-        """The position t of each sampled token [P], those of all rows at one position together."""
-        return self._places[:, 0]
+        """The column t of each sampled token [P], in order of columns, then rows."""
+        return self._columns_and_rows[:, 0]
 
     @property
     def flat_rows(self) -> Tensor:
         """The row of each sampled token [P], in the same order."""
-        return self._places[:, 1]
+        return self._columns_and_rows[:, 1]
 
     @cached_property
     def flat_tokens(self) -> Tensor:
@@ -133,7 +133,7 @@ class Samples:
 
     @cached_property
     def sequence_logprob(self) -> Tensor:
-        """Log-probability of each whole completion under its own law [N], in nats, float64."""
+        """Log-probability [N] of each completion under the distribution it was drawn from, in nats, float64."""
         return self.proposal_logprob.double().sum(-1)
 
     @cached_property
@@ -145,31 +145,31 @@ class Samples:
     def texts(self) -> list[str]:
         """The completions as text, special tokens removed."""
         if self.tokenizer is None:
-            raise ValueError("these samples carry no tokenizer, so they have no text")
+            raise ValueError("these samples have no tokenizer, so they cannot be decoded to text")
         return list(self.tokenizer.batch_decode(self.completion_ids, skip_special_tokens=True))
 
     @cached_property
     def prompt_texts(self) -> list[str | None]:
-        """The prompt of each row, None where there was none."""
+        """The prompt of each row; None without a prompt."""
         return [self.prompts.texts[i] for i in self.prompt_index.tolist()]
 
     @cached_property
     def prompt_ids(self) -> Tensor:
-        """The place of each row's prompt among all prompts [N], on the CPU."""
+        """The position [N] of each row's prompt in the full list of prompts, on the CPU."""
         return torch.tensor(self.prompts.ids)[self.prompt_index.cpu()]
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
-        """What the data says of each row's prompt, N values a column."""
+        """The prompts' columns, with the value of each row's prompt: N values a column."""
         index = self.prompt_index.tolist()
         return {name: [values[i] for i in index] for name, values in self.prompts.columns.items()}
 
     def select(self, index: Tensor) -> Samples:
-        """The rows that ``index`` names (integers or a boolean mask)."""
+        """The rows given by ``index``: integers or a boolean mask."""
         return replace(self, **{name: getattr(self, name)[index] for name in TENSORS})
 
     def trimmed(self) -> Samples:
-        """The same rows without columns that are padding in every row."""
+        """The samples without columns that are padding in every row."""
         width = max(1, int(self.lengths.max())) if len(self) else 1
         return replace(
             self, **{name: getattr(self, name)[:, :width] for name in ("tokens", "mask", "proposal_logprob")}
@@ -177,7 +177,7 @@ class Samples:
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
-        """The rows of all parts, which must come from the same prompts, law and tokenizer."""
+        """The rows of all parts, which must share prompts, settings, guide and tokenizer."""
         width = max(part.tokens.shape[1] for part in parts)
 
         def join(name: str) -> Tensor:

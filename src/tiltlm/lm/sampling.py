@@ -1,4 +1,4 @@
-"""Ancestral sampling with a key-value cache, which records the log-probability of every token that it draws."""
+"""Ancestral sampling with a key-value cache; records the log-probability of every sampled token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiltlm.errors import NumericalError
+from tiltlm.errors import NumericalError, UsageError
 from tiltlm.lm.cache import reserve
 from tiltlm.lm.guide import Guide
 from tiltlm.lm.prefill import prefill
@@ -19,15 +19,25 @@ from tiltlm.lm.samples import SamplingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A batch is compacted once this share of its rows has ended: copying the cache costs about one decoding step.
+# A batch is compacted when less than this share of its rows is open; copying the cache costs about one decoding step.
 COMPACT_BELOW = 0.8
-# A GPU is asked this seldom whether rows have ended: the question waits for all that it has yet to compute.
+# Steps between checks for ended rows. On a GPU a check waits for all queued work, so checks are rare.
 TOKENS_BETWEEN_CHECKS = {"cpu": 1}
 TOKENS_BETWEEN_CHECKS_ELSEWHERE = 8
-# On a CPU the draw goes over rows that stay in its cache.
+# On a CPU rows are drawn in groups that fit its cache.
 CPU_DRAW_BYTES = 2**20
-# Tokens are summed in blocks, so that the sum over a block alone is cumulated token by token.
+# Probabilities are summed in blocks first, so that only one block per row needs a cumulative sum over tokens.
 BLOCK = 64
+
+
+def generator_of(device: torch.device, seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    """The given generator, or a new one with this seed (None: a random one). Raises UsageError if both are given."""
+    if generator is None:
+        generator = torch.Generator(device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+    elif seed is not None:
+        raise UsageError(f"seed: {seed} and a generator were both given; give one of them")
+    return generator
 
 
 def draw(
@@ -36,10 +46,10 @@ def draw(
     generator: torch.Generator,
     logit_bias: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token [N] per row of logits [N, V] under ``settings``, and its log-probability [N], in float32 or better.
+    """Draw one token [N] per row of logits [N, V] under ``settings``; also its log-probability [N], float32 or better.
 
-    ``logit_bias`` of a slice of rows are added to their logits first. The cumulative distribution is inverted, much
-    cheaper than ``torch.multinomial`` on a CPU; a token of probability zero is never drawn.
+    ``logit_bias`` gives what is added to the logits of a slice of rows. The draw inverts the cumulative distribution,
+    which is much faster than ``torch.multinomial`` on a CPU. A token of probability zero is never drawn.
     """
     n, width = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -57,13 +67,13 @@ def draw(
 
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token [N, 1] at which the cumulative sum of probabilities [N, V] exceeds its share ``uniform`` [N, 1]."""
+    """The first token [N, 1] whose cumulative probability [N, V] exceeds the share ``uniform`` [N, 1] of the total."""
     n, width = probabilities.shape
-    short = -width % BLOCK
-    blocks = (torch.nn.functional.pad(probabilities, (0, short)) if short else probabilities).view(n, -1, BLOCK)
+    padding = -width % BLOCK
+    blocks = (torch.nn.functional.pad(probabilities, (0, padding)) if padding else probabilities).view(n, -1, BLOCK)
     upto = blocks.sum(-1).cumsum(-1)
     wanted = _below(uniform * upto[:, -1:], upto[:, -1:])
-    # NaN probabilities would give an index out of range, which a GPU answers by ending the process.
+    # With NaN probabilities the index would be out of range, and a GPU would end the process.
     block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)
     before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp_min(0)), 0.0)
     within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
@@ -73,11 +83,11 @@ def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _below(value: Tensor, total: Tensor) -> Tensor:
-    """``value``, but less than ``total`` where rounding made it as much."""
+    """``value``, or the largest number below ``total`` if rounding made them equal."""
     return torch.minimum(value, torch.nextafter(total, torch.zeros_like(total)))
 
 
-def _weights(guide: Guide, states: Tensor, t: int, rows: slice) -> Tensor:
+def _bias_of_rows(guide: Guide, states: Tensor, t: int, rows: slice) -> Tensor:
     return guide.logit_bias(states[rows], t)
 
 
@@ -98,9 +108,9 @@ def sample_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one completion for each entry of ``prompt_index`` [N].
 
-    Returns tokens [N, T], mask [N, T] and token log-probabilities [N, T] (nats) under ``settings``; a row ends with the
-    first EOS, which belongs to it, or after ``max_new_tokens``. Rows that have ended leave the batch. Raises
-    NumericalError when the model's probabilities are not numbers.
+    Returns tokens [N, T], mask [N, T] and token log-probabilities [N, T] (nats) under ``settings`` and ``guide``. A row
+    ends with the first EOS, included, or after ``max_new_tokens``. Ended rows leave the batch. Raises NumericalError if
+    a probability is NaN.
     """
     n, device = len(prompt_index), prompt_index.device
     tokens = torch.full((n, max_new_tokens), pad_id, dtype=torch.long, device=device)
@@ -109,12 +119,12 @@ def sample_batch(
     alive = torch.arange(n, device=device)
     open_rows = torch.ones(n, dtype=torch.bool, device=device)
     states = guide.begin(n) if guide is not None else None
-    between = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
+    check_every = TOKENS_BETWEEN_CHECKS.get(device.type, TOKENS_BETWEEN_CHECKS_ELSEWHERE)
     decoder, logits = prefill(model, prompts, prompt_index, max_new_tokens, start_id, cache_dtype)
     reserve(decoder.cache, decoder.mask.shape[1] + max_new_tokens, cache_dtype)
     for t in range(max_new_tokens):
         if guide is not None and states is not None:
-            drawn, found = draw(logits, settings, generator, partial(_weights, guide, states, t))
+            drawn, found = draw(logits, settings, generator, partial(_bias_of_rows, guide, states, t))
             states = guide.advance(states, drawn)
         else:
             drawn, found = draw(logits, settings, generator)
@@ -127,7 +137,7 @@ def sample_batch(
         if t + 1 == max_new_tokens:
             break
         decoder.append(drawn)
-        if (t + 1) % between == 0:
+        if (t + 1) % check_every == 0:
             still_open = int(open_rows.sum())
             if still_open == 0:
                 break

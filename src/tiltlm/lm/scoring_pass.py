@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiltlm.lm.cross import Source, decoder_states
 from tiltlm.lm.decoding import accepts, positions
+from tiltlm.lm.encoder_decoder import EncodedPrompts, decoder_states
 from tiltlm.lm.samples import Samples
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def causal_pass(
     model: PreTrainedModel, inner: PreTrainedModel, layer: torch.nn.Linear | None, samples: Samples
 ) -> Tensor:
-    """Hidden states [N, C + T, H] of prompt and completion, or without a ``layer`` logits [N, T or C + T, V].
+    """Hidden states [N, C + T − 1, H] of prompts and completions; logits [N, T or C + T − 1, V] without a ``layer``.
 
-    ``inner`` is the model without PEFT around it.
+    ``inner`` is the model without PEFT around it. The last sampled token is never an input.
     """
     tokens, mask = samples.prompts.tokens[samples.prompt_index], samples.prompts.mask[samples.prompt_index]
     arguments: dict[str, Any] = {"input_ids": torch.cat([tokens, samples.tokens[:, :-1]], dim=1), "use_cache": False}
@@ -40,11 +40,11 @@ def causal_pass(
 
 
 def decoder_pass(model: PreTrainedModel, layer: torch.nn.Linear | None, samples: Samples, start_id: int) -> Tensor:
-    """Hidden states [N, T, H] of the completion, or without a ``layer`` logits [N, T, V]."""
+    """Hidden states [N, T, H] of an encoder–decoder model's completions; logits [N, T, V] without a ``layer``."""
     start = torch.full_like(samples.tokens[:, :1], start_id)
     tokens = torch.cat([start, samples.tokens[:, :-1]], dim=1)
-    source = Source.of(model, samples.prompts, samples.prompt_index)
+    encoded = EncodedPrompts.of(model, samples.prompts, samples.prompt_index)
     if layer is not None:
-        return decoder_states(model, tokens, source)
-    logits: Tensor = model(decoder_input_ids=tokens, use_cache=False, **source.arguments).logits
+        return decoder_states(model, tokens, encoded)
+    logits: Tensor = model(decoder_input_ids=tokens, use_cache=False, **encoded.arguments).logits
     return logits

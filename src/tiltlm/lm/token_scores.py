@@ -1,8 +1,8 @@
-"""Log-probabilities, KL and a guide's distillation term at every sampled token, without all logits at once."""
+"""Log-probabilities, KL and distillation terms at every sampled token, without all logits in memory at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from tiltlm.lm.samples import Samples, SamplingSettings
 
 @dataclass(frozen=True)
 class NextToken:
-    """Scores at each sampled token [N, T]; 0 where masked, None where not computed.
+    """Scores at each sampled token [N, T], in nats; 0 where masked, None if not computed.
 
-    ``policy``, ``base`` and ``guide`` are log-probabilities of the token in nats. ``kl`` is KL(π(·|x_<t)‖a(·|x_<t)).
+    ``policy``, ``base`` and ``guide`` are log-probabilities of the token. ``kl`` is KL(π(·|x_<t)‖a(·|x_<t)).
     ``taught`` is the distillation term Σ_v g(v|x_<t) log π(v|x_<t). ``expected`` is log Σ_v a(v|x_<t) ψ(x_<t v), the
-    expected value of the next prefix, without the guide's ``log_scale``. ``gram`` [N, T, 3] holds the inner products
-    of g − π and 1_x − π over the vocabulary: the first with itself, both, the second with itself. ``policy`` and
-    ``taught`` carry a gradient.
+    log of the expected value of the next prefix, without the guide's ``log_scale``. ``gram`` [N, T, 3] holds inner
+    products over the vocabulary, without unit: of g − π with itself, of g − π with 1_x − π, of 1_x − π with itself.
+    Only ``policy`` and ``taught`` carry a gradient.
     """
 
     policy: Tensor
@@ -39,20 +39,20 @@ class NextToken:
 def next_token(
     samples: Samples, policy: ForwardPass, base: ForwardPass | None = None, guide: Guide | None = None
 ) -> NextToken:
-    """Scores of policy and base at every sampled token; a ``guide`` reweights the base, so it needs ``base``."""
-    job = Job(samples, base, guide, policy, torch.is_grad_enabled())
+    """Scores of policy and base at every sampled token; a ``guide`` needs ``base``, which it reweights."""
+    inputs = ScoreInputs(samples, base, guide, policy, torch.is_grad_enabled())
     found = NextTokenFunction.apply(  # type: ignore[no-untyped-call]
-        policy.hidden, policy.weight, policy.bias, job
+        policy.hidden, policy.weight, policy.bias, inputs
     )
     wanted = (True, *[base is not None] * 2, *[guide is not None] * 4)
-    tables: Any = [_spread(x, samples) if asked else None for x, asked in zip(found, wanted, strict=True)]
+    tables: Any = [_as_table(x, samples) if computed else None for x, computed in zip(found, wanted, strict=True)]
     return NextToken(*tables)
 
 
 def token_logprobs(
     samples: Samples, forward: ForwardPass, settings: SamplingSettings, guide: Guide | None = None
 ) -> Tensor:
-    """log q of the sampled tokens [N, T] under ``settings`` and ``guide``, 0 where masked, with gradient."""
+    """Log-probability [N, T] of each sampled token under ``settings`` and ``guide``, 0 where masked, with gradient."""
     if settings == SamplingSettings() and guide is None:
         return next_token(samples, forward).policy
     tokens, bias, forward = samples.flat_tokens, logit_bias(samples, guide), forward.cast()
@@ -64,21 +64,22 @@ def token_logprobs(
         return settings.log_probabilities(logits).gather(-1, tokens[piece, None]).squeeze(-1)
 
     found = [checkpoint(piece_logprobs, piece, use_reentrant=False) for piece in forward.pieces()]
-    return _spread(torch.cat(found), samples)
+    return _as_table(torch.cat(found), samples)
 
 
-def _spread(values: Tensor, samples: Samples) -> Tensor:
+def _as_table(values: Tensor, samples: Samples) -> Tensor:
     """Values [P, ...] of the sampled tokens as a table [N, T, ...]."""
     table = values.new_zeros(*samples.tokens.shape, *values.shape[1:])
     return table.index_put((samples.flat_rows, samples.flat_columns), values)
 
 
 def logit_bias(samples: Samples, guide: Guide | None) -> LogitBias | None:
+    """The logit bias of ``guide`` at the sampled tokens; None without a guide."""
     return guide.bias_of(samples.tokens, samples.flat_rows, samples.flat_columns) if guide is not None else None
 
 
-class Job:
-    """The inputs of ``NextTokenFunction`` beside the policy; none carries a gradient."""
+class ScoreInputs:
+    """All inputs of ``NextTokenFunction`` but the policy's tensors; none carries a gradient."""
 
     def __init__(
         self, samples: Samples, base: ForwardPass | None, guide: Guide | None, policy: ForwardPass, gradient: bool
@@ -88,7 +89,7 @@ class Job:
         self.compute, self.logit_bias = policy.compute, policy.logit_bias
 
     def policy(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> ForwardPass:
-        """The policy's forward pass, from the tensors that autograd tracks."""
+        """The policy's forward pass, made of the tensors that autograd tracks."""
         return ForwardPass(hidden, weight, bias, self.compute, self.logit_bias)
 
     def guide_logprobs(self, base_logits: Tensor, piece: slice, out: Tensor | None) -> Tensor:
@@ -97,73 +98,78 @@ class Job:
         return torch.log_softmax(base_logits.add_(self.guide.at(piece)), -1, out=out)
 
     def at_tokens(self, logprobs: Tensor, piece: slice) -> Tensor:
+        """Entries [p] of ``logprobs`` [p, V] at the sampled tokens."""
         return logprobs.gather(-1, self.tokens[piece, None]).squeeze(-1)
 
 
 class NextTokenFunction(torch.autograd.Function):
-    """The fields of ``NextToken`` per position [P]; backward computes each piece of logits again.
+    """The fields of ``NextToken`` at P positions [P]; backward computes each piece of logits again.
 
-    With z the logits, ∂ log π(x) / ∂z = 1_x − π and ∂ Σ_v g_v log π_v / ∂z = g − π. If the output layer is frozen,
-    forward keeps all that the gradient needs: both times the weight, [P, H].
+    With logits z, ∂ log π(x) / ∂z = 1_x − π and ∂ Σ_v g_v log π_v / ∂z = g − π. If the output layer is frozen, forward
+    stores all that the gradient needs: both differences times the weight, [P, H].
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
-        policy, base = job.policy(hidden, weight, bias).cast(), job.base
-        learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        frozen = job.gradient and ctx.needs_input_grad[0] and weight is not None and not learns
-        found: list[list[Tensor]] = [[] for _ in range(7)]
-        directions: list[list[Tensor]] = [[], []]
-        scratch, ours, theirs = Scratch(policy), StripLogits(policy), StripLogits(base) if base is not None else None
-        held = [
-            GatheredRows(policy, policy.piece_rows) for _ in range((1 if job.guide is None else 2) if frozen else 0)
-        ]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, inputs: ScoreInputs
+    ) -> tuple[Tensor, ...]:
+        policy, base = inputs.policy(hidden, weight, bias).cast(), inputs.base
+        tunes_layer = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        frozen = inputs.gradient and ctx.needs_input_grad[0] and weight is not None and not tunes_layer
+        found: dict[str, list[Tensor]] = {field.name: [] for field in fields(NextToken)}
+        to_token: list[Tensor] = []
+        to_guide: list[Tensor] = []
+        scratch, policy_strips = Scratch(policy), StripLogits(policy)
+        base_strips = StripLogits(base) if base is not None else None
+        guided = inputs.guide is not None
+        gathered = [GatheredRows(policy, policy.piece_rows) for _ in range(2 if guided else 1)] if frozen else []
         for piece, strip in policy.strips():
             scratch.start(strip)
-            logprobs = torch.log_softmax(ours.at(piece, strip, scratch), -1, out=scratch["policy"])
-            found[0].append(job.at_tokens(logprobs, strip))
+            logprobs = torch.log_softmax(policy_strips.at(piece, strip, scratch), -1, out=scratch["policy"])
+            found["policy"].append(inputs.at_tokens(logprobs, strip))
             pi = torch.exp(logprobs, out=scratch["pi"]) if base is not None or frozen else logprobs
-            if theirs is not None:
-                base_logits = theirs.at(piece, strip, scratch)
+            if base_strips is not None:
+                base_logits = base_strips.at(piece, strip, scratch)
                 base_logprobs = torch.log_softmax(base_logits, -1, out=scratch["other"])
-                found[1].append(job.at_tokens(base_logprobs, strip))
-                found[2].append(torch.linalg.vecdot(pi, torch.sub(logprobs, base_logprobs, out=base_logprobs)))
-            if job.guide is not None:
-                normalizer = job.at_tokens(base_logits, strip) - found[1][-1]
-                guide_logprobs = job.guide_logprobs(base_logits, strip, scratch["other"])
-                found[3].append(job.at_tokens(guide_logprobs, strip))
-                # Any token with g > 0 shows the ratio of the normalizers; the likeliest is the most precise.
-                likeliest, place = guide_logprobs.max(-1, keepdim=True)
-                found[5].append((base_logits.gather(-1, place) - likeliest).squeeze(-1) - normalizer)
+                found["base"].append(inputs.at_tokens(base_logprobs, strip))
+                found["kl"].append(torch.linalg.vecdot(pi, torch.sub(logprobs, base_logprobs, out=base_logprobs)))
+            if guided:
+                normalizer = inputs.at_tokens(base_logits, strip) - found["base"][-1]
+                guide_logprobs = inputs.guide_logprobs(base_logits, strip, scratch["other"])
+                found["guide"].append(inputs.at_tokens(guide_logprobs, strip))
+                # Any token with g > 0 gives the ratio of the normalizers; the likeliest gives it most precisely.
+                highest, token = guide_logprobs.max(-1, keepdim=True)
+                found["expected"].append((base_logits.gather(-1, token) - highest).squeeze(-1) - normalizer)
                 g = guide_logprobs.exp_()
                 dot = torch.linalg.vecdot
-                of_tokens = found[3][-1].exp(), found[0][-1].exp()
-                found[6].append(gram(dot(g, g), dot(g, pi), dot(pi, pi), *of_tokens))
-                # g = 0 has weight 0, and 0 · −inf is not a number.
-                found[4].append(torch.mul(g, logprobs, out=logprobs).masked_fill_(g == 0, 0.0).sum(-1))
+                of_tokens = found["guide"][-1].exp(), found["policy"][-1].exp()
+                found["gram"].append(gram(dot(g, g), dot(g, pi), dot(pi, pi), *of_tokens))
+                # Where g = 0 the term is 0, but 0 · −inf would be NaN.
+                found["taught"].append(torch.mul(g, logprobs, out=logprobs).masked_fill_(g == 0, 0.0).sum(-1))
             if frozen:
                 assert policy.weight is not None
-                for rows, probabilities in zip(held, (pi, g) if job.guide is not None else (pi,), strict=True):
+                for rows, probabilities in zip(gathered, (pi, g) if guided else (pi,), strict=True):
                     rows.put(strip, probabilities)
                 if strip.stop == piece.stop:
-                    mean, *guided = (rows.take()[1] @ policy.weight for rows in held)
-                    directions[0].append(policy.weight[job.tokens[piece]] - mean)
-                    directions[1].extend(of_guide - mean for of_guide in guided)
-        outputs = [torch.cat(part) if part else hidden.new_zeros(len(hidden)) for part in found]
-        ctx.job, ctx.frozen, ctx.dtype = job, frozen, hidden.dtype
-        # If the weight is a copy for the length of a batch, its gradient is summed on the parameter itself.
+                    of_policy, *of_guide = (rows.take()[1] @ policy.weight for rows in gathered)
+                    to_token.append(policy.weight[inputs.tokens[piece]] - of_policy)
+                    to_guide.extend(mean - of_policy for mean in of_guide)
+        outputs = [torch.cat(part) if part else hidden.new_zeros(len(hidden)) for part in found.values()]
+        ctx.inputs, ctx.frozen, ctx.dtype = inputs, frozen, hidden.dtype
+        # If the weight is a copy by ``cast_weights``, its gradient is summed on the parameter itself.
         ctx.original = original_of(weight) if weight is not None else None
-        # A cast tensor is not an input, so it is kept instead of being cast again.
+        # A cast tensor is no input of this function, so it is stored instead of cast again.
         was_cast = policy.hidden is not hidden or policy.weight is not weight
         ctx.cast = policy if was_cast and not frozen else None
-        ctx.save_for_backward(*([torch.cat(p) for p in directions if p] if frozen else [hidden, weight, bias]))
+        stored = [torch.cat(part) for part in (to_token, to_guide) if part] if frozen else [hidden, weight, bias]
+        ctx.save_for_backward(*stored)
         ctx.mark_non_differentiable(*outputs[1:4], *outputs[5:])
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, on_policy: Tensor, *others: Tensor) -> tuple[Any, ...]:
-        job: Job = ctx.job
+        inputs: ScoreInputs = ctx.inputs
         on_taught = others[3]
         if ctx.frozen:
             to_token, *to_guide = ctx.saved_tensors
@@ -172,25 +178,27 @@ class NextTokenFunction(torch.autograd.Function):
                 total = total + on_taught[:, None] * direction
             return total.to(ctx.dtype), None, None, None
         hidden, weight, bias = ctx.saved_tensors
-        policy, base = ctx.cast or job.policy(hidden, weight, bias), job.base
+        policy, base = ctx.cast or inputs.policy(hidden, weight, bias), inputs.base
         of_bias = None
-        # vmap computes many gradients at once, and their shape does not fit the memory kept for one.
+        # Under vmap gradients have one more dimension, which the buffers do not have.
         functorch = torch._C._functorch
-        many = functorch.is_batchedtensor(on_policy) or functorch.is_legacy_batchedtensor(on_policy)
+        batched = functorch.is_batchedtensor(on_policy) or functorch.is_legacy_batchedtensor(on_policy)
         weight_dtype = (ctx.original if ctx.original is not None else weight).dtype if ctx.needs_input_grad[1] else None
-        gradients = LogitGradients(policy, ctx.dtype if ctx.needs_input_grad[0] else None, weight_dtype, many)
+        gradients = LogitGradients(policy, ctx.dtype if ctx.needs_input_grad[0] else None, weight_dtype, batched)
         if ctx.original is not None:
             gradients.of_weight = ctx.original.grad
-        scratch, ours, theirs = Scratch(policy), StripLogits(policy), StripLogits(base) if base is not None else None
+        scratch, policy_strips = Scratch(policy), StripLogits(policy)
+        base_strips = StripLogits(base) if base is not None else None
         for piece, strip in policy.strips():
             scratch.start(strip)
             of_token, both = on_policy[strip], on_policy[strip] + on_taught[strip]
-            pi = torch.softmax(ours.at(piece, strip, scratch), -1, out=scratch["policy"])
-            of_logits = torch.mul(pi, -both[:, None], out=None if many else pi)
-            if job.guide is not None and theirs is not None:
-                g = job.guide_logprobs(theirs.at(piece, strip, scratch), strip, scratch["other"]).exp_()
-                of_logits = torch.addcmul(of_logits, g, on_taught[strip, None], out=None if many else of_logits)
-            of_logits = of_logits.scatter_add_(-1, job.tokens[strip, None], of_token[:, None])
+            pi = torch.softmax(policy_strips.at(piece, strip, scratch), -1, out=scratch["policy"])
+            of_logits = torch.mul(pi, -both[:, None], out=None if batched else pi)
+            if inputs.guide is not None and base_strips is not None:
+                base_logits = base_strips.at(piece, strip, scratch)
+                g = inputs.guide_logprobs(base_logits, strip, scratch["other"]).exp_()
+                of_logits = torch.addcmul(of_logits, g, on_taught[strip, None], out=None if batched else of_logits)
+            of_logits = of_logits.scatter_add_(-1, inputs.tokens[strip, None], of_token[:, None])
             if ctx.needs_input_grad[2]:
                 of_bias = _added(of_bias, of_logits.sum(0))
             gradients.take(strip, of_logits)
@@ -200,9 +208,10 @@ class NextTokenFunction(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, None
 
 
-def gram(theirs: Tensor, both: Tensor, ours: Tensor, guide: Tensor, policy: Tensor) -> Tensor:
-    """``NextToken.gram`` [..., 3] from ⟨g, g⟩, ⟨g, π⟩, ⟨π, π⟩ and the probabilities of the token, each [...]."""
-    return torch.stack([theirs - 2 * both + ours, guide - policy - both + ours, 1 - 2 * policy + ours], -1)
+def gram(guide_guide: Tensor, guide_policy: Tensor, policy_policy: Tensor, guide: Tensor, policy: Tensor) -> Tensor:
+    """``NextToken.gram`` [..., 3] from ⟨g, g⟩, ⟨g, π⟩, ⟨π, π⟩ and the token's probabilities g(x), π(x), each [...]."""
+    of_guide = guide_guide - 2 * guide_policy + policy_policy
+    return torch.stack([of_guide, guide - policy - guide_policy + policy_policy, 1 - 2 * policy + policy_policy], -1)
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where tokens lead from each state of a guide: places times counts, so that a row per place serves all its counts."""
+"""The transition table of a guide in factored form: a state is a place and a count, and a table row serves a place."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transitions:
-    """A table [S, V] of S = F · K states that is not written out; state f · K + k is place f with count k.
+    """A table [S, V] of next states, stored as factors: state f · K + k is place f of F with count k of K, S = F · K.
 
-    ``places`` [F, V] gives the place after a token, F + f where the token ends the text in place f; ``changes`` [F, V]
-    the row of ``counts`` [C, K], which gives the count after each count. Indexed by states, or by states and tokens.
+    ``places`` [F, V] gives the place after a token, and F + f if the token ends the text in place f. ``changes`` [F, V]
+    names a row of ``counts`` [C, K], which gives the new count for each old count. Index it like the table itself: by
+    states, or by states and tokens.
     """
 
     places: Tensor
@@ -22,7 +23,7 @@ class Transitions:
 
     @staticmethod
     def of(table: Tensor) -> Transitions:
-        """The same for a table [S, V] that is written out."""
+        """The factored form of a table [S, V]: every state is a place, and there is one count."""
         return Transitions(table, torch.zeros_like(table, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.long))
 
     @property
@@ -40,16 +41,16 @@ class Transitions:
         if self.counts.shape[1] == 1:
             return self.places[states, of_tokens].long()
         place, count = states // self.counts.shape[1], states % self.counts.shape[1]
-        # In place, as there may be a row of the vocabulary for each of thousands of states.
+        # In place, because there may be thousands of states times the vocabulary.
         after = self.changes[place, of_tokens].long()
         after.mul_(self.counts.shape[1]).add_(count[..., None] if whole_rows else count)
         return self.counts.take(after).add_(self.places[place, of_tokens], alpha=self.counts.shape[1])
 
     def to(self, device: torch.device | str) -> Transitions:
-        """The same on another device."""
+        """The transitions on another device."""
         return Transitions(self.places.to(device), self.changes.to(device), self.counts.to(device))
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the tensors."""
         return self.places.device
