@@ -3,15 +3,14 @@
     python scripts/pretrain_embedded.py --corpus ../shared/corpus --work-dir build/embedded \
         --output-dir src/tiltlm/lm/embedded_model
 
-One sentence is one document, from BOS to EOS. Interrupt it at any time; the same command goes on from the last
-checkpoint. It runs on a GPU when there is one.
+One sentence is one document, from BOS to EOS. After an interruption the same command continues from the last
+checkpoint. It uses a GPU if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import itertools
 import json
 import math
 import os
@@ -71,7 +70,7 @@ def build_model(vocab_size: int, bos: int, eos: int) -> LlamaForCausalLM:
 
 
 def batches(documents: list[list[int]], tokens_per_batch: int, rng: random.Random) -> list[list[int]]:
-    """Indices of documents of like length, so that padding costs nothing, in random order of batches."""
+    """Batches of document indices in random order; documents of similar length share a batch, to save padding."""
     order = list(range(len(documents)))
     rng.shuffle(order)
     result = []
@@ -89,7 +88,7 @@ def batches(documents: list[list[int]], tokens_per_batch: int, rng: random.Rando
 
 
 def pad(documents: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded inputs [N, T] and labels [N, T], with -100 where there is nothing to predict."""
+    """Right-padded inputs [N, T] and labels [N, T], with -100 where no token is predicted."""
     width = max(map(len, documents))
     inputs = torch.tensor([d + [0] * (width - len(d)) for d in documents], device=device)
     labels = torch.tensor([d[1:] + [-100] * (width - len(d) + 1) for d in documents], device=device)
@@ -101,7 +100,7 @@ def token_losses(model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Te
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-# Fused element-wise work doubles the speed on a CPU.
+# Fused element-wise operations double the speed on a CPU.
 compiled_losses = torch.compile(token_losses, dynamic=True)
 
 
@@ -156,14 +155,14 @@ def train(
     valid_bytes: int,
     args: argparse.Namespace,
 ) -> tuple[float, list[dict[str, int]]]:
-    """Train to the end of the schedule; returns the seconds spent and what each sitting was asked for."""
+    """Train to the end of the schedule; returns the seconds spent and the planned epochs of each sitting."""
     device = next(model.parameters()).device
     opts = optimizers(model, args)
     plan = list(epochs(documents, args))
     total = min(len(plan), args.max_steps or len(plan))
     checkpoint = args.work_dir / "checkpoint.pt"
     step, spent = 0, 0.0
-    # What each sitting was asked for: a schedule that was changed on the way belongs into the model card.
+    # The planned epochs of each sitting; the model card reports changes.
     sittings = [{"from_step": 0, "epochs": args.epochs}]
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -224,11 +223,11 @@ def train(
 
 
 def schedule_changes(sittings: list[dict[str, int]]) -> str:
-    """How the plan changed on the way, for the model card; nothing when it did not."""
-    pairs = itertools.pairwise(sittings)
-    return "".join(
-        f"; at step {b['from_step']} the plan of {a['epochs']} epochs became {b['epochs']}" for a, b in pairs
-    )
+    """Changes of the planned epochs during training, for the model card; empty without any."""
+    if len(sittings) == 1:
+        return ""
+    changes = "".join(f", from step {sitting['from_step']} for {sitting['epochs']}" for sitting in sittings[1:])
+    return f"; planned for {sittings[0]['epochs']} epochs{changes}"
 
 
 def model_card(
@@ -248,8 +247,8 @@ pipeline_tag: text-generation
 
 # The embedded model of tiltlm
 
-A small causal language model that writes one English sentence about somebody's life. It exists so that demos, tests and
-studies of tiltlm run anywhere in seconds; it knows nothing and should not be used for anything else.
+A small causal language model that writes one English sentence about somebody's life. With it, demos, tests and studies of
+tiltlm run anywhere in seconds. Do not use it for anything else: its sentences state no facts.
 
 | | |
 | --- | --- |
@@ -258,7 +257,7 @@ studies of tiltlm run anywhere in seconds; it knows nothing and should not be us
 | tokenizer | byte-level BPE, {args.vocab_size:,} entries, trained on the same sentences; padding is the EOS token |
 | corpus | {documents:,} sentences of 30 to 180 characters from 803 English Wikipedia featured articles, nearly all biographies, about 2012 |
 | licence of the text | CC BY-SA 3.0, by Wikipedia's authors |
-| validation loss | **{figures["nats_per_token"]:.3f} nats per token**, **{figures["bits_per_byte"]:.3f} bits per byte** (EOS counted as one byte), on 2,000 held-out sentences, with the float16 weights that ship |
+| validation loss | **{figures["nats_per_token"]:.3f} nats per token**, **{figures["bits_per_byte"]:.3f} bits per byte** (EOS counted as one byte), on 2,000 held-out sentences, with the float16 weights of this folder |
 | optimizer | Muon (learning rate {args.muon_lr}) on the hidden matrices, AdamW ({args.adam_lr}) on the embedding and the norms; linear warm-up and decay{schedule_changes(sittings)} |
 | epochs, batch | {args.epochs} epochs, {args.tokens_per_batch:,} tokens a batch, {"bfloat16 autocast" if args.bf16 else "float32"} |
 | seed | {args.seed} |
@@ -270,8 +269,8 @@ Trained by:
     python scripts/pretrain_embedded.py --corpus ../shared/corpus --work-dir build/embedded \\
         --output-dir src/tiltlm/lm/embedded_model --epochs {args.epochs} --seed {args.seed}
 
-What it leans to, it learned from its text: in the corpus 40.7% of the sentences have a male pronoun and no female one, 5.7%
-the other way round.
+The model reproduces the bias of its corpus: 40.7% of the sentences have a male pronoun and no female one, 5.7% a female
+pronoun and no male one.
 """
 
 
