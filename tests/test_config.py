@@ -163,7 +163,7 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(UsageError, match=r"not valid YAML: the key '(seed|max_steps)' stands there twice \(line"):
+    with pytest.raises(UsageError, match=r"not valid YAML: the key '(seed|max_steps)' appears twice \(line"):
         load_config(file)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from enumerable import tiny_model
 from tiltlm.app.prompts import encode_prompts, read_prompts
-from tiltlm.config.prompt_data import PromptData, prompt_rows, stated_prompts
+from tiltlm.config.prompt_data import PromptData, parse_prompts, prompt_rows
 from tiltlm.config.run import parse_config
 from tiltlm.config.yaml_file import apply_override
 from tiltlm.errors import UsageError
@@ -75,7 +75,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
 def test_each_kind_of_file_gives_the_prompts_and_the_columns(tmp_path: Path, ending: str) -> None:
-    found = stated_prompts(str(written(tmp_path, ending)))
+    found = parse_prompts(str(written(tmp_path, ending)))
     assert found.prompts == tuple(row["prompt"] for row in ROWS)
     assert found.columns["word"] == tuple(row["word"] for row in ROWS)
     weights = tuple(str(row["weight"]) if ending == ".csv" else row["weight"] for row in ROWS)
@@ -101,10 +101,10 @@ def test_a_data_set_in_a_folder_is_read_by_its_name(tmp_path: Path) -> None:
 def test_a_text_file_has_a_prompt_a_line_and_a_string_is_one_itself(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("a b\n\n  \nd\n")
     (tmp_path / "no ending").write_text("d")
-    assert stated_prompts(str(tmp_path / "lines.txt")) == PromptData(("a b", "d"), {})
-    assert stated_prompts(str(tmp_path / "no ending")).prompts == ("d",)
-    assert stated_prompts("once upon a time").prompts == ("once upon a time",)
-    assert stated_prompts(["a", "b"]).prompts == ("a", "b")
+    assert parse_prompts(str(tmp_path / "lines.txt")) == PromptData(("a b", "d"), {})
+    assert parse_prompts(str(tmp_path / "no ending")).prompts == ("d",)
+    assert parse_prompts("once upon a time").prompts == ("once upon a time",)
+    assert parse_prompts(["a", "b"]).prompts == ("a", "b")
 
 
 def test_rows_may_lack_a_column_and_what_is_not_plain_is_left_out() -> None:
@@ -136,16 +136,16 @@ def test_rows_may_lack_a_column_and_what_is_not_plain_is_left_out() -> None:
 def test_what_is_wrong_with_a_file_is_told_by_its_place(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=f"^prompts: .*{said}"):
-        stated_prompts(str(tmp_path / name))
+        parse_prompts(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
 def test_a_file_that_is_not_there_or_no_text(tmp_path: Path, ending: str) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        stated_prompts(str(tmp_path / f"none{ending}"))
+        parse_prompts(str(tmp_path / f"none{ending}"))
     (tmp_path / f"bytes{ending}").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match=r"UTF-8|Parquet"):
-        stated_prompts(str(tmp_path / f"bytes{ending}"))
+        parse_prompts(str(tmp_path / f"bytes{ending}"))
 
 
 def test_a_share_is_held_out_by_the_seed_and_nothing_is_in_both() -> None:
@@ -195,7 +195,7 @@ def test_chat_messages_need_a_template_that_takes_them() -> None:
 
 def test_columns_travel_with_their_prompts_to_the_features() -> None:
     model = tiny_model()
-    data = stated_prompts(ROWS)
+    data = parse_prompts(ROWS)
     seen: list[dict[str, Any]] = []
 
     def weighted(completions: list[str], word: list[str], **columns: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""The errors that tiltlm raises: one root, and leaves that also are the matching standard error."""
+"""The errors that tiltlm raises: one root class; each subclass is also the matching standard error."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 class TiltError(Exception):
-    """Something went wrong that the message explains and the user can change.
+    """An error that the user can fix; the message says how.
 
-    ``exit_code`` is what the command line returns: 2 when the command or the configuration is wrong as written, 1 when
-    the work failed on the way.
+    ``exit_code`` is that of the command line: 2 if the command or the configuration is wrong as written, 1 if the work
+    failed.
     """
 
     exit_code = 1
 
 
 class UsageError(TiltError, ValueError):
-    """A setting or an argument that cannot be right: an unknown key, a wrong type, a missing file."""
+    """A wrong setting or argument: an unknown key, a wrong type, a missing file."""
 
     exit_code = 2
 
@@ -30,7 +30,7 @@ class ModelError(TiltError, OSError):
 
 
 class RunExistsError(TiltError, FileExistsError):
-    """An output directory that already holds something that would be overwritten."""
+    """An output directory whose content would be overwritten."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class FeatureError(TiltError, ValueError):
 
 
 class UnreachableTargetError(TiltError, ValueError):
-    """Moments that no distribution near the base model can have, as far as the samples show."""
+    """Moments that no reweighting of the base's samples can reach."""
 
 
 class CheckpointError(TiltError, OSError):
@@ -48,11 +48,11 @@ class CheckpointError(TiltError, OSError):
 
 
 class NumericalError(TiltError, ArithmeticError):
-    """A NaN or an infinity where training cannot go on."""
+    """A NaN or an infinity with which training cannot continue."""
 
 
 def why_not_loaded(source: str, error: Exception) -> tuple[str, str]:
-    """Where a model was looked for, and in one line what the libraries that load it said."""
+    """Where a model was searched, and the first line of the error of the library that loads it."""
     where = "in this folder" if Path(source).exists() else "as a folder here or a name on the hub"
     return where, str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
 

@@ -46,7 +46,7 @@ def test_everything_is_made_once(
     (here / "parts.py").write_text(PARTS)
     (here / "prompts.txt").write_text("she\\nhe\\n")
     counts = {"prompts": 0, "accelerator": 0}
-    read, build = prompts.stated_prompts, acceleration.build_accelerator
+    read, build = prompts.parse_prompts, acceleration.build_accelerator
 
     def counted_read(*args: Any, **kwargs: Any) -> Any:
         counts["prompts"] += 1
@@ -56,7 +56,7 @@ def test_everything_is_made_once(
         counts["accelerator"] += 1
         return build(*args)
 
-    monkeypatch.setattr(prompts, "stated_prompts", counted_read)
+    monkeypatch.setattr(prompts, "parse_prompts", counted_read)
     for place in ("tiltlm.app.tune", "tiltlm.training.trainer"):
         monkeypatch.setattr(f"{place}.build_accelerator", counted_build)
     changed = {

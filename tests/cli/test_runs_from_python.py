@@ -91,7 +91,7 @@ def test_an_object_that_has_no_name_is_recorded_as_such(
 
     wordy = made(lambda texts: [float(len(text.split()) > 5) for text in texts])
     tuned(base, {wordy: 0.7}, "unnamed")
-    assert "note: no run file can name the feature 'wordy', so `tiltlm eval` will not know it" in capfd.readouterr().err
+    assert "note: no run file can name the feature 'wordy', so `tiltlm eval` cannot load it" in capfd.readouterr().err
     answer = tiltlm("eval", "unnamed", "--samples", 20, "--device", "cpu")
     assert_one_error(answer.err, ["target.constraints.0.feature: 'wordy'", "a module defines", "features=[...]"])
     assert answer.code == 2

@@ -1,4 +1,4 @@
-"""From a config to objects: the only place that knows both."""
+"""Models and targets from a config."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
 
 
 def build_terms(config: RunConfig, objects: Sequence[Feature] = ()) -> list[Term]:
-    """The features and moments of the target, not yet fitted. Raises UsageError for what is wrong as stated.
+    """The features and moments of the target, not yet fitted. Raises UsageError for a wrong constraint.
 
-    ``objects`` are features that a run file cannot name, found by their names.
+    ``objects`` are features that a run file cannot name; their names identify them.
     """
     constraints = [
         (_named(f"target.constraints.{i}", constraint, objects), constraint.moment)
@@ -65,15 +65,15 @@ def build_own_target(config: RunConfig) -> Target:
     return target
 
 
-def _named(field: str, stated: ConstraintConfig | RewardConfig, objects: Sequence[Feature]) -> Feature:
+def _named(field: str, section: ConstraintConfig | RewardConfig, objects: Sequence[Feature]) -> Feature:
     with at_field(f"{field}.feature"):
-        known = [feature for feature in objects if stated.feature == {OBJECT: feature.name}]
-        feature = build_feature(known[0] if known else stated.feature)
-        return feature.renamed(stated.name) if stated.name is not None else feature
+        known = [feature for feature in objects if section.feature == {OBJECT: feature.name}]
+        feature = build_feature(known[0] if known else section.feature)
+        return feature.renamed(section.name) if section.name is not None else feature
 
 
 def check_peft(settings: dict[str, Any]) -> None:
-    """Refuse settings that peft.LoraConfig does not have, and those that it is not for users to set."""
+    """Raise UsageError for settings that peft.LoraConfig does not have, or that tiltlm sets itself."""
     from peft import LoraConfig
 
     own = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode")

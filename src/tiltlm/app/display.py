@@ -1,4 +1,4 @@
-"""What a running job shows: a live display in a terminal, plain lines where output is piped."""
+"""The display of a running job: live in a terminal, plain lines if output is piped."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from tiltlm.training.metrics import StepMetrics
 
 PLAIN_LINE_EVERY = 5.0
-# Wide enough that a table in a file or a pipe keeps a row on a line.
+# Wide enough to keep each row of a table on one line in a file or a pipe.
 PIPED_WIDTH = 200
 
 
 def plain_console(*, stderr: bool = True) -> Console:
-    """A console that shows text as it is: the names of features and files may look like rich's markup."""
+    """A console without markup: names of features and files may look like rich's markup."""
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
@@ -37,7 +37,7 @@ def plain_console(*, stderr: bool = True) -> Console:
 
 
 class Display(Callback):
-    """Shows phases with a progress bar and ETA, and the latest estimates beside their goals."""
+    """Shows phases with a progress bar and ETA, and the latest estimates with their goals."""
 
     def __init__(self, console: Console, goals: dict[str, float | None] | None = None) -> None:
         self.console, self.goals = console, goals or {}
@@ -47,21 +47,21 @@ class Display(Callback):
         self.warned = False
 
     def say(self, text: str) -> None:
-        """One line, above the live part if there is one."""
+        """Print one line, above the live part if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def note_mismatch(self, mismatch: Mismatch | None) -> None:
-        """Warn, once, where rounding parts the sampler from the scoring pass by more than importance weights bear."""
+        """Print a note, once, if sampler and scoring pass differ by more than rounding."""
         if mismatch is not None and mismatch.is_large and not self.warned:
             self.warned = True
             self.say(
-                f"note: sampling and scoring differ by {mismatch}: weights, and with them log Z and KL, are that much "
-                f"noisier. Use dtype: float32 for exact ones (docs/speed.md)"
+                f"note: log-probabilities of sampling and scoring differ by {mismatch}. This adds noise to "
+                f"weights, log Z and KL. Use dtype: float32 to avoid it (docs/speed.md)"
             )
 
     @contextmanager
     def counting(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for work that is told as (done, total)."""
+        """A progress bar; call the yielded function with (done, total)."""
         if not self.console.is_terminal:
             self.say(f"{title} …")
             yield lambda done, total: None

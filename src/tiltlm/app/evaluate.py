@@ -15,7 +15,7 @@ from tiltlm.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Draw:
-    """How many fresh samples to draw and from what: ``prompts`` names a file or is one prompt, None: the default."""
+    """How to draw fresh samples; ``prompts`` names a file or is one prompt, None: the default prompts."""
 
     samples: int
     seed: int

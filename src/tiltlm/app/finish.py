@@ -33,9 +33,9 @@ def evaluate(
     seed: int,
     display: Display,
 ) -> tuple[Evaluation, Evaluation]:
-    """The base, on the samples that it gave for the fit, and the tuned model, on fresh ones.
+    """Evaluate the base on the samples of the fit and the tuned model on fresh samples.
 
-    With prompts that are ``held_out``, both on samples of these.
+    With ``held_out`` prompts both are evaluated on samples of these.
     """
     wanted, length, control = config.evaluation, base_sample.max_completion_length, None
     if held_out is not None:
@@ -43,9 +43,9 @@ def evaluate(
             control = draw_control(
                 roles, target, wanted.samples, held_out, max_completion_length=length, seed=seed, progress=progress
             )
-    asked = HELD_OUT if held_out is not None else TRAINING
+    prompts_from = HELD_OUT if held_out is not None else TRAINING
     before = evaluate_base(
-        control or base_sample.of_the_base(), target, wanted.samples, wanted.texts, seed, prompts_from=asked
+        control or base_sample.of_the_base(), target, wanted.samples, wanted.texts, seed, prompts_from=prompts_from
     )
     with display.counting("evaluating the tuned model") as progress:
         after = evaluate_policy(
@@ -59,7 +59,7 @@ def evaluate(
             texts=wanted.texts,
             progress=progress,
             control=control,
-            prompts_from=asked,
+            prompts_from=prompts_from,
         )
     display.note_mismatch(after.mismatch)
     return before, after

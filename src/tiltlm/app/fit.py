@@ -26,7 +26,7 @@ from tiltlm.targets import (
 )
 from tiltlm.training.checkpoint import load_base_sample
 
-# Each use of randomness has a stream of its own, so that no two of them draw the same numbers.
+# Each use of randomness has its own stream, so that no two draw the same numbers.
 STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6, "reference": 7, "curve": 8}
 
 

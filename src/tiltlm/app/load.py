@@ -1,4 +1,4 @@
-"""A finished run read back: its config, its models and its target."""
+"""Load a finished run: its config, models and target."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_run(
 ) -> tuple[RunConfig, Roles, Target]:
     """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError.
 
-    ``features`` are those that the run was given as objects which its record cannot name; their own names find them.
+    ``features`` are objects that the run was given and its record cannot name; their names identify them.
     """
     directory = directory if isinstance(directory, RunDirectory) else RunDirectory.open(directory)
     config, policy = load_policy(directory, device)

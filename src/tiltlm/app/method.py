@@ -1,4 +1,4 @@
-"""The method of a run: objective and proposal rule from the config, and what a user should know of them."""
+"""The method of a run: objective and proposal rule from the config, and notes on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_method(config: MethodConfig) -> Method:
 
 
 def check_expressible(objective: Objective, target: Target) -> None:
-    """Raises UsageError where the method cannot reach the target, as one with infinite coefficients where P = 0."""
+    """Raises UsageError if the method cannot match the target, e.g. if its coefficients are infinite where P = 0."""
     reason = objective.needs_full_support
     filters = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "filter"]
     if reason and filters:
@@ -46,7 +46,7 @@ def check_expressible(objective: Objective, target: Target) -> None:
 
 
 def method_notes(objective: Objective, target: Target) -> list[str]:
-    """What a user should know of this method on this target."""
+    """Notes for the user on this method with this target."""
     if objective.keeps_guide:
         return [
             f"{objective.name}: the policy is its weights and a guide, saved beside them as guide.safetensors. tiltlm "

@@ -13,7 +13,7 @@ from tiltlm.features.callables import load_object
 
 @contextmanager
 def at_field(field: str) -> Iterator[None]:
-    """Begin the message of an error inside the block with the field of the run file."""
+    """Prefix errors raised in the block with the field of the run file."""
     try:
         yield
     except TiltError as error:

@@ -44,8 +44,8 @@ class RunPlan:
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """Build the parts of a config. Raises UsageError for whatever is wrong as written, before any work begins."""
-    # The run's own optimizer needs the model's parameters: this one shows that its settings are accepted.
+    """Build the parts of a config. Raises UsageError for anything wrong in it, before any work begins."""
+    # The run's optimizer needs the model's parameters; this one only checks its settings.
     build_scheduler(build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training), config.training)
     method = build_method(config.method)
     check_trackers(config.report_to)

@@ -1,18 +1,18 @@
-"""The prompts of a run, read once from its config, and as tokens of a model."""
+"""The prompts of a run: read from its config, encoded for a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from tiltlm.config.prompt_data import PromptData, prompt_dataset, prompt_file, stated_prompts
+from tiltlm.config.prompt_data import PromptData, parse_prompts, prompt_dataset, prompt_file
 from tiltlm.config.run import PromptsConfig, RunConfig
 from tiltlm.lm import LanguageModel, Prompts
 
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """The prompts to train on (None: none, a text begins with BOS), and those for evaluation alone, if there are."""
+    """The prompts for training (None: texts start at BOS), and held-out ones for evaluation, if any."""
 
     training: PromptData | None
     held_out: PromptData | None = None
@@ -20,32 +20,32 @@ class PromptSplit:
 
 def read_prompts(config: RunConfig) -> PromptSplit:
     """The prompts of a config with their columns. Raises UsageError."""
-    stated = config.prompts
-    if stated is None:
+    section = config.prompts
+    if section is None:
         return PromptSplit(None)
-    if not isinstance(stated, PromptsConfig):
-        return PromptSplit(stated_prompts(stated))
-    if stated.rows is not None:
-        found = stated_prompts(stated.rows, stated.column)
-    elif stated.path is not None:
-        found = prompt_file(stated.path, stated.column)
+    if not isinstance(section, PromptsConfig):
+        return PromptSplit(parse_prompts(section))
+    if section.rows is not None:
+        found = parse_prompts(section.rows, section.column)
+    elif section.path is not None:
+        found = prompt_file(section.path, section.column)
     else:
-        found = prompt_dataset(str(stated.dataset), stated.column, subset=stated.subset, split=stated.split)
-    if stated.samples is not None:
-        found = found.select(range(min(stated.samples, len(found))))
-    if stated.held_out is None:
+        found = prompt_dataset(str(section.dataset), section.column, subset=section.subset, split=section.split)
+    if section.samples is not None:
+        found = found.select(range(min(section.samples, len(found))))
+    if section.held_out is None:
         return PromptSplit(found)
-    if isinstance(stated.held_out, float):
-        return PromptSplit(*found.split(stated.held_out, config.fit_seed))
-    return PromptSplit(found, other_prompts(config, stated.held_out))
+    if isinstance(section.held_out, float):
+        return PromptSplit(*found.split(section.held_out, config.fit_seed))
+    return PromptSplit(found, other_prompts(config, section.held_out))
 
 
 def other_prompts(config: RunConfig | None, given: str | list[Any]) -> PromptData:
-    """Prompts beside those of a config, from the same column: a list, a file, or one prompt. Raises UsageError."""
-    stated = config.prompts if config is not None else None
-    return stated_prompts(given, stated.column if isinstance(stated, PromptsConfig) else "prompt")
+    """Other prompts than a config's, read from the same column: a list, a file, or one prompt. Raises UsageError."""
+    section = config.prompts if config is not None else None
+    return parse_prompts(given, section.column if isinstance(section, PromptsConfig) else "prompt")
 
 
 def encode_prompts(model: LanguageModel, data: PromptData | None) -> Prompts:
-    """The prompts as tokens of a model, with their columns; one that is just BOS where there are none."""
+    """The prompts as tokens of a model, with their columns; without prompts just BOS."""
     return model.encode_prompts(None) if data is None else model.encode_prompts(data.prompts, data.columns)

@@ -23,7 +23,7 @@ INK, GRID, LINE = "#444444", "#dddddd", "#2a6fb0"
 
 
 def check_path(path: Path) -> None:
-    """Raise UsageError, before any work is done, for a file that could not be written."""
+    """Raise UsageError, before any work, for a file that cannot be written."""
     if path.suffix not in (".csv", *PICTURES):
         raise UsageError(f"--qrs-curve: '{path}' must end with .csv, .png or .svg")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""The main job: fit a target, tune a model toward it, evaluate, publish, and leave a run directory."""
+"""The main job: fit a target, tune a model toward it, evaluate both, write the run directory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to: its directory, the models in their roles, and both evaluations (None if interrupted)."""
+    """The result of a run: its directory, the models in their roles, and both evaluations (None if interrupted)."""
 
     directory: RunDirectory
     status: Literal["done", "interrupted"]
@@ -84,20 +84,20 @@ def tune(
 ) -> Run:
     """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
 
-    ``method`` is a name, or the run file's mapping, such as ``{"name": "guided", "args": {"correction": 0}}``.
+    ``method`` is a name, or a mapping as in the run file, such as ``{"name": "guided", "args": {"correction": 0}}``.
 
     The run is evaluated on the prompts of the target or, if given, on ``held_out``: texts, chat messages, or mappings
     with one of these as ``prompt`` and further columns.
 
     With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
-    Raises UsageError for settings that cannot be right, RunExistsError when ``output_dir`` is in use.
+    Raises UsageError for wrong settings, RunExistsError if ``output_dir`` is in use.
     """
     config = parse_config(
         {
             "model": base.name,
             "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
-            "prompts": _stated_prompts(target.base_sample.samples.prompts, held_out),
-            "target": _stated_config(target),
+            "prompts": _prompts_section(target.base_sample.samples.prompts, held_out),
+            "target": _target_section(target),
             "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
             "training": training,
             "peft": peft,
@@ -115,7 +115,7 @@ def tune(
     for term in target.terms:
         if run_file_form(term.feature) is None:
             display.say(
-                f"note: no run file can name the feature '{term.feature.name}', so `tiltlm eval` will not know it; "
+                f"note: no run file can name the feature '{term.feature.name}', so `tiltlm eval` cannot load it; "
                 f"define its function in a module"
             )
     with sigterm_interrupts():
@@ -123,8 +123,8 @@ def tune(
         return Job(plan, directory, roles, fitted, display, accelerator, tuple(callbacks)).run(resume=False)
 
 
-def _stated_prompts(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
-    """The run file's form of prompts that were given in Python, in the order in which they were given."""
+def _prompts_section(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
+    """Prompts given in Python as a run file writes them, in their original order."""
     if held_out is not None:
         return {"rows": _rows(prompts), "held_out": list(held_out)}
     return _rows(prompts) if any(prompts.texts) or prompts.columns else None
@@ -138,13 +138,13 @@ def _rows(prompts: Prompts) -> list[Any]:
     return [rows[place] for place in sorted(range(len(rows)), key=prompts.ids.__getitem__)]
 
 
-def _stated_config(target: FittedTarget) -> TargetConfig:
-    """The run file's form of a target that was stated in Python; a feature without one is recorded by its name."""
-    stated = [(run_file_form(term.feature) or {OBJECT: term.feature.name}, term) for term in target.terms]
-    rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in stated if term.kind == "reward"]
+def _target_section(target: FittedTarget) -> TargetConfig:
+    """A target made in Python as a run file writes it; a feature without such a form is recorded by its name."""
+    forms = [(run_file_form(term.feature) or {OBJECT: term.feature.name}, term) for term in target.terms]
+    rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in forms if term.kind == "reward"]
     return TargetConfig(
         constraints=[
-            ConstraintConfig(feature=f, moment=term.goal or 0.0) for f, term in stated if term.kind != "reward"
+            ConstraintConfig(feature=f, moment=term.goal or 0.0) for f, term in forms if term.kind != "reward"
         ],
         reward=rewards[0] if rewards else None,
         samples=len(target.base_sample.samples),
@@ -152,11 +152,11 @@ def _stated_config(target: FittedTarget) -> TargetConfig:
 
 
 def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
-    """The run of this config in ``output_dir`` if it is done already, so that there is nothing to resume."""
+    """The run of this config in ``output_dir`` if it is done, so that there is nothing to resume; else None."""
     directory = RunDirectory(output_dir)
     if not directory.run_path.exists() or not is_done(directory):
         return None
-    check_same_config(directory, config.to_json(), config.stated(), done=True)
+    check_same_config(directory, config.to_json(), config.non_defaults(), done=True)
     if not directory.report_path.exists():
         write_report(directory)
     return directory
@@ -171,13 +171,13 @@ def tune_config(
     callbacks: Sequence[Callback] = (),
     fit_dir: Path | None = None,
 ) -> Run:
-    """The job of ``tiltlm tune``; with ``resume`` it goes on bit for bit where the run in ``output_dir`` stopped.
+    """The job of ``tiltlm tune``; with ``resume`` it continues the run in ``output_dir`` bit for bit.
 
-    ``callbacks`` come beside those of the config. A folder ``fit_dir`` may hold the samples of the fit, drawn before by
-    the same settings and seed: they are not drawn again, and count all the same.
+    ``callbacks`` are added to those of the config. A folder ``fit_dir`` may hold the samples of the fit, drawn earlier
+    with the same settings and seed; they are not drawn again, but count as drawn.
 
-    Ask ``finished`` first: a run that is done would be evaluated and published again. Raises KeyboardInterrupt on
-    Ctrl-C and SIGTERM outside of the training loop, after the run was marked as interrupted.
+    Call ``finished`` first: a run that is done would be evaluated and written again. Raises KeyboardInterrupt on Ctrl-C
+    and SIGTERM outside the training loop, after marking the run as interrupted.
     """
     display = Display(console or plain_console())
     plan = plan_run(config)
@@ -185,7 +185,7 @@ def tune_config(
     resume = resume and directory.run_path.exists()
     if resume:
         began = RunDirectory.open(output_dir)
-        check_same_config(began, config.to_json(), config.stated(), done=is_done(began))
+        check_same_config(began, config.to_json(), config.non_defaults(), done=is_done(began))
     else:
         directory.check_free()
     with sigterm_interrupts():

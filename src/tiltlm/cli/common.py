@@ -1,4 +1,4 @@
-"""What commands share: arguments, the terminal, and what a user may name as a source."""
+"""Arguments and helpers that several commands use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 
 
 def terminal(*, stderr: bool = True) -> Console:
-    """Where people read: standard error for what goes on, standard output for what was asked for."""
+    """The console for progress (standard error) or for results (standard output)."""
     from tiltlm.app.display import plain_console
 
     return plain_console(stderr=stderr)

@@ -1,4 +1,4 @@
-"""The command line: its commands, and what becomes of errors. Commands import only what they need."""
+"""The command line: its commands and its errors. Commands import only what they need."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; errors that the user can mend become one message and an exit code."""
+    """Run the command line; an error becomes one message and an exit code."""
     try:
         app(standalone_mode=True)
     except TiltError as error:
@@ -63,7 +63,7 @@ def main() -> None:
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output left, as `head` does.
+        # The reader of our output closed it, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

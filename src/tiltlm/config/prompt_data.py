@@ -1,4 +1,4 @@
-"""Prompts as data: read from a text file, JSON, CSV, Parquet, a data set or a list, with the columns beside them."""
+"""Prompts and their columns, from a text file, JSON, CSV, Parquet, a data set or a list."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class PromptData:
         return self.select(i for i in range(len(self)) if i not in held), self.select(sorted(held))
 
 
-def stated_prompts(stated: str | Sequence[Any], column: str = "prompt") -> PromptData:
+def parse_prompts(given: str | Sequence[Any], column: str = "prompt") -> PromptData:
     """Prompts as a run file states them: a list, the name of a file, or else a string that is the one prompt itself.
 
     Raises UsageError for what cannot be read, and names the row.
     """
-    if not isinstance(stated, str):
-        return prompt_rows(stated, column, "the list")
-    if Path(stated).suffix in READERS or Path(stated).is_file():
-        return prompt_file(stated, column)
-    return PromptData((stated,), {})
+    if not isinstance(given, str):
+        return prompt_rows(given, column, "the list")
+    if Path(given).suffix in READERS or Path(given).is_file():
+        return prompt_file(given, column)
+    return PromptData((given,), {})
 
 
 def prompt_file(path: str, column: str = "prompt") -> PromptData:

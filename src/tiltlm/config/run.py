@@ -33,9 +33,9 @@ class Section(BaseModel):
 
 
 class ConstraintConfig(Section):
-    """One feature and the mean that it is to have."""
+    """One feature and its wanted mean."""
 
-    feature: Annotated[FeatureSpec, Field(description="what is measured, e.g. {wordlist: sports}")]
+    feature: Annotated[FeatureSpec, Field(description="the measured feature, e.g. {wordlist: sports}")]
     moment: Annotated[float, Field(allow_inf_nan=False, description="its mean; 1.0 of a binary feature is a filter")]
     name: Annotated[str | None, Field(description="how reports call it")] = None
 
@@ -43,27 +43,27 @@ class ConstraintConfig(Section):
 class RewardConfig(Section):
     """A reward r that multiplies the base by exp(r/beta)."""
 
-    feature: Annotated[FeatureSpec, Field(description="what is rewarded, e.g. {sentiment: compound}")]
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False, description="the smaller, the stronger")] = 1.0
+    feature: Annotated[FeatureSpec, Field(description="the reward, e.g. {sentiment: compound}")]
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a smaller beta gives a stronger tilt")] = 1.0
     name: Annotated[str | None, Field(description="how reports call it")] = None
 
 
 class TargetConfig(Section):
-    """The distribution that is wanted."""
+    """The wanted distribution."""
 
     constraints: Annotated[list[ConstraintConfig], Field(description="features and their moments")] = []
-    reward: Annotated[RewardConfig | None, Field(description="an optional reward beside them")] = None
-    python: Annotated[
-        str | None, Field(description="package.module:name of a target of your own, in place of the above")
-    ] = None
+    reward: Annotated[RewardConfig | None, Field(description="an optional reward")] = None
+    python: Annotated[str | None, Field(description="package.module:name of your own target, instead of the above")] = (
+        None
+    )
     args: Annotated[dict[str, Any], Field(description="arguments of that target")] = {}
     samples: Annotated[int, Field(ge=2, description="samples of the base that the target is fitted on")] = 4096
     seed: Annotated[int | None, Field(ge=0, description="seed of these samples; null: that of the run")] = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> TargetConfig:
-        stated = bool(self.constraints) or self.reward is not None
-        if stated == (self.python is not None):
+        named = bool(self.constraints) or self.reward is not None
+        if named == (self.python is not None):
             raise ValueError("give constraints or a reward, or else python: package.module:name, not both")
         return self
 
@@ -75,31 +75,35 @@ class MethodConfig(Section):
     proposal: Annotated[
         str | None, Field(description="on_policy, interval, kl, tv, published or guided; null: the method's own")
     ] = None
-    check_steps: Annotated[int, Field(ge=1, description="steps between two questions whether q becomes π")] = 10
+    check_steps: Annotated[
+        int, Field(ge=1, description="steps between checks whether the policy becomes the proposal")
+    ] = 10
     args: Annotated[dict[str, Any], Field(description="arguments of the method")] = {}
 
 
 class EvaluationConfig(Section):
-    """The fresh samples that a run ends with."""
+    """The evaluation at the end of a run, on fresh samples."""
 
     samples: Annotated[int, Field(ge=2, description="samples of the policy, with full sampling")] = 2048
-    top_p: Annotated[float | None, Field(gt=0, le=1, description="moments also under top-p sampling; null: not")] = 0.9
-    texts: Annotated[int, Field(ge=1, description="texts of base and policy that are kept for reading")] = 200
+    top_p: Annotated[
+        float | None, Field(gt=0, le=1, description="also measure moments under top-p sampling; null: no")
+    ] = 0.9
+    texts: Annotated[int, Field(ge=1, description="texts of base and policy to keep")] = 200
 
 
 class PromptsConfig(Section):
-    """Where prompts come from, with the columns beside them, and which of them are for evaluation alone."""
+    """Where prompts and their columns come from, and which prompts are for evaluation alone."""
 
     rows: Annotated[list[Any] | None, Field(description="the prompts themselves")] = None
     path: Annotated[str | None, Field(description="or a file: .txt, .jsonl, .json, .csv or .parquet")] = None
     dataset: Annotated[str | None, Field(description="or a data set, by its name on the hub or its folder")] = None
-    subset: Annotated[str | None, Field(description="of a data set that has several")] = None
+    subset: Annotated[str | None, Field(description="configuration of a data set")] = None
     split: Annotated[str, Field(description="of a data set")] = "train"
-    column: Annotated[str, Field(description="the one that holds the prompt: text, or chat messages")] = "prompt"
-    samples: Annotated[int | None, Field(ge=1, description="only the first so many; null: all")] = None
+    column: Annotated[str, Field(description="the column of the prompt: text, or chat messages")] = "prompt"
+    samples: Annotated[int | None, Field(ge=1, description="use only the first so many; null: all")] = None
     held_out: Annotated[
         float | str | list[Any] | None,
-        Field(description="never trained on: a share of the prompts, or a file or list of others"),
+        Field(description="prompts for evaluation alone: a share of the prompts, or a file or list of others"),
     ] = None
 
     @model_validator(mode="after")
@@ -111,10 +115,10 @@ class PromptsConfig(Section):
         return self
 
 
-def _kind_of_prompts(stated: Any) -> str | None:
-    if isinstance(stated, Mapping | PromptsConfig):
+def _kind_of_prompts(value: Any) -> str | None:
+    if isinstance(value, Mapping | PromptsConfig):
         return "mapping"
-    return "text" if isinstance(stated, str) else "list" if isinstance(stated, list) else None
+    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
 
 
 PromptsField = Annotated[
@@ -172,16 +176,16 @@ class RunConfig(Section):
         """Every key, defaults included: the ``config`` of ``run.json``."""
         return {**self.model_dump(mode="json"), "training": asdict(self.training)}
 
-    def stated(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """Every key that is not at its default, and every key of ``model`` and ``target``."""
         usual = RunConfig(model=self.model, target=self.target).to_json()
         return _beyond(self.to_json(), {**usual, "model": None, "target": None})
 
 
-def _beyond(stated: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+def _beyond(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """What of a nested mapping is not as usual."""
     found = {}
-    for key, value in stated.items():
+    for key, value in given.items():
         if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping):
             value = _beyond(value, usual[key])
             if value:

@@ -10,27 +10,29 @@ from pydantic.dataclasses import dataclass
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrainingArguments:
-    """How to train. Every field has a default; the description of each is its documentation."""
+    """Settings of training. Every field has a default and a description."""
 
-    max_steps: Annotated[int, Field(ge=0, description="batches, each trained on once or num_iterations times")] = 200
+    max_steps: Annotated[int, Field(ge=0, description="batches; each gets num_iterations updates")] = 200
     batch_size: Annotated[int, Field(ge=1, description="sequences per batch")] = 512
     samples_per_prompt: Annotated[
         int | None,
-        Field(ge=1, description="of each prompt in a batch (TRL's num_generations); null: one, prompts in turn"),
+        Field(
+            ge=1, description="samples of each prompt in a batch (TRL's num_generations); null: one, prompts in turn"
+        ),
     ] = None
     num_iterations: Annotated[
         int | None,
         Field(
             ge=1,
-            description="optimizer steps on each batch; null: as the method does, 4 for ppo, 2 for kept_guide, else 1",
+            description="updates per batch; null: the method's default, 4 for ppo, 2 for kept_guide, else 1",
         ),
     ] = None
     pool: Annotated[
-        int, Field(ge=0, description="past sequences kept; all updates of a step but the first train on some of them")
+        int, Field(ge=0, description="size of the replay buffer in sequences; further updates of a step train on it")
     ] = 0
     per_device_train_batch_size: Annotated[
         int | None,
-        Field(ge=1, description="sequences per forward pass, which does not change the result; null: what fits"),
+        Field(ge=1, description="sequences per forward pass; does not change the result; null: as many as fit"),
     ] = None
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak step size of the optimizer")] = (
         1e-4
@@ -52,17 +54,19 @@ class TrainingArguments:
     reuse_fit_samples: Annotated[
         bool, Field(description="first train on the base samples that the target was fitted on, each once")
     ] = True
-    keep_guide: Annotated[
-        bool, Field(description="let the policy of any method keep a guide toward the target, as kept_guide does")
-    ] = False
+    keep_guide: Annotated[bool, Field(description="let the policy of any method keep a guide, as kept_guide does")] = (
+        False
+    )
     bf16: Annotated[bool, Field(description="compute in bfloat16, weights stay in float32")] = False
     fp16: Annotated[bool, Field(description="compute in float16 with loss scaling, weights stay in float32")] = False
     gradient_samples: Annotated[
         int,
-        Field(ge=0, description="of each batch so many are also pulled one by one, to tell the gradient's variance"),
+        Field(ge=0, description="samples of each batch whose single gradients give the gradient noise; 0: none"),
     ] = 0
-    save_steps: Annotated[int, Field(ge=0, description="a checkpoint every so many steps; 0: only where it stops")] = 50
-    logging_steps: Annotated[int, Field(ge=1, description="report every so many steps to display and trackers")] = 1
+    save_steps: Annotated[
+        int, Field(ge=0, description="steps between checkpoints; 0: only at the end or when interrupted")
+    ] = 50
+    logging_steps: Annotated[int, Field(ge=1, description="steps between reports to display and trackers")] = 1
 
     @model_validator(mode="after")
     def _whole_prompts(self) -> TrainingArguments:

@@ -12,13 +12,13 @@ from tiltlm.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain data; 1e-4 is a number, as in YAML 1.2, and a key that stands twice is an error."""
+    """YAML's plain data; 1e-4 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for i, key in enumerate(keys):
             if key.value in [earlier.value for earlier in keys[:i]]:
-                problem = f"the key '{key.value}' stands there twice"
+                problem = f"the key '{key.value}' appears twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 

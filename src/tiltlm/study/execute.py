@@ -112,7 +112,7 @@ class Execution:
                 if folder.run_path.exists():
                     # A tuned model that was deleted, or stayed on another machine, is not made anew: figures count.
                     done = has_ended(folder) and is_measured(folder, reference)
-                    check_same_config(folder, run.config.to_json(), run.config.stated(), done=done)
+                    check_same_config(folder, run.config.to_json(), run.config.non_defaults(), done=done)
                     if done:
                         self._settle(place, "done")
                         place["kept"] = settings_key(planned)
@@ -270,7 +270,7 @@ def settings_key(run: PlannedRun) -> str:
 
     Of what differs from the defaults: a setting that tiltlm comes to have later is no other setting.
     """
-    return hashlib.sha256(json.dumps(run.config.stated(), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(run.config.non_defaults(), sort_keys=True).encode()).hexdigest()
 
 
 def _fit_size(reference: Path) -> int | None:

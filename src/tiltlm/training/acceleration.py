@@ -28,8 +28,8 @@ def build_accelerator(args: TrainingArguments, device: torch.device) -> Accelera
 
     if args.bf16 and args.fp16:
         raise UsageError("training.bf16, training.fp16: choose one of them")
-    # Accelerate shares its settings among all accelerators of a process. A new dictionary, where its own reset would
-    # clear the old one, leaves those of a run that is still alive as they are.
+    # Accelerate shares its settings among all accelerators of a process. A new dictionary leaves those of a run that
+    # is still alive unchanged; accelerate's own reset would clear them.
     AcceleratorState._shared_state = {}
     if PartialState._shared_state and PartialState().device.type != device.type:
         PartialState._shared_state = {}

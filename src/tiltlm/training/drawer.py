@@ -106,7 +106,7 @@ class Drawer:
 
 
 class WorkerThread:
-    """Calls functions in turn beside the main thread; daemon threads, so that none keeps the process from ending."""
+    """Calls functions in turn in daemon threads, which do not keep the process from ending."""
 
     def __init__(self) -> None:
         self.last: threading.Thread | None = None

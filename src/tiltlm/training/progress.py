@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done of all, sequences drawn and sequence-forward passes so far, seconds spent.
+    """Steps done, sequences drawn, forward passes and seconds so far.
 
-    ``passes_per_token`` is how often a token went through a model for each token that the policy was trained on.
+    ``passes_per_token`` is the number of passes per token that the policy was trained on.
     """
 
     step: int
