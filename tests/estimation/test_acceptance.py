@@ -1,4 +1,4 @@
-"""The laws of samplers: exact on a list of all texts, by hand and by brute force, and near that on a sample of it."""
+"""Closeness and acceptance of samplers: exact on a list of all texts, and near that on a sample of it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tiltlm.errors import NumericalError, UsageError
 from tiltlm.estimation.acceptance import (
     Closeness,
     acceptance_rate,
-    accepted_law,
+    accepted_closeness,
     chain_acceptance,
-    chain_law,
+    chain_closeness,
     chain_repeats,
     log_beta_for_acceptance,
     log_beta_for_kl,
-    proposal_law,
-    resampled_law,
+    proposal_closeness,
+    resampled_closeness,
 )
 
 # Twelve texts: two outside of the support, two of equal weight, weights over some e^7.
@@ -34,10 +34,10 @@ LOG_W[5] = LOG_W[4]
 W = (LOG_W + 50).exp()
 P = Q * W / (Q @ W)
 LAWS: dict[str, Callable[..., Closeness]] = {
-    "proposal": proposal_law,
-    "accepted": lambda w, shares=None: accepted_law(w, -49.0, shares),
-    "chain": lambda w, shares=None: chain_law(w, 3, shares),
-    "resampled": lambda w, shares=None: resampled_law(w, 4, shares),
+    "proposal": proposal_closeness,
+    "accepted": lambda w, shares=None: accepted_closeness(w, -49.0, shares),
+    "chain": lambda w, shares=None: chain_closeness(w, 3, shares),
+    "resampled": lambda w, shares=None: resampled_closeness(w, 4, shares),
 }
 
 
@@ -59,18 +59,18 @@ def transitions() -> Tensor:
 
 
 def test_the_proposal_itself() -> None:
-    assert_exact(proposal_law(LOG_W, Q), Q)
+    assert_exact(proposal_closeness(LOG_W, Q), Q)
 
 
 @pytest.mark.parametrize("log_beta", [-60.0, -52.0, -50.0, -48.5, -40.0])
 def test_quasi_rejection_is_p_beta(log_beta: float) -> None:
     kept = (W / math.exp(log_beta + 50)).clamp_max(1)
-    assert_exact(accepted_law(LOG_W, log_beta, Q), Q * kept / (Q @ kept))
+    assert_exact(accepted_closeness(LOG_W, log_beta, Q), Q * kept / (Q @ kept))
     assert acceptance_rate(LOG_W, log_beta, Q).value == pytest.approx(float(Q @ kept), abs=1e-12)
 
 
 def test_rejection_under_a_bound_is_p() -> None:
-    found = accepted_law(LOG_W, float(LOG_W.max()), Q)
+    found = accepted_closeness(LOG_W, float(LOG_W.max()), Q)
     assert (found.kl.value, found.tv.value) == pytest.approx((0, 0), abs=1e-14)
     # More than the bound is accepted less often, and no better.
     rates = [acceptance_rate(LOG_W, float(LOG_W.max()) + more, Q).value for more in (0, 1)]
@@ -80,7 +80,9 @@ def test_rejection_under_a_bound_is_p() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 40])
 def test_a_chain_after_some_steps(steps: int) -> None:
     start = torch.where(W > 0, Q, 0.0)
-    assert_exact(chain_law(LOG_W, steps, Q), start / start.sum() @ torch.linalg.matrix_power(transitions(), steps))
+    assert_exact(
+        chain_closeness(LOG_W, steps, Q), start / start.sum() @ torch.linalg.matrix_power(transitions(), steps)
+    )
 
 
 def test_a_chain_at_its_goal() -> None:
@@ -98,11 +100,11 @@ def test_resampling_from_all_pools(pool: int) -> None:
     for rows in map(list, itertools.product(range(12), repeat=pool)):
         if W[rows].sum() > 0:
             law.index_add_(0, torch.tensor(rows), Q[rows].prod() * W[rows] / W[rows].sum())
-    assert_exact(resampled_law(LOG_W, pool, Q), law / law.sum())
+    assert_exact(resampled_closeness(LOG_W, pool, Q), law / law.sum())
 
 
 def test_a_large_pool_comes_to_p_by_one_over_its_size() -> None:
-    near = [resampled_law(LOG_W, pool, Q).tv.value for pool in (1_000, 10_000)]
+    near = [resampled_closeness(LOG_W, pool, Q).tv.value for pool in (1_000, 10_000)]
     assert near[0] == pytest.approx(10 * near[1], rel=0.02)
 
 
@@ -138,7 +140,7 @@ def test_no_hit_tells_nothing_and_one_row_has_no_error() -> None:
 
 
 def test_weights_of_any_size() -> None:
-    for law in (proposal_law, lambda w: chain_law(w, 3), lambda w: resampled_law(w, 4)):
+    for law in (proposal_closeness, lambda w: chain_closeness(w, 3), lambda w: resampled_closeness(w, 4)):
         here, there = law(LOG_W), law(LOG_W - 3_000)
         assert here.kl.value == pytest.approx(there.kl.value)
         assert here.tv.se == pytest.approx(there.tv.se)
@@ -151,7 +153,7 @@ def test_beta_for_what_is_wanted() -> None:
         assert sum(acceptance_rate(w, log_beta).value for w in rows) / 2 == pytest.approx(acceptance, rel=1e-9)
     for kl in (0.01, 0.3):
         log_beta = log_beta_for_kl(rows, kl)
-        assert sum(accepted_law(w, log_beta).kl.value for w in rows) / 2 == pytest.approx(kl, rel=1e-9)
+        assert sum(accepted_closeness(w, log_beta).kl.value for w in rows) / 2 == pytest.approx(kl, rel=1e-9)
     # All that there is, and no more: no β brings it nearer.
     assert log_beta_for_kl(rows, 0.0) == pytest.approx(float(torch.cat(rows).max()))
     assert log_beta_for_acceptance(rows, 0.02) == pytest.approx(float(torch.cat(rows).max()))
@@ -161,10 +163,10 @@ def test_beta_for_what_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: log_beta_for_acceptance([LOG_W], 0.9), "acceptance: 0.9 .* 0.833 of the proposals"),
+        (lambda: log_beta_for_acceptance([LOG_W], 0.9), "acceptance: 0.9 .* 0.833 of the draws"),
         (lambda: log_beta_for_acceptance([LOG_W], 0.0), "acceptance: 0 "),
-        (lambda: resampled_law(LOG_W, 0), "pool: 0"),
-        (lambda: chain_law(LOG_W, -1), "steps: -1"),
+        (lambda: resampled_closeness(LOG_W, 0), "pool: 0"),
+        (lambda: chain_closeness(LOG_W, -1), "steps: -1"),
     ],
 )
 def test_what_cannot_be_is_refused(call: Callable[[], object], said: str) -> None:
@@ -174,4 +176,4 @@ def test_what_cannot_be_is_refused(call: Callable[[], object], said: str) -> Non
 
 def test_a_weight_that_is_no_number_is_refused() -> None:
     with pytest.raises(NumericalError, match="row 1"):
-        accepted_law(torch.tensor([0.0, math.nan]), 0.0)
+        accepted_closeness(torch.tensor([0.0, math.nan]), 0.0)

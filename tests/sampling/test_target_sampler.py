@@ -20,11 +20,11 @@ from tiltlm.estimation import (
     Closeness,
     Estimate,
     acceptance_rate,
-    accepted_law,
+    accepted_closeness,
     chain_acceptance,
-    chain_law,
-    proposal_law,
-    resampled_law,
+    chain_closeness,
+    proposal_closeness,
+    resampled_closeness,
 )
 from tiltlm.exact import ExactTarget, enumerate_completions, exact_target, kl_gradient
 from tiltlm.features import build_feature, feature, length
@@ -231,15 +231,15 @@ def exact_forecast(sampler: Sampler, log_w: Tensor, q: Tensor, n: int) -> tuple[
     """The exact forecast, by the same formulas on all completions."""
     match sampler:
         case Metropolis():
-            return chain_acceptance(log_w, q), chain_law(log_w, sampler.burn_in, q)
+            return chain_acceptance(log_w, q), chain_closeness(log_w, sampler.burn_in, q)
         case Resampling():
-            return Estimate(n / sampler.total_draws(n), 0.0), resampled_law(log_w, sampler.pool_size(n), q)
+            return Estimate(n / sampler.total_draws(n), 0.0), resampled_closeness(log_w, sampler.pool_size(n), q)
         case QuasiRejection():
-            return acceptance_rate(log_w, sampler.bound, q), accepted_law(log_w, sampler.bound, q)
+            return acceptance_rate(log_w, sampler.bound, q), accepted_closeness(log_w, sampler.bound, q)
         case Rejection():
             zero = Estimate(0.0, 0.0)
             return acceptance_rate(log_w, sampler.bound, q), Closeness(zero, zero)
-    return Estimate(1.0, 0.0), proposal_law(log_w, q)
+    return Estimate(1.0, 0.0), proposal_closeness(log_w, q)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_forecasts_hold(sampler: Sampler, source: str) -> None:
     forecast = work.forecast()
     log_w, q = exact_weights(source, target)
     acceptance, closeness = exact_forecast(work.sampler, log_w, q, 5)
-    plain = proposal_law(log_w, q)
+    plain = proposal_closeness(log_w, q)
     for name, found, exact in (
         ("acceptance", forecast.acceptance, acceptance),
         ("KL", forecast.closeness.kl, closeness.kl),
@@ -519,7 +519,7 @@ def test_the_curve_trades_acceptance_against_divergence() -> None:
     assert (kls[-1], curve[-1].closeness.tv.value) == pytest.approx((0, 0), abs=1e-9)
     log_w, q = exact_weights("base")
     for point in curve[::6]:
-        exact = accepted_law(log_w, point.log_beta, q)
+        exact = accepted_closeness(log_w, point.log_beta, q)
         assert abs(point.closeness.kl.value - exact.kl.value) < 4 * point.closeness.kl.se + 0.01
         assert abs(point.acceptance.value - acceptance_rate(log_w, point.log_beta, q).value) < 4 * point.acceptance.se
     # Weights of 0 and 1 give one point.

@@ -1,9 +1,9 @@
-"""How near to p is the law of the texts that a sampler keeps, foretold from proposals x ~ q before it keeps any.
+"""KL and TV from p to the distribution of a sampler's texts, and its acceptance rate, from a sample of its proposal q.
 
-All take ``log_weights_N``, log w = log P(x) − log q(x) [N] of a sample of q, −inf outside of the support of P. The
-laws here differ from p by a function of w alone, so KL(p‖law) and TV(p, law) follow from the weights. Given
-``shares_N``, the probabilities q(x) [N] of a list of all x, the same formulas are exact, with error 0; otherwise errors
-are a jackknife's over groups of proposals. Values in nats; nan ± nan where no proposal hits the target.
+All functions take ``log_weights_N``, log w = log P(x) − log q(x) [N] of draws x ~ q, −inf where P = 0. The distribution
+r of the texts differs from p by a function of w alone, so KL(p‖r) and TV(p, r) follow from the weights. Given
+``shares_N``, the probabilities q(x) [N] of all x, the formulas are exact, with error 0. Otherwise standard errors come
+from a jackknife over groups of draws. KL is in nats; both are nan ± nan where no draw has P > 0.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ BISECTIONS = 60
 # The trapezoidal rule in u = log t integrates exp(−ct) over t to exp(−π²/step) of itself, whatever c is.
 STEP = 0.25
 NEGLIGIBLE_NATS = 40.0
-# Beside the largest weight; what lies below holds no part of p that could show.
+# In units of the largest weight; smaller weights have no visible part of p.
 SMALLEST_WEIGHT = 1e-12
 
-# What a law is, given the shares [N] of the rows: its density against p [N], and its mass where P = 0.
+# A distribution r, given the shares [N] of the rows: its density r/p [N], and its mass where P = 0.
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """KL(p‖law) in nats and TV(p, law)."""
+    """KL(p‖r) in nats and TV(p, r) of a distribution r."""
 
     kl: Estimate
     tv: Estimate
 
 
-def proposal_law(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Closeness:
-    """q itself, of which everything is kept."""
+def proposal_closeness(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Closeness:
+    """The closeness of q itself: all draws are accepted."""
 
-    def law(weights: Tensor) -> Density:
+    def density_of(weights: Tensor) -> Density:
         return lambda shares: ((shares @ weights) / weights, shares[weights == 0].sum())
 
-    return _closeness(log_weights_N, shares_N, law)
+    return _closeness(log_weights_N, shares_N, density_of)
 
 
 def acceptance_rate(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Estimate:
-    """E_q[min(1, w/β)]: the share of proposals that (quasi-)rejection with the bound β accepts."""
+    """E_q[min(1, w/β)]: the acceptance rate of (quasi-)rejection with the bound β."""
     accepted = (checked_log_weights(log_weights_N) - log_beta).clamp_max(0).exp()
     return _estimates(len(accepted), shares_N, lambda shares: [shares @ accepted])[0]
 
 
-def accepted_law(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Closeness:
-    """p_β ∝ min(P, βq): proposals that are accepted with probability min(1, w/β). It is p itself if β ≥ max w.
+def accepted_closeness(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Closeness:
+    """The closeness of p_β ∝ min(P, βq): draws accepted with probability min(1, w/β). p_β is p if β ≥ max w.
 
     Source: quasi-rejection sampling, Eikema et al. 2022 (arXiv 2112.05702).
     """
     most = float(checked_log_weights(log_weights_N).max())
 
-    def law(weights: Tensor) -> Density:
+    def density_of(weights: Tensor) -> Density:
         beta = math.exp(min(log_beta - most, 0.0))
         cut = weights.clamp_max(beta)
         kept = torch.where(weights > 0, cut / weights, 0.0)
         return lambda shares: (kept * (shares @ weights) / (shares @ cut), torch.zeros(()))
 
-    return _closeness(log_weights_N, shares_N, law)
+    return _closeness(log_weights_N, shares_N, density_of)
 
 
-def resampled_law(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = None) -> Closeness:
-    """One of ``pool`` proposals, chosen in proportion to its weight; pools without a hit are thrown away.
+def resampled_closeness(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = None) -> Closeness:
+    """The closeness of one of ``pool`` draws, chosen in proportion to its weight; pools with Σ w = 0 are discarded.
 
-    Of M proposals the law against p is M Z E[1/(w(x) + S)] / (1 − q(P = 0)^M), where S is the sum of M − 1 further
+    For a pool of M the density r/p is M Z E[1/(w(x) + S)] / (1 − q(P = 0)^M), where S is the sum of M − 1 further
     weights, and E[1/(w + S)] = ∫ exp(−tw) L(t)^(M−1) dt with L(t) = E_q[exp(−tw)].
     """
     if pool < 1:
         raise UsageError(f"pool: {pool} must be at least 1")
 
-    def law(weights: Tensor) -> Density:
+    def density_of(weights: Tensor) -> Density:
         low, high = -NEGLIGIBLE_NATS - math.log(pool), math.log(NEGLIGIBLE_NATS / SMALLEST_WEIGHT)
         log_t = torch.arange(low, high, STEP, dtype=torch.float64)
         hits = weights > 0
@@ -94,20 +94,20 @@ def resampled_law(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = No
 
         return density
 
-    return _closeness(log_weights_N, shares_N, law)
+    return _closeness(log_weights_N, shares_N, density_of)
 
 
-def chain_law(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Closeness:
-    """A chain of independent Metropolis–Hastings, begun with the first draw of q that hits, after ``steps`` proposals.
+def chain_closeness(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Closeness:
+    """The closeness of an independent Metropolis–Hastings chain after ``steps`` draws; it starts at one with P > 0.
 
-    With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the chance to stay where w = v, the law against p after n steps is
-    E[T(max(w(x), w(y)))] + λ(w(x))^n / (w(x) q(P > 0)), y ~ q where P > 0, with T(v) = ∫_v^∞ n λ(u)^(n−1) u⁻² du.
+    With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the probability to stay where w = v, the density r/p after n steps
+    is E[T(max(w(x), w(y)))] + λ(w(x))^n / (w(x) q(P > 0)), y ~ q where P > 0, with T(v) = ∫_v^∞ n λ(u)^(n−1) u⁻² du.
     Source: Smith & Tierney 1996, Exact transition probabilities for the independence Metropolis sampler.
     """
     if steps < 0:
         raise UsageError(f"steps: {steps} must be at least 0")
 
-    def law(weights: Tensor) -> Density:
+    def density_of(weights: Tensor) -> Density:
         ordered, order = weights.sort()
         first = int((ordered == 0).sum())
         back = order.argsort()
@@ -126,11 +126,11 @@ def chain_law(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None)
 
         return density
 
-    return _closeness(log_weights_N, shares_N, law)
+    return _closeness(log_weights_N, shares_N, density_of)
 
 
 def chain_acceptance(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Estimate:
-    """E[min(1, w(y)/w(x))], x ~ p and y ~ q: how often a chain at its goal moves on."""
+    """E[min(1, w(y)/w(x))], x ~ p and y ~ q: the acceptance rate of a converged chain."""
     ordered, order = _relative(log_weights_N).sort()
 
     def moves(shares: Tensor) -> list[Tensor]:
@@ -142,7 +142,7 @@ def chain_acceptance(log_weights_N: Tensor, shares_N: Tensor | None = None) -> E
 
 
 def chain_repeats(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Estimate:
-    """E_p[λ^steps]: how often a chain at its goal still has the same text after ``steps`` proposals."""
+    """E_p[λ^steps]: the probability that a converged chain has the same text after ``steps`` draws."""
     ordered, order = _relative(log_weights_N).sort()
     first = int((ordered == 0).sum())
 
@@ -155,17 +155,17 @@ def chain_repeats(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = N
 
 
 def log_beta_for_acceptance(log_weights: Sequence[Tensor], acceptance: float) -> float:
-    """The largest log β at which so much is accepted, on average over prompts, each with its log-weights [N].
+    """The largest log β with this acceptance rate, on average over prompts, each with its log-weights [N].
 
-    No more than the largest log-weight: from there on the law is p, as far as these rows show. Raises UsageError where
-    not even β → 0, which accepts all of the support, accepts as much.
+    At most the largest log-weight, from which on p_β is p on these rows. Raises UsageError where the rate is above that
+    of β → 0, which accepts all of the support.
     """
     rows = [checked_log_weights(weights) for weights in log_weights]
     support = sum(float((weights > -math.inf).double().mean()) for weights in rows) / len(rows)
     if not 0 < acceptance <= support:
         raise UsageError(
-            f"acceptance: {acceptance:g} cannot be reached: {support:.3g} of the proposals lie in the target's "
-            f"support; ask for less"
+            f"acceptance: {acceptance:g} cannot be reached: {support:.3g} of the draws lie in the target's support; "
+            f"ask for less"
         )
     return _bisected(rows, lambda log_beta: _mean_acceptance(rows, log_beta) < acceptance, largest=True)
 
@@ -182,7 +182,7 @@ def log_beta_for_kl(log_weights: Sequence[Tensor], kl: float) -> float:
 
 
 def _bisected(rows: Sequence[Tensor], holds: Callable[[float], bool], *, largest: bool = False) -> float:
-    """The smallest log β from where on ``holds`` is true, or the largest until where it is false, among the weights."""
+    """The smallest log β at which ``holds`` is true, or the ``largest`` at which it is false, within the weights."""
     hits = torch.cat([weights[weights > -math.inf] for weights in rows])
     low, high = float(hits.min()), float(hits.max())
     if holds(low) or low == high:
@@ -200,34 +200,34 @@ def _mean_acceptance(rows: Sequence[Tensor], log_beta: float) -> float:
 
 
 def _accepted_kl(log_weights: Tensor, log_beta: float) -> float:
-    """KL(p‖p_β) = E_p[log max(1, w/β)] + log Z_β − log Z of equally likely rows."""
+    """KL(p‖p_β) = E_p[log max(1, w/β)] + log Z_β − log Z, for rows of equal probability."""
     cut = log_weights.clamp_max(log_beta)
     excess = (log_weights - log_beta).clamp_min(0)
     return float(log_weights.softmax(0) @ excess + cut.logsumexp(0) - log_weights.logsumexp(0))
 
 
 def _relative(log_weights_N: Tensor) -> Tensor:
-    """Weights [N] in units of the largest; zeros where no row hits."""
+    """Weights [N] in units of the largest; zeros where no row has P > 0."""
     log_weights = checked_log_weights(log_weights_N)
     return torch.zeros_like(log_weights) if no_hit(log_weights) else (log_weights - log_weights.max()).exp()
 
 
 def _staying(ordered: Tensor, share: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of ascending weights from place ``first`` on, where they are above 0: q up to each, each in units of Z, E_q[w] up
-    to each, and λ, the chance that a chain stays there."""
+    """For the ascending weights above 0, from index ``first``: cumulative q, w in units of Z, cumulative E_q[w], and
+    the probability λ that a chain stays there."""
     w = ordered[first:] / (share @ ordered)
     upto, weight_upto = share.cumsum(0)[first:], (share[first:] * w).cumsum(0)
     return upto, w, weight_upto, (upto - weight_upto / w).clamp(0, 1)
 
 
-def _closeness(log_weights_N: Tensor, shares_N: Tensor | None, law: Callable[[Tensor], Density]) -> Closeness:
-    """KL(p‖law) = −E_p[log density] and TV(p, law) = ½ (E_p|1 − density| + the law's mass where P = 0)."""
+def _closeness(log_weights_N: Tensor, shares_N: Tensor | None, density_of: Callable[[Tensor], Density]) -> Closeness:
+    """KL(p‖r) = −E_p[log r/p] and TV(p, r) = ½ (E_p|1 − r/p| + the mass of r where P = 0)."""
     weights = _relative(log_weights_N)
-    density_of = law(weights)
+    density_at = density_of(weights)
 
     def distances(shares: Tensor) -> list[Tensor]:
         p = shares * weights / (shares @ weights)
-        density, outside = density_of(shares)
+        density, outside = density_at(shares)
         relevant = torch.where(p > 0, density, 1.0)
         return [-(p @ relevant.log()), 0.5 * (p @ (1 - relevant).abs() + outside)]
 
@@ -236,7 +236,7 @@ def _closeness(log_weights_N: Tensor, shares_N: Tensor | None, law: Callable[[Te
 
 
 def _estimates(n: int, shares_N: Tensor | None, statistics: Callable[[Tensor], list[Tensor]]) -> list[Estimate]:
-    """Functions of the rows' shares, at the given ones or, with errors, at equal ones."""
+    """Functions of the rows' probabilities: exact at ``shares_N``, else at equal ones with jackknife errors."""
     if shares_N is not None:
         (shares,) = float64_rows(shares_N=shares_N)
         return [Estimate(float(value), 0.0) for value in statistics(shares)]

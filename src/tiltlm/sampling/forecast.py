@@ -13,14 +13,14 @@ from tiltlm.estimation import (
     Closeness,
     Estimate,
     acceptance_rate,
-    accepted_law,
+    accepted_closeness,
     chain_repeats,
     effective_sample_size,
     log_beta_for_acceptance,
     no_hit,
     pareto_k,
     pareto_k_threshold,
-    proposal_law,
+    proposal_closeness,
 )
 from tiltlm.sampling.metropolis import Metropolis
 from tiltlm.sampling.rejection import QuasiRejection, Rejection
@@ -98,7 +98,7 @@ def forecast_from_pilot(
         prompts=len(weights),
         acceptance=acceptance,
         closeness=_mean_closeness(closeness, complete),
-        proposal_closeness=_mean_closeness([proposal_law(row) for row in hit.values()], complete),
+        proposal_closeness=_mean_closeness([proposal_closeness(row) for row in hit.values()], complete),
         ess=ess,
         draws=max(proposals, needed) if pilot_kept else proposals + needed,
         notes=(*([proposal.reason] if proposal.reason else []), *_notes(sampler, list(weights.values()), ess)),
@@ -123,7 +123,7 @@ def qrs_curve(weights: Sequence[Tensor], complete: bool = True, points: int = CU
     found = []
     for log_beta in log_betas:
         rate = average([acceptance_rate(row, log_beta) for row in weights], complete)
-        closeness = _mean_closeness([accepted_law(row, log_beta) for row in hits], complete)
+        closeness = _mean_closeness([accepted_closeness(row, log_beta) for row in hits], complete)
         found.append(CurvePoint(log_beta, rate, closeness))
     return found
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiltlm.estimation import Closeness, Estimate, proposal_law
+from tiltlm.estimation import Closeness, Estimate, proposal_closeness
 from tiltlm.sampling.sampler import AcceptanceStep, Sampler
 from tiltlm.sampling.target_proposal import Draws, Source
 
@@ -30,7 +30,7 @@ class GuidedBase(Sampler):
         return Estimate(1.0, 0.0)
 
     def closeness(self, log_weights: Tensor, n: int) -> Closeness:
-        return proposal_law(log_weights)
+        return proposal_closeness(log_weights)
 
     def expected_draws(self, n: int, acceptance: float, support: float) -> float:
         return n

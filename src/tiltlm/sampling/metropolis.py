@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.estimation import Closeness, Estimate, chain_acceptance, chain_law
+from tiltlm.estimation import Closeness, Estimate, chain_acceptance, chain_closeness
 from tiltlm.sampling.sampler import AcceptanceStep, Sampler
 from tiltlm.sampling.target_proposal import SOURCE_NAMES, Draws, Source
 
@@ -43,7 +43,7 @@ class Metropolis(Sampler):
         return chain_acceptance(log_weights)
 
     def closeness(self, log_weights: Tensor, n: int) -> Closeness:
-        return chain_law(log_weights, self.burn_in)
+        return chain_closeness(log_weights, self.burn_in)
 
     def expected_draws(self, n: int, acceptance: float, support: float) -> float:
         return min(self.chains, n) * (1 / support + self.steps(n)) if support else math.inf

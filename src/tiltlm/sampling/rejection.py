@@ -15,7 +15,7 @@ from tiltlm.estimation import (
     Closeness,
     Estimate,
     acceptance_rate,
-    accepted_law,
+    accepted_closeness,
     log_beta_for_acceptance,
     log_beta_for_kl,
 )
@@ -115,7 +115,7 @@ class QuasiRejection(Rejection):
         )
 
     def closeness(self, log_weights: Tensor, n: int) -> Closeness:
-        return accepted_law(log_weights, self.bound)
+        return accepted_closeness(log_weights, self.bound)
 
     def start(self, n: int, acceptance: float, generator: torch.Generator) -> AcceptanceStep:
         return RejectionStep(n, generator, self.bound, acceptance, exact=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import UsageError
-from tiltlm.estimation import Closeness, Estimate, resampled_law
+from tiltlm.estimation import Closeness, Estimate, resampled_closeness
 from tiltlm.sampling.sampler import AcceptanceStep, Sampler
 from tiltlm.sampling.target_proposal import SOURCE_NAMES, Draws, Source
 from tiltlm.targets import Target
@@ -60,7 +60,7 @@ class Resampling(Sampler):
 
     def closeness(self, log_weights: Tensor, n: int) -> Closeness:
         # The last of several pools is the smallest, so its texts are the farthest from p.
-        return resampled_law(log_weights, self.pool_size(n % self.texts_per_pool or self.texts_per_pool))
+        return resampled_closeness(log_weights, self.pool_size(n % self.texts_per_pool or self.texts_per_pool))
 
     def expected_draws(self, n: int, acceptance: float, support: float) -> float:
         return self.total_draws(n)
