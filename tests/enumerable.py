@@ -101,7 +101,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 # In transformers, whatever the weights are: the softmax of attention is float32 in the first two (and rows of padding
 # become NaN where the weights are float64), and the logits are float32 in the last.
 FLOAT32_ONLY = ("gemma2", "bloom", "mamba")
-# These grow certain of the next token more easily.
+# With larger embeddings these would give the next token a probability near 1.
 EMBEDDING_STD = {"openai-gpt": 0.25, "mamba": 0.3, "gemma2": 0.15, "opt": 0.4}
 
 SETTINGS = {
@@ -124,7 +124,7 @@ PROMPTS: dict[str, Any] = {
 def tiny_model(
     architecture: str = "gpt2", tokens: str = "pad_is_eos", dtype: torch.dtype | None = None, seed: int = 0
 ) -> LanguageModel:
-    """A random model whose laws are far from uniform, shared between tests: copy it before you change it."""
+    """A random model with distributions far from uniform. Tests share it: copy it before you change it."""
     vocabulary = TOKENS[tokens]
     tokenizer = vocabulary.tokenizer()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -142,9 +142,9 @@ def tiny_model(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if crossing and parameter.ndim == 2:
-                    # A decoder hardly hears a random encoder otherwise.
-                    heard = any(part in name for part in ("encoder_attn", "EncDecAttention"))
-                    parameter.normal_(std=1.0 if heard else 0.5)
+                    # With smaller weights the output would hardly depend on the encoder.
+                    cross_attention = any(part in name for part in ("encoder_attn", "EncDecAttention"))
+                    parameter.normal_(std=1.0 if cross_attention else 0.5)
                 elif any(part in name for part in ("emb", "wte", "wpe")):
                     parameter.normal_(std=EMBEDDING_STD.get(architecture, 0.7))
     if vocabulary.further_eos:
@@ -155,7 +155,7 @@ def tiny_model(
 
 
 def random_guide(model: LanguageModel, states: int = 3, rows: int = 5, seed: int = 0, start: int = 1) -> Guide:
-    """Transitions at random and log ψ at random, of about the logits' own spread."""
+    """A guide with random transitions and random log ψ, about as variable as the logits."""
     generator = torch.Generator().manual_seed(seed)
     transitions = torch.randint(states, (states, model.vocab_size), generator=generator)
     transitions[:, model.eos_ids] = torch.arange(states)[:, None] + states

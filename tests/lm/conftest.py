@@ -1,4 +1,4 @@
-"""What holds for the tests of language models."""
+"""Fixtures of all tests of language models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors are much faster on one thread, above all where other work holds the cores."""
+    """Run on one thread: tiny tensors are faster so, above all when other work holds the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

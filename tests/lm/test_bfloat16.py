@@ -1,4 +1,4 @@
-"""bfloat16 where the hardware multiplies it: what is computed in it, and what it leaves alone; the cache with room."""
+"""bfloat16 products on hardware that supports them: what is computed in bfloat16; and caches with reserved memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weigh
 
 
 def load(native: bool, dtype: str = "auto") -> LanguageModel:
-    """The embedded model where the hardware has such products, or has not."""
+    """The embedded model on hardware with or without bfloat16 products."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("tiltlm.lm.model.native_bfloat16", lambda device: native)
         return LanguageModel.from_pretrained("embedded", device="cpu", dtype=dtype)
@@ -55,7 +55,7 @@ def test_auto_is_float32_with_products_in_bfloat16_where_they_are_native(native:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_another_dtype_says_itself_what_products_are_in(dtype: str) -> None:
+def test_with_another_dtype_products_have_the_dtype_of_the_weights(dtype: str) -> None:
     model = load(True, dtype)
     assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
     assert model.compute_dtype is None
@@ -94,8 +94,8 @@ def test_without_native_products_auto_is_float32_to_the_last_bit(single: Languag
         assert torch.equal(model.logprob(drawn[0]), single.logprob(drawn[0]))
 
 
-def drawn_and_read(model: LanguageModel) -> set[tuple[torch.dtype, torch.dtype]]:
-    """What the layers of a model make of their input while it samples: dtypes of weights and of outputs."""
+def dtypes_while_sampling(model: LanguageModel) -> set[tuple[torch.dtype, torch.dtype]]:
+    """Pairs of dtypes, of weights and of outputs, of linear layers while the model samples."""
     seen: set[tuple[torch.dtype, torch.dtype]] = set()
     linear = [m for name, m in model.model.named_modules() if name.endswith(("c_attn", "c_fc", "q_proj", "up_proj"))]
     assert linear
@@ -109,14 +109,14 @@ def drawn_and_read(model: LanguageModel) -> set[tuple[torch.dtype, torch.dtype]]
     return seen
 
 
-def test_it_samples_with_weights_that_are_cast_once(auto: LanguageModel, single: LanguageModel) -> None:
-    assert drawn_and_read(auto) == {(torch.bfloat16, torch.bfloat16)}
-    assert drawn_and_read(single) == {(torch.float32, torch.float32)}
+def test_sampling_uses_weights_that_are_cast_once(auto: LanguageModel, single: LanguageModel) -> None:
+    assert dtypes_while_sampling(auto) == {(torch.bfloat16, torch.bfloat16)}
+    assert dtypes_while_sampling(single) == {(torch.float32, torch.float32)}
 
 
 @contextmanager
-def left_alone(model: LanguageModel) -> Iterator[None]:
-    """Every parameter is the object that it was, with the bits and the dtype that it had, and so is the rest."""
+def unchanged(model: LanguageModel) -> Iterator[None]:
+    """Check that the block changes no parameter (identity, bits, dtype) and no setting of the model."""
     inner = model._inner
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.model.named_parameters()}
     every = [(module, dict(module._parameters)) for module in model.model.modules()]
@@ -130,7 +130,7 @@ def left_alone(model: LanguageModel) -> Iterator[None]:
         assert parameter.dtype == values.dtype, name
         assert torch.equal(parameter, values), name
         assert parameter.requires_grad == learns, name
-    # The tied ones too, which are named only once.
+    # Tied parameters too, which have only one name.
     for module, parameters in every:
         assert module._parameters.keys() == parameters.keys()
         assert all(module._parameters[name] is parameters[name] for name in parameters)
@@ -141,7 +141,7 @@ def left_alone(model: LanguageModel) -> Iterator[None]:
 
 
 class Interruption(Exception):
-    """Somebody has had enough."""
+    """Stands for Ctrl-C in the middle of a call."""
 
 
 def models() -> dict[str, Callable[[], LanguageModel]]:
@@ -160,30 +160,30 @@ def models() -> dict[str, Callable[[], LanguageModel]]:
 
 
 @pytest.mark.parametrize("name", models())
-def test_sampling_and_scoring_leave_the_model_as_it_was(name: str) -> None:
+def test_sampling_and_scoring_do_not_change_the_model(name: str) -> None:
     model = models()[name]()
-    with left_alone(model):
+    with unchanged(model):
         samples = model.sample(20, seed=0, max_completion_length=5)
-    with left_alone(model), torch.no_grad():
+    with unchanged(model), torch.no_grad():
         model.logprob(samples)
-    with left_alone(model):
+    with unchanged(model):
         model.logprob(samples).sum().backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in model.model.parameters())
     assert {p.grad.dtype for p in model.model.parameters() if p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", models())
-def test_an_exception_leaves_it_as_it_was_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_does_not_change_the_model_either(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models()[name]()
     cast: list[bool] = []
 
-    def tired(done: int, n: int) -> None:
+    def interrupt(done: int, n: int) -> None:
         layers = [m for m in model.model.modules() if type(m) is nn.Linear]
         cast.append(bool(layers) and all(p.dtype == torch.bfloat16 for m in layers for p in m.parameters()))
         raise Interruption
 
-    with left_alone(model), pytest.raises(Interruption):
-        model.sample(20, seed=0, max_completion_length=5, progress=tired)
+    with unchanged(model), pytest.raises(Interruption):
+        model.sample(20, seed=0, max_completion_length=5, progress=interrupt)
     assert cast == [True]
     passes = 0
     draw = sampling_module.draw
@@ -196,22 +196,24 @@ def test_an_exception_leaves_it_as_it_was_too(name: str, monkeypatch: pytest.Mon
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(sampling_module, "draw", third)
-    with left_alone(model), pytest.raises(KeyboardInterrupt):
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
         model.sample(20, seed=0, max_completion_length=5)
     monkeypatch.undo()
     samples = model.sample(4, seed=0, max_completion_length=3)
-    unreadable = replace(samples, tokens=samples.tokens + model.vocab_size)
-    with left_alone(model), pytest.raises(IndexError):
-        model.read(unreadable)
+    out_of_vocabulary = replace(samples, tokens=samples.tokens + model.vocab_size)
+    with unchanged(model), pytest.raises(IndexError):
+        model.read(out_of_vocabulary)
 
 
-def test_what_was_drawn_is_nearly_what_a_scoring_pass_says(auto: LanguageModel, single: LanguageModel) -> None:
+def test_sampled_log_probabilities_are_close_to_those_of_a_scoring_pass(
+    auto: LanguageModel, single: LanguageModel
+) -> None:
     samples = auto.sample(200, seed=1, max_completion_length=40)
     with torch.no_grad():
         again, exact = (model.logprob(samples).double().sum(-1) for model in (auto, single))
     assert float(samples.lengths.double().mean()) > 10
     own, other = ((samples.sequence_logprob - found).abs().mean() for found in (again, exact))
-    # Above 0, or nothing has been computed in bfloat16.
+    # Above 0, which shows that bfloat16 is used.
     assert 1e-4 < float(own) < 0.2
     assert 1e-4 < float(other) < 0.5
     assert float((again - exact).abs().mean()) > 1e-4
@@ -225,7 +227,9 @@ def gradient(model: LanguageModel, samples: Samples) -> Tensor:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_gradients_point_where_those_of_float32_do(auto: LanguageModel, single: LanguageModel, lora: bool) -> None:
+def test_gradients_have_nearly_the_direction_and_norm_of_float32_ones(
+    auto: LanguageModel, single: LanguageModel, lora: bool
+) -> None:
     samples = single.sample(48, PROMPT, 2, max_completion_length=20)
     pair = [model.copy().with_lora(**LORA) if lora else model for model in (auto, single)]
     one, other = (gradient(model, samples) for model in pair)
@@ -235,17 +239,19 @@ def test_gradients_point_where_those_of_float32_do(auto: LanguageModel, single: 
     assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.05)
 
 
-def test_a_reading_is_made_in_bfloat16(auto: LanguageModel, single: LanguageModel) -> None:
+def test_a_forward_pass_computes_in_bfloat16_and_holds_float32_weights(
+    auto: LanguageModel, single: LanguageModel
+) -> None:
     samples = single.sample(4, seed=2, max_completion_length=6)
     for model, dtype in ((auto, torch.bfloat16), (single, torch.float32)):
         with torch.no_grad():
-            reading = model.read(samples)
-        assert reading.compute == dtype
-        assert reading.weight is model.model.get_output_embeddings().weight
-        assert reading.weight.dtype == torch.float32
+            forward = model.read(samples)
+        assert forward.compute == dtype
+        assert forward.weight is model.model.get_output_embeddings().weight
+        assert forward.weight.dtype == torch.float32
 
 
-def test_the_fused_activation_is_that_of_transformers_and_nearer_to_the_exact_one() -> None:
+def test_the_fused_activation_agrees_with_transformers_and_is_more_accurate() -> None:
     x = torch.linspace(-8, 8, 4001).bfloat16()
 
     def value_and_slope(gelu: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,27 +265,27 @@ def test_the_fused_activation_is_that_of_transformers_and_nearer_to_the_exact_on
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     theirs, ours = value_and_slope(NewGELUActivation(), x), value_and_slope(FUSED_GELU, x)
     for one, other, truth in zip(ours, theirs, exact, strict=True):
-        # The next product takes both in 16 bits.
+        # The next product rounds both to 16 bits.
         errors = [(found.bfloat16().double() - truth).abs() for found in (one, other)]
         assert float(errors[0].max()) < 2**-8 * float(truth.abs().max())
         assert float(errors[0].mean()) <= 1.01 * float(errors[1].mean())
 
 
-def test_within_the_block_it_is_fused_and_only_there() -> None:
+def test_the_activation_is_fused_only_within_the_block() -> None:
     model = models()["gpt2, tied"]()
     samples = model.sample(3, seed=0, max_completion_length=4)
-    assert model.output_layer is not None  # found by passes in float32
+    assert model.output_layer is not None  # the test pass runs in float32
     seen: list[type] = []
     for block in model.model.transformer.h:
         block.mlp.c_proj.register_forward_pre_hook(lambda m, _, block=block: seen.append(type(block.mlp.act)))
-    with left_alone(model), torch.no_grad():
+    with unchanged(model), torch.no_grad():
         model.logprob(samples)
     assert set(seen) == {nn.GELU}
     assert {type(block.mlp.act) for block in model.model.transformer.h} == {NewGELUActivation}
 
 
-def pull(model: LanguageModel, samples: Samples, *, once: bool) -> dict[str, Tensor]:
-    """The gradient that accumulates over chunks of seven rows, a backward each, of a weighted log-probability."""
+def accumulated_gradient(model: LanguageModel, samples: Samples, *, once: bool) -> dict[str, Tensor]:
+    """The gradient of a weighted log-probability, accumulated over chunks of seven rows with a backward each."""
     parameters = dict(model.model.named_parameters())
     model.model.zero_grad()
     with model.cast_once() if once else nullcontext():
@@ -291,18 +297,18 @@ def pull(model: LanguageModel, samples: Samples, *, once: bool) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("name", models())
-def test_weights_cast_once_for_many_chunks_get_the_gradient_of_weights_cast_anew(name: str) -> None:
+def test_weights_cast_once_get_the_same_gradient_as_weights_cast_in_every_pass(name: str) -> None:
     model = models()[name]()
     samples = model.sample(20, PROMPT if "embedded" in name else None, 0, max_completion_length=6)
-    expected = pull(model, samples, once=False)
-    with left_alone(model):
+    expected = accumulated_gradient(model, samples, once=False)
+    with unchanged(model):
         with model.cast_once():
             layers = [m for m in model.model.modules() if type(m) in (nn.Linear, Conv1D)]
             assert {p.dtype for m in layers for p in m.parameters()} == {torch.bfloat16}
             assert model.memory == models()[name]().memory
-        found = pull(model, samples, once=True)
+        found = accumulated_gradient(model, samples, once=True)
     assert not any(m.sparse for m in model.model.modules() if isinstance(m, nn.Embedding))
-    again = pull(model, samples, once=False)
+    again = accumulated_gradient(model, samples, once=False)
     assert found.keys() == expected.keys()
     inner = model._inner
     summed_elsewhere = [inner.get_input_embeddings().weight, inner.get_output_embeddings().weight]
@@ -313,7 +319,7 @@ def test_weights_cast_once_for_many_chunks_get_the_gradient_of_weights_cast_anew
         assert found[name].dtype == torch.float32
         assert bool(expected[name].any())
         if any(parameter is p for p in summed_elsewhere):
-            # In another order, and all of it in float32.
+            # Summed in another order, all in float32.
             bound = 1e-6 * float(expected[name].norm())
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=bound)
         else:
@@ -321,18 +327,18 @@ def test_weights_cast_once_for_many_chunks_get_the_gradient_of_weights_cast_anew
 
 
 def test_gradients_of_weights_cast_once_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four hundred chunks, of which the last would be lost one by one in a sum of 16 bits."""
+    """In a 16-bit sum over four hundred chunks the last ones would be lost to rounding."""
     model = models()["gpt2, tied"]()
     samples = model.sample(3, seed=0, max_completion_length=4)
-    one = pull(model, samples, once=True)
+    one = accumulated_gradient(model, samples, once=True)
     chunks = 400 * model.chunks(samples, 7)
     monkeypatch.setattr(model, "chunks", lambda samples, size: chunks)
-    many = pull(model, samples, once=True)
+    many = accumulated_gradient(model, samples, once=True)
     for name, gradient in one.items():
         torch.testing.assert_close(many[name], 400 * gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_a_forward_without_gradient_reads_weights_cast_once(auto: LanguageModel) -> None:
+def test_a_pass_without_gradient_uses_weights_cast_once(auto: LanguageModel) -> None:
     samples = auto.sample(4, seed=2, max_completion_length=6)
     with torch.no_grad():
         expected = auto.logprob(samples)
@@ -342,11 +348,11 @@ def test_a_forward_without_gradient_reads_weights_cast_once(auto: LanguageModel)
     assert torch.equal(drawn.proposal_logprob, samples.proposal_logprob)
 
 
-# A base that is only read.
+# Frozen bases.
 
 
 @pytest.mark.parametrize("name", [name for name in models() if "lora" not in name])
-def test_a_frozen_base_keeps_its_law_and_its_fingerprint(name: str) -> None:
+def test_a_frozen_base_keeps_its_distribution_and_its_fingerprint(name: str) -> None:
     model, frozen = models()[name](), models()[name]()
     samples = model.sample(30, seed=1, max_completion_length=6)
     known = model.fingerprint()
@@ -376,7 +382,7 @@ def test_in_one_precision_freezing_changes_no_weight(single: LanguageModel) -> N
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_roles_hold_the_base_frozen_and_the_policy_whole(given: bool) -> None:
+def test_roles_freeze_the_base_and_keep_the_policy_in_float32(given: bool) -> None:
     model = models()["llama, tied"]()
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     policy = model.copy()
@@ -389,12 +395,12 @@ def test_roles_hold_the_base_frozen_and_the_policy_whole(given: bool) -> None:
     assert sizes[0] < 0.6 * sizes[1]
 
 
-# The cache with room for the tokens to come.
+# Caches with reserved memory.
 
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens that each use of a layer with room has come to."""
+    """The number of cached tokens after each update of a reserved layer."""
     seen: list[int] = []
     update = ReservedLayer.update
 
@@ -417,27 +423,27 @@ def assert_same_samples(one: Samples, other: Samples) -> None:
     torch.testing.assert_close(one.proposal_logprob, other.proposal_logprob, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("room", [0, -5, 7], ids=["enough", "outgrown", "more than enough"])
+@pytest.mark.parametrize("margin", [0, -5, 7], ids=["enough", "outgrown", "more than enough"])
 @pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_samples_do_not_depend_on_the_cache(
-    architecture: str, prompts: str, room: int, updates: list[int], monkeypatch: pytest.MonkeyPatch
+    architecture: str, prompts: str, margin: int, updates: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(architecture, "several_eos").copy()
     capacities: list[int] = []
 
-    def with_room(cache: Any, capacity: int, dtype: torch.dtype | None) -> None:
-        capacities.append(capacity + room)
-        reserve(cache, capacity + room, dtype)
+    def with_margin(cache: Any, capacity: int, dtype: torch.dtype | None) -> None:
+        capacities.append(capacity + margin)
+        reserve(cache, capacity + margin, dtype)
 
-    monkeypatch.setattr(sampling_module, "reserve", with_room)
+    monkeypatch.setattr(sampling_module, "reserve", with_margin)
     rows = count_rows(model, monkeypatch)
     ours = draw_from(model, prompts)
     longest = model.encode_prompts(PROMPTS[prompts]).tokens.shape[1] + 9
-    # Every row's last token but that is in the cache at the end, and some rows have left the batch before.
+    # At the end the cache holds every token but the last, and some rows have left the batch before.
     assert max(updates) == longest
     assert len(capacities) == 1
-    assert (max(updates) > capacities[0]) == (room < 0)
+    assert (max(updates) > capacities[0]) == (margin < 0)
     assert rows[-1] < rows[1] <= 300
     updates.clear()
     monkeypatch.setattr(sampling_module, "reserve", lambda *args: None)
@@ -449,7 +455,7 @@ def test_samples_do_not_depend_on_the_cache(
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "lfm2", "mamba", "openai-gpt"])
-def test_other_caches_stay_what_they_are(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kinds_of_cache_layers_are_not_replaced(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(architecture, "several_eos")
     tokens = model.encode_prompts(PROMPTS["one"]).tokens
     with torch.no_grad():
@@ -469,30 +475,30 @@ def keys_and_values(n: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("capacity", [2, 5, 6, 20])
-def test_a_layer_with_room_holds_what_transformers_own_does(capacity: int) -> None:
-    """Through spreading over rows, leaving rows out, and more tokens than there is room for."""
+def test_a_reserved_layer_agrees_with_that_of_transformers(capacity: int) -> None:
+    """Also when rows are repeated or removed, and when tokens exceed the capacity."""
     cache = DynamicCache()
     cache.update(*keys_and_values(2, 3, 0), 0)
     plain = DynamicLayer()
     plain.update(*keys_and_values(2, 3, 0))
     reserve(cache, capacity)
-    roomy = cache.layers[0]
-    assert type(roomy) is ReservedLayer
+    reserved = cache.layers[0]
+    assert type(reserved) is ReservedLayer
     n = 2
     for step, order in enumerate([None, [1, 0, 1, 1], None, [3, 0], None, None, [1]]):
         if order is not None:
             n = len(order)
-            for layer in (roomy, plain):
+            for layer in (reserved, plain):
                 layer.reorder_cache(torch.tensor(order))
-        found, expected = (layer.update(*keys_and_values(n, 1 + step % 2, step)) for layer in (roomy, plain))
-        for ours, theirs in zip((*found, roomy.keys, roomy.values), 2 * expected, strict=True):
+        found, expected = (layer.update(*keys_and_values(n, 1 + step % 2, step)) for layer in (reserved, plain))
+        for ours, theirs in zip((*found, reserved.keys, reserved.values), 2 * expected, strict=True):
             assert torch.equal(ours, theirs)
-        assert roomy.get_seq_length() == plain.get_seq_length() == expected[0].shape[2]
-        assert roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
-    assert roomy.get_seq_length() > 6
+        assert reserved.get_seq_length() == plain.get_seq_length() == expected[0].shape[2]
+        assert reserved.get_mask_sizes(1) == plain.get_mask_sizes(1)
+    assert reserved.get_seq_length() > 6
 
 
-def test_nothing_is_copied_while_there_is_room_and_all_is_once_it_is_gone() -> None:
+def test_keys_stay_in_place_up_to_the_capacity_and_are_copied_beyond() -> None:
     cache = DynamicCache()
     cache.update(*keys_and_values(2, 3, 0), 0)
     reserve(cache, 6)
@@ -504,7 +510,7 @@ def test_nothing_is_copied_while_there_is_room_and_all_is_once_it_is_gone() -> N
     assert places[3] != places[2]
 
 
-def test_a_layer_with_room_holds_the_dtype_that_attention_reads() -> None:
+def test_a_reserved_layer_holds_the_dtype_that_attention_reads() -> None:
     cache = DynamicCache()
     keys, values = (x.bfloat16() for x in keys_and_values(2, 3, 0))
     cache.update(keys, values, 0)

@@ -1,4 +1,4 @@
-"""A cache of fixed size writes the same texts as one that grows; on a GPU its steps are replayed as one graph."""
+"""A cache of fixed size gives the same texts as one that grows; on a GPU its steps are replayed as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def sampled(
     steps = []
     step = decoding.StaticDecoder._step
 
-    def watched(self: decoding.StaticDecoder) -> torch.Tensor:
+    def recorded(self: decoding.StaticDecoder) -> torch.Tensor:
         steps.append(self.steps)
         return step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(prefill, "can_be_static", lambda model: static)
-        patch.setattr(decoding.StaticDecoder, "_step", watched)
-        # Without it the rows that are left would be given other random numbers.
+        patch.setattr(decoding.StaticDecoder, "_step", recorded)
+        # With compaction the remaining rows would get other random numbers.
         patch.setattr(sampling, "COMPACT_BELOW", 0.0)
         samples = model.sample(64, PROMPTS[prompts] if prompts else None, 0, max_completion_length=8, **settings)
     assert steps == (list(range(1, samples.tokens.shape[1])) if static else [])
@@ -37,7 +37,9 @@ def sampled(
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("prompts", ["one", "several", "none"])
 @pytest.mark.parametrize("family", MODELS)
-def test_the_same_texts_are_written(family: str, prompts: str, guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_caches_give_the_same_texts(
+    family: str, prompts: str, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family, "several_eos")
     guide = random_guide(model) if guided else None
     grown, static = (sampled(model, prompts, fixed, monkeypatch, guide=guide) for fixed in (False, True))
@@ -50,18 +52,18 @@ def test_the_same_texts_are_written(family: str, prompts: str, guided: bool, mon
 
 
 def test_keys_and_values_in_two_dtypes_are_held_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rotated keys are float32 where values are bfloat16.
+    # Rotary embeddings make keys float32, while values are bfloat16.
     monkeypatch.setattr(model_module, "native_bfloat16", lambda device: True)
     model = LanguageModel.from_pretrained("embedded", device="cpu", dtype="auto")
     assert model.compute_dtype == torch.bfloat16
     grown, static = (sampled(model, None, fixed, monkeypatch) for fixed in (False, True))
-    # Products of 16 bits are rounded apart, and now and then another token is drawn.
+    # 16-bit products are rounded differently, so a few tokens differ.
     same = (static.tokens == grown.tokens).all(-1)
     assert same.float().mean() > 0.8
     torch.testing.assert_close(static.proposal_logprob[same], grown.proposal_logprob[same], rtol=0, atol=0.1)
 
 
-def test_it_is_for_gpus_alone() -> None:
+def test_a_static_cache_is_only_used_on_gpus() -> None:
     assert not decoding.can_be_static(tiny_model("gpt2").model)
 
 
@@ -72,11 +74,11 @@ def test_on_a_gpu_the_graph_is_used_and_changes_nothing(dtype: str, monkeypatch:
     graphs = []
     capture = decoding.StaticDecoder._capture
 
-    def watched(self: decoding.StaticDecoder, expected: torch.Tensor) -> None:
+    def recorded(self: decoding.StaticDecoder, expected: torch.Tensor) -> None:
         capture(self, expected)
         graphs.append(self.graph)
 
-    monkeypatch.setattr(decoding.StaticDecoder, "_capture", watched)
+    monkeypatch.setattr(decoding.StaticDecoder, "_capture", recorded)
     samples = model.sample(256, seed=0)
     assert graphs
     assert None not in graphs

@@ -1,4 +1,4 @@
-"""The embedded model is what its card and the documentation say."""
+"""The embedded model agrees with its card and the documentation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_it_prefers_english_to_the_same_words_in_disorder(embedded: LanguageMode
     assert scores[0] > max(scores[1:]) + 5
 
 
-def test_it_writes_about_men_several_times_as_often_as_about_women(embedded: LanguageModel) -> None:
+def test_it_writes_about_men_at_least_three_times_as_often_as_about_women(embedded: LanguageModel) -> None:
     texts = embedded.sample(512, seed=0).texts
     female, male = (float(pronouns(group, possessives=True)(texts).mean()) for group in ("female", "male"))
     assert 0.02 < female < 0.12

@@ -1,4 +1,4 @@
-"""Encoder–decoder models: the encoder reads the prompt, and what holds for other models holds for the completions."""
+"""Encoder–decoder models: the tests of causal models, with prompts that the encoder reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def naive_logprob(model: LanguageModel, samples: Samples) -> list[torch.Tensor]:
-    """Log-probabilities of each row's tokens, from one unpadded pass of the whole model over that row alone."""
+    """Log-probabilities of each row's tokens, from an unpadded pass of the whole model over that row."""
     rows = []
     for i, completion in zip(samples.prompt_index.tolist(), samples.completion_ids, strict=True):
         prompt = samples.prompts.tokens[i][samples.prompts.mask[i]]
@@ -45,26 +45,26 @@ def totals(samples: Samples) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
-def test_probabilities_sum_to_one_for_each_of_ragged_prompts_under_each_law(architecture: str, tokens: str) -> None:
+def test_probabilities_sum_to_one_for_ragged_prompts_and_each_setting(architecture: str, tokens: str) -> None:
     model = tiny_model(architecture, tokens)
     assert model.is_encoder_decoder
     assert model.start_id == TOKENS[tokens].ids["b"]
-    for law in SETTINGS.values():
-        samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=3, settings=law)
+    for settings in SETTINGS.values():
+        samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=3, settings=settings)
         assert samples.prompts.ragged
         torch.testing.assert_close(totals(samples), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_the_laws_are_far_from_uniform_and_read_the_whole_prompt(model: LanguageModel) -> None:
+def test_the_tested_models_are_far_from_uniform_and_depend_on_the_whole_prompt(model: LanguageModel) -> None:
     samples = enumerate_completions(model, ["a b", "b b", "b a", "b a a"], max_completion_length=LENGTH)
-    laws = samples.sequence_logprob.exp().reshape(4, -1)
-    assert laws.max(-1).values.min() > 5 / laws.shape[1]
-    apart = [0.5 * (laws[i] - laws[j]).abs().sum() for i in range(4) for j in range(i)]
-    assert min(apart) > 0.05
+    probabilities = samples.sequence_logprob.exp().reshape(4, -1)
+    assert probabilities.max(-1).values.min() > 5 / probabilities.shape[1]
+    distances = [0.5 * (probabilities[i] - probabilities[j]).abs().sum() for i in range(4) for j in range(i)]
+    assert min(distances) > 0.05
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_on_either_side_of_a_prompt_does_not_change_its_law(model: LanguageModel, side: str) -> None:
+def test_padding_on_either_side_of_a_prompt_does_not_change_its_distribution(model: LanguageModel, side: str) -> None:
     rows = [model.tokenizer(text)["input_ids"] for text in ("a", "b a b a", "a b")]
     padded, mask = [], []
     for i, row in enumerate(rows):
@@ -80,7 +80,7 @@ def test_padding_on_either_side_of_a_prompt_does_not_change_its_law(model: Langu
         torch.testing.assert_close(one.sequence_logprob, alone.sequence_logprob, rtol=0, atol=1e-6)
 
 
-def test_sampler_and_scorer_agree_with_the_plain_model_and_so_do_gradients(model: LanguageModel) -> None:
+def test_sampler_scorer_and_gradients_agree_with_the_plain_model(model: LanguageModel) -> None:
     for settings in ({}, {"temperature": 1.7, "top_k": 4, "top_p": 0.9}):
         samples = model.sample(40, PROMPTS["several"], 0, max_completion_length=6, **settings)
         ours, naive = model.logprob(samples), naive_logprob(model, samples)
@@ -90,8 +90,8 @@ def test_sampler_and_scorer_agree_with_the_plain_model_and_so_do_gradients(model
         parameters = list(model.model.parameters())
         plain = sum(w * row.sum() for w, row in zip(weights, naive, strict=True))
         for chunks in (None, 7):
-            pulled = (weights * model.logprob(samples, batch_size=chunks).sum(-1)).sum()
-            gradients = torch.autograd.grad(pulled, parameters, allow_unused=True)
+            total = (weights * model.logprob(samples, batch_size=chunks).sum(-1)).sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
             for one, other in zip(
                 gradients, torch.autograd.grad(plain, parameters, allow_unused=True, retain_graph=True), strict=True
             ):
@@ -100,7 +100,7 @@ def test_sampler_and_scorer_agree_with_the_plain_model_and_so_do_gradients(model
                     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_samples_follow_the_enumerated_law(model: LanguageModel) -> None:
+def test_samples_follow_the_enumerated_distribution(model: LanguageModel) -> None:
     listed = enumerate_completions(model, ["a", "b a b a"], max_completion_length=3)
     drawn = model.sample(8000, ["a", "b a b a"], 3, max_completion_length=3)
     for i in range(2):
@@ -131,11 +131,11 @@ def test_the_encoder_reads_each_prompt_once_for_all_its_samples(model: LanguageM
         hook.remove()
 
 
-def test_logits_come_from_the_output_layer_alone_where_that_is_all(model: LanguageModel) -> None:
+def test_a_bias_on_logits_is_detected(model: LanguageModel) -> None:
     assert model.output_layer is model.model.lm_head
     shifted = model.copy()
     if not hasattr(shifted.model, "final_logits_bias"):
-        assert shifted.model.config.scale_decoder_outputs, "so the states that are read must be scaled"
+        assert shifted.model.config.scale_decoder_outputs, "so decoder_states must scale the states"
         return
     shifted.model.final_logits_bias += torch.linspace(-1, 1, shifted.vocab_size)
     assert shifted.output_layer is None
@@ -148,7 +148,7 @@ def test_logits_come_from_the_output_layer_alone_where_that_is_all(model: Langua
     assert apart.abs().max() > 0.1
 
 
-def test_a_guided_law_is_exact(model: LanguageModel) -> None:
+def test_guided_log_probabilities_are_exact(model: LanguageModel) -> None:
     guide = random_guide(model)
     samples = model.sample(200, PROMPTS["several"], 2, max_completion_length=5, guide=guide)
     with torch.no_grad():
@@ -163,15 +163,15 @@ def test_an_adapter_tunes_encoder_and_decoder_and_leaves_the_base(model: Languag
     roles = Roles(tuned)
     assert {"encoder", "decoder"} <= {part for name in roles.trainable() for part in name.split(".")}
     with torch.no_grad():
-        moved = tuned.logprob(samples)
-        assert (moved - samples.proposal_logprob).abs().max() > 0.01
+        adapted = tuned.logprob(samples)
+        assert (adapted - samples.proposal_logprob).abs().max() > 0.01
         with roles.use("base") as base:
             torch.testing.assert_close(base.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-6)
         own = tuned.sample(30, PROMPTS["several"], 0, max_completion_length=5)
         torch.testing.assert_close(tuned.logprob(own), own.proposal_logprob, rtol=0, atol=1e-6)
         tuned.save_pretrained(tmp_path / "adapter")
         again = model.copy().with_adapter(tmp_path / "adapter")
-        torch.testing.assert_close(again.logprob(samples), moved, rtol=0, atol=1e-6)
+        torch.testing.assert_close(again.logprob(samples), adapted, rtol=0, atol=1e-6)
 
 
 def test_a_saved_model_loads_as_the_same(model: LanguageModel, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_products_in_bfloat16_agree_between_sampler_and_scorer(model: LanguageMo
     assert 1e-4 < (fine - samples.proposal_logprob).abs().max() < 0.5
 
 
-def test_lengths_count_for_encoder_and_decoder_apart() -> None:
+def test_encoder_and_decoder_have_separate_length_limits() -> None:
     model = tiny_model("bart", "several_eos")
     with pytest.raises(UsageError, match=r"^prompts: prompt 2, 'b b .*', of 25 tokens has more than the 24 positions"):
         model.sample(2, ["a", "b " * 25], 0, max_completion_length=2)
@@ -204,11 +204,11 @@ def test_lengths_count_for_encoder_and_decoder_apart() -> None:
     assert len(tiny_model("t5", "several_eos").sample(2, ["b " * 40], 0, max_completion_length=40)) == 2
 
 
-def test_an_empty_prompt_is_what_the_tokenizer_makes_of_nothing() -> None:
+def test_an_empty_prompt_is_the_tokenizers_encoding_of_an_empty_text() -> None:
     for tokens in ("pad_is_not_eos", "several_eos"):
         model = tiny_model("t5", tokens)
-        made = model.tokenizer("")["input_ids"] or [model.eos_ids[0]]
-        assert model.encode_prompts([None, ""]).tokens.tolist() == [made, made]
+        encoded = model.tokenizer("")["input_ids"] or [model.eos_ids[0]]
+        assert model.encode_prompts([None, ""]).tokens.tolist() == [encoded, encoded]
 
 
 def test_a_decoder_needs_a_token_to_start_from() -> None:

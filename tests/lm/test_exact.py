@@ -1,4 +1,4 @@
-"""Exact truth: every completion once, and sums over them that agree with other ways to compute the same."""
+"""Exact values by enumeration: every completion is listed once, and sums over them agree with other computations."""
 
 from __future__ import annotations
 
@@ -134,9 +134,7 @@ def test_weights_for_each_token_add_up_to_weights_for_sequences(policy, listed):
 
 @pytest.mark.parametrize("proposal", ["base", "policy", "another"])
 @pytest.mark.parametrize("objective", ["dpg", "gdc", "gdc++"])
-def test_each_objective_follows_the_gradient_of_kl_whatever_its_proposal(
-    objective, proposal, truth, base, policy, listed
-):
+def test_each_objective_follows_the_gradient_of_kl_for_any_proposal(objective, proposal, truth, base, policy, listed):
     model = {"base": base, "policy": policy, "another": tiny_model("gpt2", "several_eos", seed=2)}[proposal]
     expected = kl_gradient(policy, truth)
     found = expected_gradient(BUILT_IN[objective](), policy, truth, logprob(model, listed))
@@ -147,7 +145,7 @@ def test_each_objective_follows_the_gradient_of_kl_whatever_its_proposal(
 
 @dataclass(frozen=True)
 class PerToken(Objective):
-    """GDC's coefficient, given for each token."""
+    """GDC with its coefficient repeated for each token."""
 
     name = "per token"
 
@@ -155,7 +153,7 @@ class PerToken(Objective):
         return BUILT_IN["gdc"]().coefficients(record)[:, None].expand(-1, 3)
 
 
-def test_an_objective_may_pull_each_token_and_a_proposal_may_miss_some_completions(truth, policy, base):
+def test_an_objective_may_give_token_coefficients_and_a_proposal_may_miss_completions(truth, policy, base):
     drawn = torch.where(truth.samples.lengths != 2, truth.base_logprob, -torch.inf)
     one, other = (expected_gradient(o, policy, truth, drawn) for o in (PerToken(), BUILT_IN["gdc"]()))
     full = kl_gradient(policy, truth)
@@ -164,13 +162,13 @@ def test_an_objective_may_pull_each_token_and_a_proposal_may_miss_some_completio
     assert any(not torch.allclose(one[name], full[name], atol=1e-4) for name in full)
 
 
-def test_a_wrong_log_z_scales_what_gdc_descends(truth, policy, base, listed):
+def test_a_wrong_log_z_scales_the_gradient_of_gdc(truth, policy, base, listed):
     doubled = expected_gradient(BUILT_IN["gdc"](), policy, truth, truth.base_logprob, log_z=truth.log_z - math.log(2))
     for name, gradient in kl_gradient(policy, truth).items():
         torch.testing.assert_close(doubled[name], 2 * gradient, rtol=0, atol=1e-10)
 
 
-def test_gradients_with_an_adapter_are_those_of_the_adapter(truth, base):
+def test_gradients_with_an_adapter_are_for_the_adapter_only(truth, base):
     adapted = base.copy().with_lora(r=2, target_modules="all-linear")
     gradient = kl_gradient(adapted, truth)
     assert gradient
@@ -178,7 +176,7 @@ def test_gradients_with_an_adapter_are_those_of_the_adapter(truth, base):
     assert any(bool(g.any()) for g in gradient.values())
 
 
-def test_moments_skip_what_has_no_probability():
+def test_moments_skip_completions_of_probability_zero():
     assert exact_moments(torch.tensor([0.0, -math.inf]), torch.tensor([[2.0], [1e30]])).tolist() == [2.0]
 
 

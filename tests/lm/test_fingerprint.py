@@ -1,4 +1,4 @@
-"""The fingerprint of a base: every change of its weights shows, and nothing else does."""
+"""The fingerprint of a base: every change of its weights changes it, and nothing else does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiltlm.lm.fingerprint import ROW_BYTES
 
 @pytest.fixture(scope="module")
 def base() -> LanguageModel:
-    """With one matrix of several rows of the hash's table, and a rest."""
+    """A model with one weight that fills several rows of the hashed table and part of another."""
     model = tiny_model("gpt2", "pad_is_eos", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     model.model.large = torch.nn.Parameter(torch.randn(5, ROW_BYTES // 4 - 3, generator=generator))
@@ -41,7 +41,7 @@ def last_one(weight: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [one_bit, rows_exchanged, columns_exchanged, last_one])
-def test_every_change_shows(base: LanguageModel, change: Callable[[torch.Tensor], None]) -> None:
+def test_every_change_changes_the_fingerprint(base: LanguageModel, change: Callable[[torch.Tensor], None]) -> None:
     changed = base.copy()
     assert changed.fingerprint() == base.fingerprint()
     change(changed.model.large.data)
@@ -61,7 +61,7 @@ def test_other_dtypes_are_other_weights(base: LanguageModel) -> None:
     assert half.fingerprint() != base.fingerprint()
 
 
-def test_it_survives_the_disk_and_leaves_adapters_out(tmp_path: Path) -> None:
+def test_saving_and_adapters_do_not_change_it(tmp_path: Path) -> None:
     base = tiny_model("llama", "several_eos", dtype=torch.float32)
     before = base.fingerprint()
     base.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Guided sampling: whatever the guide, its law sums to 1, is the one that scores, and is the one that is drawn from."""
+"""Guided sampling: for any guide probabilities sum to 1, and sampling and scoring use the same distribution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_sampling import chi_squared, settings
+from test_sampling import as_arguments, chi_squared
 
 from enumerable import PROMPTS, SETTINGS, TOKENS, random_guide, tiny_model
 from tiltlm.exact import enumerate_completions
@@ -16,9 +16,9 @@ LENGTH = 4
 
 
 @torch.no_grad()
-def guided(model: LanguageModel, guide: Guide, prompts=None, law: SamplingSettings | None = None) -> Samples:
-    """Every completion of every prompt with its log-probabilities under the guided law."""
-    listed = enumerate_completions(model, prompts, max_completion_length=LENGTH, settings=law)
+def guided(model: LanguageModel, guide: Guide, prompts=None, settings: SamplingSettings | None = None) -> Samples:
+    """Every completion of every prompt with its log-probabilities under the guided distribution."""
+    listed = enumerate_completions(model, prompts, max_completion_length=LENGTH, settings=settings)
     listed = replace(listed, guide=guide)
     return replace(listed, proposal_logprob=model.logprob(listed))
 
@@ -29,27 +29,27 @@ def by_hand(model: LanguageModel, guide: Guide, ids: list[int], prompt: list[int
     total, state = 0.0, guide.start
     for t, token in enumerate(ids):
         logits = model.model(torch.tensor([prompt + ids[:t]])).logits[0, -1]
-        law = (
+        weights = (
             logits.softmax(-1) * torch.stack([guide.log_value_table[t + 1, s] for s in guide.transitions[state]]).exp()
         )
-        total += float((law[token] / law.sum()).log())
+        total += float((weights[token] / weights.sum()).log())
         state = int(guide.transitions[state, token])
     return total
 
 
-@pytest.mark.parametrize("law", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_the_guided_law_of_every_prompt_sums_to_one(tokens, law):
+def test_guided_probabilities_of_every_prompt_sum_to_one(tokens, setting):
     model = tiny_model("gpt2", tokens)
-    truth = guided(model, random_guide(model), PROMPTS["several"], SETTINGS[law])
-    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, settings=SETTINGS[law])
+    truth = guided(model, random_guide(model), PROMPTS["several"], SETTINGS[setting])
+    plain = enumerate_completions(model, PROMPTS["several"], max_completion_length=LENGTH, settings=SETTINGS[setting])
     mass = torch.zeros(4, dtype=torch.float64).index_add_(0, truth.prompt_index, truth.sequence_logprob.exp())
     assert float((mass - 1).abs().max()) < 1e-9
     assert float((truth.sequence_logprob.exp() - plain.sequence_logprob.exp()).abs().sum()) > 0.1
 
 
 @pytest.mark.parametrize("tokens", ["several_eos", "no_bos"])
-def test_the_guided_law_is_that_of_its_definition(tokens):
+def test_guided_probabilities_agree_with_their_definition(tokens):
     model = tiny_model("gpt2", tokens)
     guide = random_guide(model)
     truth = guided(model, guide, "a b")
@@ -65,25 +65,25 @@ def test_sampled_logprobs_equal_rescored_ones(architecture, tokens):
     model = tiny_model(architecture, tokens)
     guide, changes = random_guide(model, states=5, rows=9), 0.0
     for prompts in PROMPTS.values():
-        for law in SETTINGS.values():
-            samples = model.sample(60, prompts, 1, max_completion_length=8, guide=guide, **settings(law))
+        for settings in SETTINGS.values():
+            samples = model.sample(60, prompts, 1, max_completion_length=8, guide=guide, **as_arguments(settings))
             assert samples.guide is not None
             with torch.no_grad():
-                rescored, unguided = model.logprob(samples), model.logprob(samples, settings=law)
+                rescored, unguided = model.logprob(samples), model.logprob(samples, settings=settings)
             torch.testing.assert_close(samples.proposal_logprob, rescored, rtol=0, atol=1e-12)
             changes = max(changes, float((unguided - rescored).abs().max()))
     assert changes > 0.1
 
 
 @pytest.mark.parametrize("prompts", ["none", "several"])
-@pytest.mark.parametrize("law", SETTINGS)
-def test_frequencies_follow_the_enumerated_guided_law(law, prompts):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frequencies_follow_the_enumerated_guided_distribution(setting, prompts):
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
     samples = model.sample(
-        4000, PROMPTS[prompts], 4, max_completion_length=LENGTH, guide=guide, **settings(SETTINGS[law])
+        4000, PROMPTS[prompts], 4, max_completion_length=LENGTH, guide=guide, **as_arguments(SETTINGS[setting])
     )
-    assert chi_squared(samples, guided(model, guide, PROMPTS[prompts], SETTINGS[law])) > 1e-4
+    assert chi_squared(samples, guided(model, guide, PROMPTS[prompts], SETTINGS[setting])) > 1e-4
 
 
 def test_frequencies_reject_another_guide():
@@ -96,7 +96,7 @@ def test_frequencies_reject_another_guide():
 
 
 @pytest.mark.parametrize("prompts", ["none", "several"])
-def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch, prompts):
+def test_the_distribution_is_the_same_with_compaction_at_every_step_and_without(monkeypatch, prompts):
     model = tiny_model("llama", "pad_is_eos")
     guide = random_guide(model, states=4)
     truth = guided(model, guide, PROMPTS[prompts])
@@ -109,8 +109,8 @@ def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch, 
             torch.testing.assert_close(samples.proposal_logprob, model.logprob(samples), rtol=0, atol=1e-12)
 
 
-def test_more_states_than_rows_give_the_same_law_as_fewer():
-    """The two ways to look log ψ up, by row and by state, are one."""
+def test_logit_bias_is_the_same_with_more_states_than_rows_and_with_fewer():
+    """log ψ is looked up by row or by state, with the same result."""
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model, states=7)
     for t in range(LENGTH + 3):
@@ -128,10 +128,10 @@ def test_more_states_than_rows_give_the_same_law_as_fewer():
 
 
 @pytest.mark.parametrize("constant", [0.0, -37.5])
-def test_a_constant_twist_changes_nothing(constant):
+def test_a_constant_value_changes_nothing(constant):
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
-    # A constant at each number of tokens read, the same for states that are open and that have ended.
+    # A constant for each number of tokens read, the same for open and ended states.
     flat = replace(
         guide, log_value_table=constant + torch.arange(LENGTH + 1.0)[:, None].expand_as(guide.log_value_table)
     )
@@ -142,18 +142,18 @@ def test_a_constant_twist_changes_nothing(constant):
     torch.testing.assert_close(one.proposal_logprob, other.proposal_logprob)
 
 
-def test_a_twist_of_minus_infinity_forbids():
+def test_tokens_of_value_zero_are_never_drawn():
     model = tiny_model("gpt2", "pad_is_eos")
     transitions = torch.zeros(1, 5, dtype=torch.long)
     transitions[:, model.eos_ids] = 1
-    # No text may end: only full length is left.
-    twist = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64).expand(LENGTH + 1, 2)
-    samples = model.sample(300, seed=0, max_completion_length=LENGTH, guide=Guide(transitions, twist))
+    # EOS has value 0, so every text has full length.
+    log_values = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64).expand(LENGTH + 1, 2)
+    samples = model.sample(300, seed=0, max_completion_length=LENGTH, guide=Guide(transitions, log_values))
     assert samples.lengths.tolist() == [LENGTH] * 300
     assert bool(torch.isfinite(samples.proposal_logprob).all())
 
 
-def test_states_are_those_before_each_token_and_stay_after_the_end():
+def test_states_precede_each_token_and_stay_after_the_end():
     model = tiny_model("gpt2", "pad_is_eos")
     guide = random_guide(model, states=3)
     tokens = torch.tensor([[1, 2, 3, 4], [4, 0, 2, 1], [0, 0, 0, 0]])
@@ -169,28 +169,28 @@ def test_states_are_those_before_each_token_and_stay_after_the_end():
     assert states[2].tolist() == [1, 4, 4, 4]
 
 
-def test_another_law_is_scored_without_the_guide_or_with_one_that_is_given():
+def test_other_settings_are_scored_without_the_guide_and_next_token_with_a_given_one():
     model = tiny_model("gpt2", "several_eos")
     guide = random_guide(model)
     samples = model.sample(50, PROMPTS["several"], 5, max_completion_length=LENGTH, guide=guide)
     with torch.no_grad():
         own, other = model.logprob(samples), model.logprob(samples, settings=SamplingSettings())
         plain = model.logprob(replace(samples, guide=None))
-        read = model.read(samples)
-        both = next_token(samples, read, read, guide)
-        laws = read.logits(slice(None)).log_softmax(-1)
+        forward = model.read(samples)
+        both = next_token(samples, forward, forward, guide)
+        base_logprobs = forward.logits(slice(None)).log_softmax(-1)
     assert both.guide is not None
     torch.testing.assert_close(both.guide, own, rtol=0, atol=1e-12)
     torch.testing.assert_close(other, plain, rtol=0, atol=0)
     states = guide.states(samples.tokens)
-    for law, row, t in zip(laws, samples.flat_rows.tolist(), samples.flat_columns.tolist(), strict=True):
+    for logprobs, row, t in zip(base_logprobs, samples.flat_rows.tolist(), samples.flat_columns.tolist(), strict=True):
         weights = guide.logit_bias(states[row, t][None], t)[0]
         token = samples.tokens[row, t]
-        assert float(own[row, t]) == pytest.approx(float((law + weights).log_softmax(-1)[token]), abs=1e-12)
+        assert float(own[row, t]) == pytest.approx(float((logprobs + weights).log_softmax(-1)[token]), abs=1e-12)
 
 
-def test_the_gradient_of_a_guided_law_is_that_of_the_model_within_it():
-    """Σ g ∇ log g = 0, and no gradient reaches the guide."""
+def test_gradients_of_a_guided_distribution_reach_the_model_and_not_the_guide():
+    """Σ g ∇ log g = 0 over all completions; over some it is not 0."""
     model = tiny_model("gpt2", "several_eos").copy()
     truth = guided(model, random_guide(model), "a b")
     logprob = model.logprob(truth).sum(-1)
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_guided_law_is_that_of_the_model_within_it():
     assert float(zero.abs().max()) < 1e-10 < 1e-3 < float(some.abs().max())
 
 
-def test_what_is_selected_trimmed_or_joined_keeps_its_guide():
+def test_selected_trimmed_and_joined_samples_keep_their_guide():
     model = tiny_model("gpt2", "several_eos")
     samples = model.sample(30, "a", 6, max_completion_length=LENGTH, guide=random_guide(model), batch_size=7)
     short = samples.select(samples.lengths < LENGTH).trimmed()

@@ -1,4 +1,4 @@
-"""Loading: a saved folder comes back the same, and what cannot be loaded says why."""
+"""Loading: a saved model loads unchanged, and errors say why a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def randomize_adapter(model: LanguageModel) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-def test_a_saved_model_loads_offline_and_says_the_same(saved):
+def test_a_saved_model_loads_offline_and_samples_the_same(saved):
     original = tiny_model("gpt2", "several_eos", torch.float32)
     loaded = LanguageModel.from_pretrained(saved, device="cpu")
     assert (loaded.eos_ids, loaded.pad_id, loaded.start_id) == (original.eos_ids, original.pad_id, original.start_id)
@@ -207,9 +207,9 @@ def test_an_adapter_is_saved_as_one_and_loads_merged_or_on_its_base(saved, tmp_p
         merged = LanguageModel.from_pretrained(tmp_path / "adapter", device="cpu")
         assert not merged.has_adapter
         torch.testing.assert_close(merged.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-5)
-        laid_on = base.with_adapter(tmp_path / "adapter")
-        assert laid_on.has_adapter
-        torch.testing.assert_close(laid_on.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-5)
+        adapted = base.with_adapter(tmp_path / "adapter")
+        assert adapted.has_adapter
+        torch.testing.assert_close(adapted.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-5)
     assert all(p.requires_grad for p in merged.model.parameters()), "it can be tuned further"
 
 

@@ -1,4 +1,4 @@
-"""A guide that is part of a model's law: in sampling, scoring and gradients alike; off in the base, saved beside it."""
+"""A model with its own guide: sampling, scoring and gradients use it, the base does not, and it is saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def guide_of(model: LanguageModel) -> Guide:
     return states.guide(torch.randn(LENGTH + 1, 2 * len(states.transitions), generator=generator).double())
 
 
-def test_its_law_is_that_of_guided_sampling_and_sums_to_one(model: LanguageModel) -> None:
+def test_its_distribution_is_that_of_guided_sampling_and_sums_to_one(model: LanguageModel) -> None:
     guide = guide_of(model)
     listed = enumerate_completions(model, max_completion_length=LENGTH)
     with torch.no_grad():
@@ -48,35 +48,35 @@ def test_its_law_is_that_of_guided_sampling_and_sums_to_one(model: LanguageModel
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_gradients_and_distances_are_those_of_the_law_itself(model: LanguageModel, lora: bool) -> None:
-    """Fused laws against autograd through whole logits; with a frozen output layer and without."""
+def test_gradients_and_kl_agree_with_autograd_through_whole_logits(model: LanguageModel, lora: bool) -> None:
+    """With a frozen output layer (LoRA) and without."""
     guide, base = guide_of(model), model.copy()
     policy = (model.copy().with_lora(**LORA) if lora else model).keep(guide)
     listed = enumerate_completions(base, max_completion_length=LENGTH)
     weights = torch.randn(len(listed), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
 
-    laws = next_token(listed, policy.read(listed), base.read(listed))
-    found = torch.autograd.grad((weights * laws.policy.sum(-1)).sum(), parameters)
+    scores = next_token(listed, policy.read(listed), base.read(listed))
+    found = torch.autograd.grad((weights * scores.policy.sum(-1)).sum(), parameters)
 
     with policy.unguided():
         plain = policy.read(listed)
     states = guide.states(listed.tokens)[listed.flat_rows, listed.flat_columns]
     logits = plain.logits(slice(0, len(plain))) + guide.logit_bias_at(states, listed.flat_columns)
-    law = logits.log_softmax(-1)
-    chosen = law.gather(-1, listed.flat_tokens[:, None]).squeeze(-1)
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, listed.flat_tokens[:, None]).squeeze(-1)
     wanted = torch.autograd.grad((weights[listed.flat_rows] * chosen).sum(), parameters)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
     with torch.no_grad():
-        base_law = base.read(listed).logits(slice(0, len(plain))).log_softmax(-1)
-        kl = (law.exp() * (law - base_law)).sum(-1)
-    assert laws.kl is not None
-    torch.testing.assert_close(laws.kl[listed.flat_rows, listed.flat_columns], kl, rtol=0, atol=1e-9)
+        base_logprobs = base.read(listed).logits(slice(0, len(plain))).log_softmax(-1)
+        kl = (logprobs.exp() * (logprobs - base_logprobs)).sum(-1)
+    assert scores.kl is not None
+    torch.testing.assert_close(scores.kl[listed.flat_rows, listed.flat_columns], kl, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_base_has_none_and_a_proposal_has_it(model: LanguageModel, lora: bool) -> None:
+def test_the_base_does_not_use_it_and_the_proposal_does(model: LanguageModel, lora: bool) -> None:
     listed = enumerate_completions(model, max_completion_length=LENGTH)
     guide, own = guide_of(model), listed.proposal_logprob
     roles = Roles(model.with_lora(**LORA)) if lora else Roles(model)
@@ -86,10 +86,12 @@ def test_the_base_has_none_and_a_proposal_has_it(model: LanguageModel, lora: boo
         with roles.use("base") as base:
             torch.testing.assert_close(base.logprob(listed, settings=SamplingSettings()), own, rtol=0, atol=1e-12)
         with roles.use("policy") as policy:
-            law = policy.logprob(listed, settings=SamplingSettings())
+            of_policy = policy.logprob(listed, settings=SamplingSettings())
         with roles.use("proposal") as proposal:
-            torch.testing.assert_close(proposal.logprob(listed, settings=SamplingSettings()), law, rtol=0, atol=1e-12)
-    assert float((law - own).abs().max()) > 0.1
+            torch.testing.assert_close(
+                proposal.logprob(listed, settings=SamplingSettings()), of_policy, rtol=0, atol=1e-12
+            )
+    assert float((of_policy - own).abs().max()) > 0.1
 
 
 def test_it_is_saved_beside_the_weights(model: LanguageModel, tmp_path: Path) -> None:
@@ -105,8 +107,8 @@ def test_it_is_saved_beside_the_weights(model: LanguageModel, tmp_path: Path) ->
         LanguageModel.from_pretrained(tmp_path, device="cpu")
 
 
-def test_transformers_generates_from_the_same_law(model: LanguageModel) -> None:
-    """What ``generate`` scored its tokens with, and our own log-probabilities of these tokens."""
+def test_transformers_generates_from_the_same_distribution(model: LanguageModel) -> None:
+    """Scores of ``generate`` agree with our log-probabilities of the same tokens."""
     guide = guide_of(model)
     start = torch.full((6, 1), model.start_id)
     torch.manual_seed(0)

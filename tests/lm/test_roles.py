@@ -1,4 +1,4 @@
-"""Roles: base, policy and proposal each keep their own law, in as little memory as they can."""
+"""Roles: base, policy and proposal each keep their own distribution, in as little memory as possible."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def samples() -> Samples:
 
 
 def change(roles: Roles, seed: int) -> None:
-    """What training does, only more of it."""
+    """Change the trained parameters by large random steps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in roles.trainable().values():
@@ -47,13 +47,13 @@ def change(roles: Roles, seed: int) -> None:
 
 
 @torch.no_grad()
-def law(roles: Roles, role: str, samples: Samples) -> torch.Tensor:
+def logprob(roles: Roles, role: str, samples: Samples) -> torch.Tensor:
     with roles.use(role) as model:
         return model.logprob(samples).sum(-1)
 
 
 def storages(*models: LanguageModel) -> dict[int, int]:
-    """Bytes of each piece of memory that holds weights."""
+    """Bytes of each storage that holds weights, by address."""
     tensors = [p for model in models for p in model.model.parameters()]
     return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in tensors}
 
@@ -62,43 +62,43 @@ def far_apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).abs().max()) > 0.1
 
 
-def test_the_base_stays_what_it_was_when_the_policy_changes(roles, samples):
+def test_the_base_does_not_change_when_the_policy_changes(roles, samples):
     change(roles, 1)
-    assert torch.equal(law(roles, "base", samples), original().logprob(samples).detach().sum(-1))
-    assert far_apart(law(roles, "policy", samples), law(roles, "base", samples))
+    assert torch.equal(logprob(roles, "base", samples), original().logprob(samples).detach().sum(-1))
+    assert far_apart(logprob(roles, "policy", samples), logprob(roles, "base", samples))
 
 
-def test_the_base_stays_what_it_was_when_an_optimizer_trains_the_policy(roles, samples):
+def test_the_base_does_not_change_when_an_optimizer_trains_the_policy(roles, samples):
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=0.01)
-    start = law(roles, "policy", samples).sum()
+    start = logprob(roles, "policy", samples).sum()
     for _ in range(5):
         with roles.use("base") as base, torch.no_grad():
             base.logprob(samples)
         (-roles.policy.logprob(samples).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert law(roles, "policy", samples).sum() > start + 0.1
-    assert torch.equal(law(roles, "base", samples), original().logprob(samples).detach().sum(-1))
+    assert logprob(roles, "policy", samples).sum() > start + 0.1
+    assert torch.equal(logprob(roles, "base", samples), original().logprob(samples).detach().sum(-1))
 
 
-def test_the_proposal_is_the_policy_as_it_was_when_it_was_kept(roles, samples):
+def test_the_proposal_is_the_policy_at_the_time_of_keep_proposal(roles, samples):
     assert not roles.has_proposal
     change(roles, 1)
-    first = law(roles, "policy", samples)
+    first = logprob(roles, "policy", samples)
     roles.keep_proposal()
     assert roles.has_proposal
-    torch.testing.assert_close(law(roles, "proposal", samples), first)
+    torch.testing.assert_close(logprob(roles, "proposal", samples), first)
     change(roles, 2)
-    second = law(roles, "policy", samples)
+    second = logprob(roles, "policy", samples)
     assert far_apart(first, second)
-    torch.testing.assert_close(law(roles, "proposal", samples), first)
-    torch.testing.assert_close(law(roles, "policy", samples), second)
+    torch.testing.assert_close(logprob(roles, "proposal", samples), first)
+    torch.testing.assert_close(logprob(roles, "policy", samples), second)
     roles.keep_proposal()
-    torch.testing.assert_close(law(roles, "proposal", samples), second)
-    assert torch.equal(law(roles, "base", samples), original().logprob(samples).detach().sum(-1))
+    torch.testing.assert_close(logprob(roles, "proposal", samples), second)
+    assert torch.equal(logprob(roles, "base", samples), original().logprob(samples).detach().sum(-1))
 
 
-def test_each_role_samples_and_scores_under_its_own_law(roles):
+def test_each_role_samples_and_scores_under_its_own_distribution(roles):
     change(roles, 1)
     roles.keep_proposal()
     change(roles, 2)
@@ -114,7 +114,7 @@ def test_only_the_policy_is_trained_before_and_after_other_roles_were_used(roles
     names = set(roles.trainable())
     roles.keep_proposal()
     for role in ("base", "proposal"):
-        law(roles, role, samples)
+        logprob(roles, role, samples)
     assert set(roles.trainable()) == names
     roles.policy.logprob(samples).sum().backward()
     assert all(p.grad is not None for p in roles.trainable().values())
@@ -125,19 +125,19 @@ def test_only_the_policy_is_trained_before_and_after_other_roles_were_used(roles
         assert (name in names) == (parameter.grad is not None)
 
 
-def test_a_role_is_left_when_an_error_passes_through(samples):
+def test_an_error_within_a_role_restores_the_policy(samples):
     roles = lora_roles()
     change(roles, 1)
     roles.keep_proposal()
     change(roles, 2)
-    policy = law(roles, "policy", samples)
+    policy = logprob(roles, "policy", samples)
     for role in ("base", "proposal"):
         with pytest.raises(KeyError), roles.use(role):
             raise KeyError
-        torch.testing.assert_close(law(roles, "policy", samples), policy)
+        torch.testing.assert_close(logprob(roles, "policy", samples), policy)
 
 
-def test_lora_holds_the_weights_once():
+def test_with_lora_the_weights_are_in_memory_once():
     model = original().copy()
     weights = storages(model)
     roles = Roles(model.with_lora(r=2, **LORA_SETTINGS["all-linear"]))
@@ -175,28 +175,28 @@ def test_full_tuning_holds_frozen_copies_and_no_proposal_until_it_is_kept():
         assert storages(proposal) == kept, "the copy is reused"
 
 
-def test_a_base_that_is_loaded_already_is_not_copied(samples):
+def test_a_given_base_is_not_copied(samples):
     base = original().copy()
     roles = Roles(base.copy(), base=base)
     with roles.use("base") as used:
         assert used is base
     change(roles, 1)
-    assert torch.equal(law(roles, "base", samples), original().logprob(samples).detach().sum(-1))
+    assert torch.equal(logprob(roles, "base", samples), original().logprob(samples).detach().sum(-1))
 
 
-def test_the_state_of_a_proposal_goes_into_other_roles_and_back(roles, samples):
+def test_the_state_of_a_proposal_loads_into_other_roles(roles, samples):
     assert roles.proposal_state() is None
     change(roles, 1)
     roles.keep_proposal()
     change(roles, 2)
     state = {name: tensor.clone() for name, tensor in roles.proposal_state().items()}
-    proposal = law(roles, "proposal", samples)
+    proposal = logprob(roles, "proposal", samples)
     fresh = full_roles() if not roles.shared else Roles(original().copy().with_lora(**lora_settings(roles)))
     assert not fresh.has_proposal
     fresh.load_proposal_state(state)
     assert fresh.has_proposal
-    torch.testing.assert_close(law(fresh, "proposal", samples), proposal)
-    assert torch.equal(law(fresh, "policy", samples), law(fresh, "base", samples)), "the policy is not touched"
+    torch.testing.assert_close(logprob(fresh, "proposal", samples), proposal)
+    assert torch.equal(logprob(fresh, "policy", samples), logprob(fresh, "base", samples)), "the policy is not touched"
     again = fresh.proposal_state()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)

@@ -1,4 +1,4 @@
-"""Samples: what was drawn, row by row, and that nothing changes it."""
+"""Samples and prompts: texts, tokens and log-probabilities row by row, through selection and concatenation."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def test_concatenate_undoes_a_split_of_different_widths(samples):
     assert torch.equal(joined.proposal_logprob, samples.proposal_logprob)
 
 
-def test_samples_prompts_and_laws_are_frozen(samples):
+def test_samples_prompts_and_settings_are_frozen(samples):
     for instance, name in ((samples, "tokens"), (samples.prompts, "mask"), (samples.settings, "top_p")):
         with pytest.raises(FrozenInstanceError):
             setattr(instance, name, None)
 
 
-def test_selecting_forgets_what_was_derived_from_all_rows(samples):
+def test_selected_samples_compute_texts_and_lengths_anew(samples):
     assert len(samples.texts) == len(samples.lengths) == 30
     one = samples.select(torch.tensor([3]))
     assert one.texts == [samples.texts[3]]
@@ -110,7 +110,7 @@ def test_texts_need_a_tokenizer(samples):
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p"])
-def test_a_law_out_of_range_names_its_field(field):
+def test_a_setting_out_of_range_names_its_field(field):
     with pytest.raises(UsageError, match=f"^{field}: -2 "):
         SamplingSettings(**{field: -2})
 
@@ -127,7 +127,7 @@ def test_a_prompt_is_encoded_as_the_tokenizer_does_and_padded_on_the_left(tokens
         [model.start_id],
     ]
     assert [row[kept].tolist() for row, kept in zip(prompts.tokens, prompts.mask, strict=True)] == expected
-    # Once the tokens begin there is no padding any more.
+    # All padding comes before the tokens.
     assert (prompts.mask.int().diff(dim=1) >= 0).all()
     assert prompts.ragged
     assert not model.encode_prompts("a b").ragged

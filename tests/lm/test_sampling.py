@@ -1,4 +1,4 @@
-"""Sampling: the log-probability that comes with a token is the one that it was drawn with, and draws follow it."""
+"""Sampling: each token comes with the log-probability it was drawn with, and frequencies agree with it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tiltlm.exact import enumerate_completions
 from tiltlm.lm import Samples, SamplingSettings, sampling
 
 
-def settings(law: SamplingSettings) -> dict[str, float]:
-    return {"temperature": law.temperature, "top_k": law.top_k, "top_p": law.top_p}
+def as_arguments(settings: SamplingSettings) -> dict[str, float]:
+    return {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
 
 
 def chi_squared(samples: Samples, truth: Samples, fewest: float = 5.0) -> float:
-    """p-value of the samples' frequencies under the enumerated law; rare completions share a cell."""
+    """p-value of the frequencies of samples under the enumerated distribution; rare completions share a cell."""
     drawn = Counter(zip(samples.prompt_index.tolist(), map(tuple, samples.completion_ids), strict=True))
-    asked = torch.bincount(samples.prompt_index, minlength=len(truth.prompts.texts))
-    expected = (asked[truth.prompt_index] * truth.sequence_logprob.exp()).tolist()
+    drawn_per_prompt = torch.bincount(samples.prompt_index, minlength=len(truth.prompts.texts))
+    expected = (drawn_per_prompt[truth.prompt_index] * truth.sequence_logprob.exp()).tolist()
     listed = list(zip(truth.prompt_index.tolist(), map(tuple, truth.completion_ids), strict=True))
     assert set(drawn) <= {key for key, mean in zip(listed, expected, strict=True) if mean > 0}
     observed_cells, expected_cells = [0.0], [0.0]
@@ -34,7 +34,7 @@ def chi_squared(samples: Samples, truth: Samples, fewest: float = 5.0) -> float:
             expected_cells.append(0.0)
         observed_cells[-1] += drawn[key]
         expected_cells[-1] += mean
-    assert len(expected_cells) > 3, "too few cells to tell laws apart"
+    assert len(expected_cells) > 3, "too few cells to distinguish distributions"
     assert min(expected_cells) >= fewest
     return float(scipy.stats.chisquare(observed_cells, expected_cells).pvalue)
 
@@ -44,18 +44,18 @@ def chi_squared(samples: Samples, truth: Samples, fewest: float = 5.0) -> float:
 def test_sampled_logprobs_equal_rescored_ones_in_float64(architecture, tokens):
     model = tiny_model(architecture, tokens)
     for prompts in PROMPTS.values():
-        for law in SETTINGS.values():
-            samples = model.sample(60, prompts, seed=1, max_completion_length=5, **settings(law))
+        for settings in SETTINGS.values():
+            samples = model.sample(60, prompts, seed=1, max_completion_length=5, **as_arguments(settings))
             with torch.no_grad():
                 rescored = model.logprob(samples)
             torch.testing.assert_close(samples.proposal_logprob, rescored, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("law", ["plain", "all_three"])
+@pytest.mark.parametrize("setting", ["plain", "all_three"])
 @pytest.mark.parametrize("architecture", SIZES)
-def test_sampled_logprobs_equal_rescored_ones_in_float32(architecture, law):
+def test_sampled_logprobs_equal_rescored_ones_in_float32(architecture, setting):
     model = tiny_model(architecture, "several_eos", torch.float32)
-    samples = model.sample(300, PROMPTS["several"], seed=2, max_completion_length=12, **settings(SETTINGS[law]))
+    samples = model.sample(300, PROMPTS["several"], seed=2, max_completion_length=12, **as_arguments(SETTINGS[setting]))
     assert samples.proposal_logprob.dtype == torch.float32
     with torch.no_grad():
         rescored = model.logprob(samples)
@@ -72,16 +72,16 @@ def test_sampled_logprobs_equal_rescored_ones_for_every_kind_of_cache(architectu
 
 
 @pytest.mark.parametrize("prompts", ["none", "several"])
-@pytest.mark.parametrize("law", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("architecture", "tokens"), [("gpt2", "several_eos"), ("llama", "pad_is_eos")])
-def test_frequencies_follow_the_enumerated_law(architecture, tokens, law, prompts):
+def test_frequencies_follow_the_enumerated_distribution(architecture, tokens, setting, prompts):
     model = tiny_model(architecture, tokens)
-    samples = model.sample(4000, PROMPTS[prompts], seed=4, max_completion_length=4, **settings(SETTINGS[law]))
-    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, settings=SETTINGS[law])
+    samples = model.sample(4000, PROMPTS[prompts], seed=4, max_completion_length=4, **as_arguments(SETTINGS[setting]))
+    truth = enumerate_completions(model, PROMPTS[prompts], max_completion_length=4, settings=SETTINGS[setting])
     assert chi_squared(samples, truth) > 1e-4
 
 
-def test_frequencies_reject_another_law():
+def test_frequencies_reject_another_distribution():
     model = tiny_model("gpt2", "several_eos")
     samples = model.sample(4000, seed=4, max_completion_length=4, temperature=1.15)
     truth = enumerate_completions(model, max_completion_length=4)
@@ -89,7 +89,7 @@ def test_frequencies_reject_another_law():
 
 
 @pytest.mark.parametrize("batch_size", [1, 70])
-def test_batches_of_any_size_follow_the_law(batch_size):
+def test_batches_of_any_size_follow_the_distribution(batch_size):
     model = tiny_model("gpt2", "several_eos", torch.float32)
     n = 40 if batch_size == 1 else 3000
     samples = model.sample(n, PROMPTS["several"], seed=5, max_completion_length=3, batch_size=batch_size)
@@ -117,13 +117,13 @@ def count_rows(model, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "lfm2"])
-def test_rows_that_have_ended_leave_the_batch_and_the_others_stay_right(architecture, monkeypatch):
+def test_ended_rows_leave_the_batch_and_the_others_stay_correct(architecture, monkeypatch):
     model = tiny_model(architecture, "several_eos").copy()
     rows = count_rows(model, monkeypatch)
     samples = model.sample(2000, PROMPTS["several"], seed=6, max_completion_length=4)
     longest = int(samples.lengths.max())
     assert len(rows) == longest == 4
-    # After each step at most a fifth of the rows is kept although it has ended.
+    # After each step at most a fifth of the rows in the batch has ended.
     for step, batch in enumerate(rows):
         assert batch <= int((samples.lengths > step).sum()) / sampling.COMPACT_BELOW + 1
     assert rows[-1] < 2000 / 2
@@ -142,7 +142,7 @@ def test_memory_bounds_the_rows_that_are_decoded_at_once(monkeypatch):
     assert limit / 2 < max(rows) <= limit
 
 
-def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch):
+def test_the_distribution_is_the_same_with_compaction_at_every_step_and_without(monkeypatch):
     model = tiny_model("llama", "pad_is_eos")
     truth = enumerate_completions(model, PROMPTS["several"], max_completion_length=4)
     for share in (0.0, 2.0):
@@ -153,7 +153,7 @@ def test_compaction_at_every_step_and_never_draw_from_the_same_law(monkeypatch):
             torch.testing.assert_close(samples.proposal_logprob, model.logprob(samples), rtol=0, atol=1e-12)
 
 
-def test_rows_of_one_prompt_share_its_reading(monkeypatch):
+def test_rows_of_one_prompt_share_one_pass_over_it(monkeypatch):
     model = tiny_model("llama", "several_eos").copy()
     rows = count_rows(model, monkeypatch)
     samples = model.sample(40, PROMPTS["several"], seed=3, max_completion_length=8)
@@ -165,7 +165,7 @@ def test_rows_of_one_prompt_share_its_reading(monkeypatch):
 def test_sampling_stops_when_every_row_has_ended(monkeypatch):
     model = tiny_model("gpt2", "pad_is_eos").copy()
     with torch.no_grad():
-        # The last normalization points at EOS, whatever came before.
+        # The last normalization layer always predicts EOS.
         model.model.transformer.ln_f.weight.zero_()
         model.model.transformer.ln_f.bias.copy_(100 * model.model.get_input_embeddings().weight[model.eos_ids[0]])
     rows = count_rows(model, monkeypatch)
@@ -197,7 +197,7 @@ def test_a_seed_fixes_the_samples():
     assert unseeded[0] != unseeded[1]
 
 
-def test_a_generator_carries_on_and_torchs_own_is_left_alone():
+def test_a_generator_advances_and_the_global_one_does_not():
     model = tiny_model("gpt2", "several_eos")
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(9)
@@ -208,24 +208,24 @@ def test_a_generator_carries_on_and_torchs_own_is_left_alone():
 
 
 def test_progress_counts_up_to_n():
-    told: list[tuple[int, int]] = []
-    tiny_model().sample(10, seed=0, max_completion_length=2, batch_size=4, progress=lambda *now: told.append(now))
-    assert told[-1] == (10, 10)
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert len(told) == 3
+    calls: list[tuple[int, int]] = []
+    tiny_model().sample(10, seed=0, max_completion_length=2, batch_size=4, progress=lambda *now: calls.append(now))
+    assert calls[-1] == (10, 10)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert len(calls) == 3
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
     generator = torch.Generator().manual_seed(0)
-    # So coarse that the uniform numbers often meet a boundary between tokens, and 0.
-    law = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().half().expand(20_000, 5)
-    drawn, logprob = sampling.draw(law, SamplingSettings(), generator)
+    # In float16, so that uniform numbers often equal a boundary between tokens, or 0.
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log().half().expand(20_000, 5)
+    drawn, logprob = sampling.draw(logits, SamplingSettings(), generator)
     torch.testing.assert_close(logprob, torch.full_like(logprob, math.log(0.5)), rtol=0, atol=1e-3)
     assert set(drawn.tolist()) == {1, 3}
     assert abs(float((drawn == 1).double().mean()) - 0.5) < 0.02
 
 
-def test_weights_that_are_not_numbers_are_reported():
+def test_weights_that_are_nan_are_reported():
     model = tiny_model("gpt2").copy()
     with torch.no_grad():
         model.model.get_input_embeddings().weight.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""Scoring: log-probabilities and their gradients are those of the plain full softmax, however the work is cut."""
+"""Scoring: log-probabilities and gradients agree with a plain full softmax, for any chunks."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def model(request) -> LanguageModel:
     return tiny_model(request.param, "several_eos")
 
 
-@pytest.mark.parametrize("law", ["plain", "all_three"])
-def test_logprob_and_its_gradient_equal_the_naive_computation(model, law):
+@pytest.mark.parametrize("setting", ["plain", "all_three"])
+def test_logprob_and_its_gradient_equal_the_naive_computation(model, setting):
     samples = model.sample(
         12,
         PROMPTS["several"],
         0,
         max_completion_length=6,
-        top_p=SETTINGS[law].top_p,
-        temperature=SETTINGS[law].temperature,
+        top_p=SETTINGS[setting].top_p,
+        temperature=SETTINGS[setting].temperature,
     )
     weights = torch.randn(samples.tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, naive = model.logprob(samples), naive_logprob(model, samples)
     for row, expected in zip(ours, naive, strict=True):
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-6)
         assert (row[len(expected) :] == 0).all()
-    pulled = sum((row * w[: len(row)]).sum() for row, w in zip(naive, weights, strict=True))
-    for one, other in zip(gradients(model, (ours * weights).sum()), gradients(model, pulled), strict=True):
+    expected_total = sum((row * w[: len(row)]).sum() for row, w in zip(naive, weights, strict=True))
+    for one, other in zip(gradients(model, (ours * weights).sum()), gradients(model, expected_total), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -86,13 +86,13 @@ def test_chunks_change_neither_values_nor_gradients(model, monkeypatch):
 
 @pytest.mark.parametrize("budget", [1, 7, 30, 31, 1000])
 @pytest.mark.parametrize("seed", range(6))
-def test_chunks_are_as_few_as_can_be_and_of_these_the_least(seed, budget):
+def test_chunks_are_as_few_as_possible_with_the_largest_as_small_as_possible(seed, budget):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (11,), generator=generator).sort().values.tolist()
 
     def largest(cuts):
         pieces = itertools.pairwise([0, *cuts, len(lengths)])
-        # A row by itself is always possible.
+        # A row by itself may exceed the budget.
         return max(((stop - start) * lengths[stop - 1] for start, stop in pieces if stop - start > 1), default=0)
 
     rows = even_pieces(lengths, budget)
@@ -111,7 +111,7 @@ def test_one_row_longer_than_the_bound_is_still_scored(monkeypatch):
     torch.testing.assert_close(model.logprob(samples).double().sum(-1), samples.sequence_logprob)
 
 
-def test_without_grad_nothing_is_kept():
+def test_without_grad_there_is_no_gradient():
     model = tiny_model()
     samples = model.sample(3, seed=0, max_completion_length=5)
     assert model.logprob(samples).requires_grad
@@ -120,7 +120,7 @@ def test_without_grad_nothing_is_kept():
     assert not samples.proposal_logprob.requires_grad
 
 
-def test_samples_are_scored_under_their_own_law_or_another():
+def test_samples_are_scored_under_their_own_settings_or_others():
     model = tiny_model("gpt2", "several_eos")
     samples = model.sample(50, seed=2, max_completion_length=5, temperature=0.5, top_k=2)
     with torch.no_grad():
@@ -131,16 +131,16 @@ def test_samples_are_scored_under_their_own_law_or_another():
     untruncated = model.sample(50, seed=2, max_completion_length=5)
     with torch.no_grad():
         narrow = model.logprob(untruncated, settings=SamplingSettings(top_k=1)).sum(-1)
-    assert narrow.isneginf().any(), "a token outside of the law has probability zero"
+    assert narrow.isneginf().any(), "a token that the settings remove has probability zero"
 
 
-def test_tied_logits_do_not_part_sampling_from_scoring():
+def test_sampling_and_scoring_agree_on_equal_logits():
     model = tiny_model("gpt2", "several_eos", torch.float32).copy()
     with torch.no_grad():
         embedding = model.model.get_input_embeddings().weight
         embedding[[1, 3, 4]] = embedding[0].clone()
-    for law in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.6}):
-        samples = model.sample(200, PROMPTS["several"], seed=3, max_completion_length=6, **law)
+    for settings in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.6}):
+        samples = model.sample(200, PROMPTS["several"], seed=3, max_completion_length=6, **settings)
         with torch.no_grad():
             torch.testing.assert_close(model.logprob(samples), samples.proposal_logprob, rtol=0, atol=1e-5)
 
@@ -167,8 +167,8 @@ def test_a_bad_batch_size_is_named():
         model.logprob(samples, batch_size=0)
 
 
-def test_chunk_sizes_on_a_gpu_follow_its_size_and_not_what_happens_to_be_free(monkeypatch):
-    """Two runs on one card, of which the second finds half of its memory taken."""
+def test_chunk_sizes_on_a_gpu_depend_on_its_total_memory_and_not_on_free_memory(monkeypatch):
+    """In the second run half of the memory is in use."""
     memory = replace(tiny_model("gpt2", "several_eos").memory, device=torch.device("cuda"))
     total = 16 * 2**30
     sizes = []

@@ -1,6 +1,6 @@
-"""The laws of the next token, piece by piece: every number and every gradient is that of the full softmax, in float64.
+"""Token scores and their gradients, computed in pieces, agree with the full softmax in float64.
 
-And nowhere are the logits of all positions in memory together.
+The logits of all positions are never in memory together.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def other(model: LanguageModel) -> LanguageModel:
 
 
 def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: Any) -> dict[str, Tensor]:
-    """The same by the full softmax, one row after the other, without padding."""
+    """The scores by a full softmax, row by row, without padding."""
     found = {name: torch.zeros(samples.tokens.shape, dtype=torch.float64) for name in NAMES}
     found["gram"] = torch.zeros(*samples.tokens.shape, 3, dtype=torch.float64)
     for i, (m, ids) in enumerate(zip(samples.prompt_index.tolist(), samples.completion_ids, strict=True)):
@@ -55,14 +55,16 @@ def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: A
         weights = torch.stack([guide.logit_bias(states[t][None], t)[0] for t in range(len(ids))])
         g = (a + weights).log_softmax(-1).detach()
         at = torch.arange(len(ids)), torch.tensor(ids)
-        pulls = g.exp() - pi.exp(), torch.eye(pi.shape[-1], dtype=pi.dtype)[ids] - pi.exp()
+        directions = g.exp() - pi.exp(), torch.eye(pi.shape[-1], dtype=pi.dtype)[ids] - pi.exp()
         rows = {
             "policy": pi[at],
             "taught": (g.exp() * pi).sum(-1),
             "base": a[at],
             "kl": (pi.exp() * (pi - a)).sum(-1),
             "guide": g[at],
-            "gram": torch.stack([(pulls[j] * pulls[k]).sum(-1) for j, k in ((0, 0), (0, 1), (1, 1))], -1).detach(),
+            "gram": torch.stack(
+                [(directions[j] * directions[k]).sum(-1) for j, k in ((0, 0), (0, 1), (1, 1))], -1
+            ).detach(),
         }
         for name, row in rows.items():
             found[name] = found[name].index_put((torch.full((len(ids),), i), torch.arange(len(ids))), row)
@@ -71,12 +73,12 @@ def naive(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: A
 
 def ours(samples: Samples, policy: LanguageModel, base: LanguageModel, guide: Any) -> NextToken:
     with torch.no_grad():
-        reading = base.read(samples)
-    return next_token(samples, policy.read(samples), reading, guide)
+        of_base = base.read(samples)
+    return next_token(samples, policy.read(samples), of_base, guide)
 
 
 def weighted(tables: Any, mask: Tensor) -> Tensor:
-    """A sum over both numbers that carry a gradient, each token with a weight of its own."""
+    """A sum over all scores that carry a gradient, with a random weight for each token."""
     generator = torch.Generator().manual_seed(4)
     weights = [torch.randn(mask.shape, dtype=torch.float64, generator=generator) for _ in GRADIENTS]
     total: Tensor = sum((w * tables[name]).sum() for w, name in zip(weights, GRADIENTS, strict=True))  # type: ignore[assignment]
@@ -106,13 +108,13 @@ def test_full_tuning(policy: LanguageModel) -> None:
 
 
 def test_a_frozen_output_layer(policy: LanguageModel) -> None:
-    """Forward keeps what the gradient needs; with LoRA the policy's weights are the base's."""
+    """Forward then stores what the gradient needs."""
     for parameter in policy.model.get_output_embeddings().parameters():
         parameter.requires_grad_(False)
     compare(policy, other(policy))
 
 
-def test_an_output_layer_that_alone_is_tuned(policy: LanguageModel) -> None:
+def test_only_the_output_layer_is_tuned(policy: LanguageModel) -> None:
     policy.model.requires_grad_(False)
     policy.model.get_output_embeddings().weight.requires_grad_(True)
     compare(policy, other(policy))
@@ -138,7 +140,7 @@ class Capped(nn.Module):
         return output
 
 
-def test_a_cap_on_logits_is_noticed_and_kept(policy: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_on_logits_is_detected_and_applied(policy: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = type(policy.model).forward
 
     def capped(self: Any, *args: Any, **arguments: Any) -> Any:
@@ -146,7 +148,7 @@ def test_a_cap_on_logits_is_noticed_and_kept(policy: LanguageModel, monkeypatch:
         output.logits = 3 * torch.tanh(output.logits / 3)
         return output
 
-    # Its signature is read for what the model takes.
+    # The signature shows which arguments the model takes.
     capped.__signature__ = __import__("inspect").signature(plain)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(policy.model), "forward", capped)
     assert policy.output_layer is None
@@ -154,11 +156,11 @@ def test_a_cap_on_logits_is_noticed_and_kept(policy: LanguageModel, monkeypatch:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_common_families_are_read_without_their_logits(family: str) -> None:
+def test_common_families_are_scored_without_whole_logits(family: str) -> None:
     assert tiny_model(family).output_layer is not None
 
 
-def test_an_adapter_on_the_output_layer_is_not_passed_by(policy: LanguageModel) -> None:
+def test_an_adapter_on_the_output_layer_is_detected_and_applied(policy: LanguageModel) -> None:
     base = other(policy)
     tuned = policy.with_lora(r=2, target_modules=["lm_head", "c_attn"], ensure_weight_tying=True)
     assert tuned.output_layer is None
@@ -169,7 +171,7 @@ def test_an_adapter_on_the_output_layer_is_not_passed_by(policy: LanguageModel) 
     compare(tuned, base)
 
 
-def test_without_gradients_nothing_is_kept(policy: LanguageModel) -> None:
+def test_without_gradients_there_is_no_graph(policy: LanguageModel) -> None:
     samples = policy.sample(5, None, 0, max_completion_length=6)
     with torch.no_grad():
         assert not next_token(samples, policy.read(samples)).policy.requires_grad
@@ -198,15 +200,15 @@ before = held("VmHWM")
 if naive:
     found = (hidden @ weight.T).log_softmax(-1).gather(-1, samples.flat_tokens[:, None])
 else:
-    reading = ForwardPass(hidden, weight, None, torch.float32)
-    found = NextTokenFunction.apply(hidden, weight, None, ScoreInputs(samples, None, None, reading, True))[0]
+    forward = ForwardPass(hidden, weight, None, torch.float32)
+    found = NextTokenFunction.apply(hidden, weight, None, ScoreInputs(samples, None, None, forward, True))[0]
 found.sum().backward()
 print(held("VmHWM") - before)
 """
 
 
 def peak(vocabulary: int, how: str) -> float:
-    """MiB that value and gradient of 2,048 positions need, in a process of their own."""
+    """Peak MiB for values and gradients at 2,048 positions, in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(vocabulary), how], capture_output=True, text=True, check=True
     )
@@ -220,7 +222,7 @@ def test_memory_does_not_hold_the_logits_of_all_positions(rows_of_a_piece: None)
     assert peak(20_000, "naive") > 2 * logits
 
 
-def test_readings_say_their_size() -> None:
-    reading = ForwardPass(torch.zeros(3, 4), torch.zeros(5, 4), None, torch.float32)
-    assert (len(reading), reading.width) == (3, 5)
+def test_a_forward_pass_knows_its_size() -> None:
+    result = ForwardPass(torch.zeros(3, 4), torch.zeros(5, 4), None, torch.float32)
+    assert (len(result), result.width) == (3, 5)
     assert ForwardPass(torch.zeros(3, 4), None, None, torch.float32).width == 4

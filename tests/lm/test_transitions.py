@@ -1,4 +1,4 @@
-"""Places times counts stand for a table that is written out: the same states, the same law, a smaller file."""
+"""A factored transition table agrees with the full one: same states, same distribution, smaller file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from enumerable import tiny_model
 from tiltlm.exact import enumerate_completions
@@ -34,10 +35,10 @@ def transitions(model: LanguageModel) -> Transitions:
 
 
 def guides(transitions: Transitions) -> tuple[Guide, Guide]:
-    """One over places and counts, one over the same table written out."""
+    """The same guide over a factored table and over the full table."""
     generator = torch.Generator().manual_seed(1)
-    twist = torch.randn(LENGTH + 1, 2 * len(transitions), generator=generator, dtype=torch.float64)
-    return Guide(transitions, twist, start=5), Guide(transitions[:], twist, start=5)
+    log_values = torch.randn(LENGTH + 1, 2 * len(transitions), generator=generator, dtype=torch.float64)
+    return Guide(transitions, log_values, start=5), Guide(transitions[:], log_values, start=5)
 
 
 def test_a_state_is_a_place_and_a_count(transitions: Transitions) -> None:
@@ -55,19 +56,25 @@ def test_a_state_is_a_place_and_a_count(transitions: Transitions) -> None:
     assert torch.equal(Transitions.of(table)[:], table)
 
 
-def test_the_law_is_that_of_the_table(model: LanguageModel, transitions: Transitions) -> None:
+def test_the_distribution_is_that_of_the_full_table(model: LanguageModel, transitions: Transitions) -> None:
     listed = enumerate_completions(model, max_completion_length=LENGTH)
     one, other = guides(transitions)
     with torch.no_grad():
-        law, expected = (model.logprob(replace(listed, guide=guide)).sum(-1) for guide in (one, other))
-    torch.testing.assert_close(law, expected, rtol=0, atol=1e-12)
-    assert float(law.exp().sum()) == pytest.approx(1, abs=1e-9)
+        logprob, expected = (model.logprob(replace(listed, guide=guide)).sum(-1) for guide in (one, other))
+    torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-12)
+    assert float(logprob.exp().sum()) == pytest.approx(1, abs=1e-9)
     # More rows than states, and fewer.
     for rows in (3, 40):
         states = torch.randint(12, (rows,), generator=torch.Generator().manual_seed(rows))
         assert torch.equal(one.logit_bias(states, 1), other.logit_bias(states, 1))
         columns = torch.randint(LENGTH, (rows,), generator=torch.Generator().manual_seed(rows))
         assert torch.equal(one.logit_bias_at(states, columns), other.logit_bias_at(states, columns))
+
+
+def test_files_keep_the_keys_of_the_first_version(transitions: Transitions, tmp_path: Path) -> None:
+    for guide, table in zip(guides(transitions), ({"places", "changes", "counts"}, {"transitions"}), strict=True):
+        guide.save(tmp_path / "guide")
+        assert set(load_file(tmp_path / "guide")) == {"log_twist", *table}
 
 
 def test_a_file_holds_a_row_for_each_place(transitions: Transitions, tmp_path: Path) -> None:
@@ -90,7 +97,7 @@ def test_a_file_holds_a_row_for_each_place(transitions: Transitions, tmp_path: P
     assert (tmp_path / "places").stat().st_size < 0.7 * (tmp_path / "table").stat().st_size
 
 
-def test_the_sum_of_pronouns_begins_in_its_middle() -> None:
+def test_the_count_of_pronouns_starts_in_the_middle_of_its_range() -> None:
     feature = pronouns("female")
     assert isinstance(feature, Pronouns)
     automaton = feature.automaton()

@@ -1,4 +1,4 @@
-"""Everything that a model can say has probability 1 in all, whatever its special tokens, prompts, positions and law."""
+"""The probabilities of all completions sum to 1 for all special tokens, prompts, positions and sampling settings."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def totals(samples: Samples) -> torch.Tensor:
 @pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_probabilities_sum_to_one_for_each_prompt_under_each_law(architecture, tokens, prompts):
+def test_probabilities_sum_to_one_for_each_prompt_and_setting(architecture, tokens, prompts):
     model, length = tiny_model(architecture, tokens), 3 if prompts == "several" else 4
-    for name, law in SETTINGS.items():
-        samples = enumerate_completions(model, PROMPTS[prompts], max_completion_length=length, settings=law)
+    for name, settings in SETTINGS.items():
+        samples = enumerate_completions(model, PROMPTS[prompts], max_completion_length=length, settings=settings)
         sums = totals(samples)
         torch.testing.assert_close(
             sums, torch.ones_like(sums), rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
-@pytest.mark.parametrize("law", ["plain", "all_three"])
+@pytest.mark.parametrize("setting", ["plain", "all_three"])
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_probabilities_sum_to_one_for_other_kinds_of_positions_and_caches(architecture, law):
+def test_probabilities_sum_to_one_for_other_kinds_of_positions_and_caches(architecture, setting):
     model = tiny_model(architecture, "several_eos")
-    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, settings=SETTINGS[law])
+    samples = enumerate_completions(model, PROMPTS["several"], max_completion_length=4, settings=SETTINGS[setting])
     sums = totals(samples)
     tolerance = 1e-5 if architecture in FLOAT32_ONLY else 1e-9
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("architecture", SIZES)
-def test_padding_on_the_left_does_not_change_a_prompts_law(architecture):
+def test_padding_on_the_left_does_not_change_its_distribution(architecture):
     model = tiny_model(architecture, "pad_is_not_eos")
     together = enumerate_completions(model, PROMPTS["several"], max_completion_length=3)
     assert together.prompts.ragged
@@ -56,7 +56,7 @@ def test_padding_on_the_left_does_not_change_a_prompts_law(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_the_models_that_prove_this_are_far_from_uniform_and_read_their_whole_prefix(architecture):
+def test_the_tested_models_are_far_from_uniform_and_depend_on_the_whole_prefix(architecture):
     model = tiny_model(architecture, "several_eos")
     samples = enumerate_completions(model, ["a b", "b b", "b a"], max_completion_length=4)
     logprob = samples.sequence_logprob.reshape(3, -1)
@@ -65,7 +65,7 @@ def test_the_models_that_prove_this_are_far_from_uniform_and_read_their_whole_pr
         assert 0.5 * (logprob[one].exp() - logprob[other].exp()).abs().sum() > 0.1
 
 
-def test_a_vocabulary_token_that_only_pads_is_still_a_token_that_can_be_sampled():
+def test_a_pad_token_of_the_vocabulary_can_be_sampled():
     model = tiny_model("gpt2", "pad_is_not_eos")
     samples = enumerate_completions(model, max_completion_length=2)
     holds_pad = ((samples.tokens == model.pad_id) & samples.mask).any(-1)
@@ -73,16 +73,16 @@ def test_a_vocabulary_token_that_only_pads_is_still_a_token_that_can_be_sampled(
     assert 0 < samples.sequence_logprob[holds_pad].exp().sum() < 1
 
 
-def reference_law(logits: torch.Tensor, law: SamplingSettings) -> torch.Tensor:
-    """What temperature, top-k and top-p mean, for one vector [V] without ties, token by token."""
-    scaled = (logits / law.temperature).tolist()
+def reference_log_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """Log-probabilities of one vector [V] without ties, token by token from the definitions of the settings."""
+    scaled = (logits / settings.temperature).tolist()
     kept = sorted(range(len(scaled)), key=lambda v: -scaled[v])
-    if law.top_k:
-        kept = kept[: law.top_k]
+    if settings.top_k:
+        kept = kept[: settings.top_k]
     mass = torch.tensor([scaled[v] for v in kept], dtype=torch.float64).softmax(0).tolist()
     nucleus, total = [], 0.0
     for v, share in zip(kept, mass, strict=True):
-        if total >= law.top_p:
+        if total >= settings.top_p:
             break
         nucleus.append(v)
         total += share
@@ -93,20 +93,20 @@ def reference_law(logits: torch.Tensor, law: SamplingSettings) -> torch.Tensor:
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 12, 99])
-def test_law_keeps_the_tokens_that_its_definition_keeps(top_k, top_p):
+def test_settings_keep_the_tokens_that_their_definition_keeps(top_k, top_p):
     logits = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
-    law = SamplingSettings(temperature=0.7, top_k=top_k, top_p=top_p)
-    expected = torch.stack([reference_law(row, law) for row in logits])
-    torch.testing.assert_close(law.log_probabilities(logits), expected)
+    settings = SamplingSettings(temperature=0.7, top_k=top_k, top_p=top_p)
+    expected = torch.stack([reference_log_probabilities(row, settings) for row in logits])
+    torch.testing.assert_close(settings.log_probabilities(logits), expected)
 
 
-def test_law_breaks_ties_by_id_even_where_rounding_reverses_them():
+def test_of_equal_logits_the_lower_id_is_kept_even_if_rounding_orders_them_otherwise():
     tied = torch.tensor([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0 - 1e-6, 2.0, 2.0 + 1e-6]])
-    for law in (SamplingSettings(top_k=2), SamplingSettings(top_p=0.5)):
-        kept = law.log_probabilities(tied).isfinite().tolist()
+    for settings in (SamplingSettings(top_k=2), SamplingSettings(top_p=0.5)):
+        kept = settings.log_probabilities(tied).isfinite().tolist()
         assert kept == [[False, True, True, False]] * 2
 
 
-def test_law_computes_in_float32_or_better():
+def test_log_probabilities_are_float32_or_better():
     assert SamplingSettings().log_probabilities(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
     assert SamplingSettings(top_p=0.5).log_probabilities(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64
