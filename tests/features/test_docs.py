@@ -49,6 +49,7 @@ def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: Path) 
     (tmp_path / "examples").symlink_to(examples)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.delitem(FEATURE_KINDS, "exclaims", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text("\n".join(CODE[1:]))
 
@@ -86,7 +87,7 @@ def test_the_examples_of_own_features_work_from_a_run_file() -> None:
     specs = [
         yaml.safe_load(block)[0]["feature"] for block in re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
     ]
-    specs.append(yaml.safe_load(re.findall(r"`(\{python: \"my_rewards:Exclaims\".*?\}\})`", PAGE)[0]))
+    specs.append(yaml.safe_load(re.findall(r"`(\{python: \"my_rewards:exclaims\".*?\}\})`", PAGE)[0]))
     features = [build_feature(spec) for spec in specs]
     assert [feature.name for feature in features] == ["brevity(words=12)", "repeats_prompt", "exclaims"]
     values = measure(features, ["one two three", "She sang!"], prompts=["one", "He"])

@@ -1,4 +1,4 @@
-"""The registry of feature kinds: each is declared once, by the decorator on the function that makes it."""
+"""The registry of feature kinds. The decorator on the function that makes a feature declares its kind."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ Arguments = ParamSpec("Arguments")
 
 # The function of each kind, by its name in a run file.
 FEATURE_KINDS: dict[str, Callable[..., Feature]] = {}
+COMBINATORS = ("all", "any", "not", "threshold")
+# These keys of a feature's mapping have another meaning.
+RESERVED = (*COMBINATORS, "name", "object")
 
 
 def feature_kind(kind: str) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
     """Decorator of a function that makes features: registers it as a kind of the run file.
 
     Its first parameter is the argument of ``{kind: argument}``; further ones are options. Each feature keeps its call
-    as ``spec``, if JSON can hold it. Raises UsageError for a kind of another module.
+    as ``spec``, if JSON can hold it. Raises UsageError for a name that is taken or is not a word, and for a function
+    without parameters.
     """
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise UsageError(f"feature_kind: expected a name of letters, digits and '_', got {kind!r}")
 
     def decorate(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         signature, known = inspect.signature(make), FEATURE_KINDS.get(kind)
-        # A cell of a notebook that runs again may define its kind again.
-        if known is not None and known.__module__ != make.__module__:
+        # A notebook cell that runs again defines the same function again.
+        if kind in RESERVED or (known is not None and _path(known) != _path(make)):
             raise UsageError(f"feature_kind: '{kind}' exists already; choose another name")
+        if not signature.parameters:
+            raise UsageError(f"feature_kind: '{make.__qualname__}' has no parameter; give it one, with a default")
 
         @functools.wraps(make)
         def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
@@ -47,3 +55,7 @@ def feature_kind(kind: str) -> Callable[[Callable[Arguments, Made]], Callable[Ar
         return made
 
     return decorate
+
+
+def _path(make: Callable[..., Feature]) -> tuple[str, str]:
+    return make.__module__, make.__qualname__

@@ -6,15 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tiltlm.errors import UsageError, nearest
-from tiltlm.features.callables import CallableFeature, callable_feature, importable_form
+from tiltlm.errors import TiltError, UsageError, nearest
+from tiltlm.features.callables import CallableFeature, callable_feature, importable_form, load_object
 from tiltlm.features.feature import Combination, Feature, Negation, Threshold, all_of, any_of, negation, threshold
-from tiltlm.features.kinds import FEATURE_KINDS
+from tiltlm.features.kinds import COMBINATORS, FEATURE_KINDS
 
 FeatureSpec = str | Mapping[str, Any] | Feature | Callable[..., Any]
 
-COMBINATORS = ("all", "any", "not", "threshold")
-# In the record of a run: a feature that no run file can name.
+# The key that stands for a feature without a run-file form in the record of a run.
 OBJECT = "object"
 
 
@@ -56,10 +55,10 @@ def build_feature(spec: FeatureSpec) -> Feature:
 
 
 def run_file_form(feature: Feature) -> dict[str, Any] | None:
-    """The spec that ``build_feature`` makes this feature of again, in any process; None where there is none.
+    """The spec from which ``build_feature`` makes this feature again, in any process; None where there is none.
 
-    There is none for a lambda, for a function of ``__main__`` or of a notebook, for an object of a user's own class,
-    and for what is made of one of these.
+    A lambda, a function of ``__main__`` or of a notebook, an object of a user's own class, and a combination of these
+    have none.
     """
     if isinstance(feature, Combination):
         parts, all_parts = feature.parts, feature.word == "and"
@@ -75,10 +74,32 @@ def run_file_form(feature: Feature) -> dict[str, Any] | None:
     elif feature.spec is None and isinstance(feature, CallableFeature):
         return importable_form(feature)
     else:
-        return None if feature.spec is None else dict(feature.spec)
+        return None if feature.spec is None else _loadable_form(feature.spec)
     if None in forms:
         return None
     return form if plain.name == feature.name else {**form, "name": feature.name}
+
+
+def _loadable_form(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The spec for a process that knows only the built-in kinds; another kind is named by its module and function.
+
+    None where no other process can import that function.
+    """
+    kind = next(iter(spec))
+    make = FEATURE_KINDS.get(kind)
+    if make is None or make.__module__.split(".")[0] == "tiltlm":
+        return dict(spec)
+    target = f"{make.__module__}:{make.__qualname__}"
+    try:
+        importable = make.__module__ != "__main__" and load_object(target) is make
+    except TiltError:
+        return None
+    if not importable:
+        return None
+    given = spec[kind]
+    arguments = given if isinstance(given, Mapping) else {next(iter(inspect.signature(make).parameters)): given}
+    name = {key: value for key, value in spec.items() if key == "name"}
+    return {"python": target, "args": dict(arguments), **name}
 
 
 def kinds() -> tuple[str, ...]:
