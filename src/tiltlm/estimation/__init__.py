@@ -1,4 +1,4 @@
-"""What samples tell about target and policy, each number with its standard error; pure functions of tensors."""
+"""Estimates of target and policy from samples, each with its standard error; pure functions of tensors."""
 
 from tiltlm.estimation.acceptance import (
     Closeness,

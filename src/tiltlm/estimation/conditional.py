@@ -1,4 +1,4 @@
-"""log Z of each of several prompts as samples stream in: its own estimate, shrunk where few samples speak for it."""
+"""log Z of each of several prompts as samples stream in: an own estimate, shrunk if it rests on few samples."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tiltlm.estimation.partition import Partition
 from tiltlm.estimation.strata import Strata
 from tiltlm.estimation.weights import checked_log_weights
 
-# What a prompt that no sample has hit counts as hits.
+# The hits that a prompt without any hit counts as.
 HALF_A_HIT = 0.5
-# No variance of a prompt's own estimate is smaller: logarithms of equal weights differ by rounding.
+# The smallest variance of a prompt's own estimate: logarithms of equal weights differ by rounding.
 LEAST_VARIANCE = 1e-12
 BISECTIONS = 60
 SUMS = ("rated", "rated_twice", "hits", "hits_twice")
@@ -28,7 +28,7 @@ LOG_SUMS = ("log_weights", "log_weights_twice", "log_squares_twice")
 
 @dataclass(frozen=True, eq=False)
 class PromptPartition:
-    """All that past rounds tell about log Z of C prompts; ``updated`` returns the next state.
+    """The state of the estimate of log Z for C prompts; ``updated`` returns the next state.
 
     ``pooled`` is the ``Partition`` of all samples whatever their prompt: it estimates Z̄, the mean of Z over prompts,
     and rates the rounds with α. The sums [C] are each prompt's own: Σα and Σα² over its samples and over those that hit
@@ -42,9 +42,9 @@ class PromptPartition:
 
         s_c² = (1 + κ)/h_c − 1/n_c
 
-    where κ, the relative variance of the weights of a prompt's hits, is pooled over prompts: the spread of a few
-    weights says little, and least where the large ones have not been seen. A prompt without hits counts as if half a
-    hit of mean weight had been seen. τ² is the estimate of Paule & Mandel (1982), 0 where prompts differ no more than
+    where κ, the relative variance of the weights of a prompt's hits, is pooled over prompts: a few weights estimate
+    their variance badly, most of all without the large ones. A prompt without hits counts as having half a hit of mean
+    weight. τ² is the estimate of Paule & Mandel (1982), 0 where prompts differ no more than
     their errors explain.
     """
 
@@ -106,7 +106,7 @@ class PromptPartition:
 
     @cached_property
     def _shrinkage(self) -> tuple[Tensor, Tensor, Tensor]:
-        """y, s² and b [C]; where nothing is known of a prompt, or of the spread of hits, b is 0."""
+        """y, s² and b [C]; b is 0 for a prompt without samples, or if the variance of hits is unknown."""
         seen, hit = self.rated > 0, self.hits > 0
         n = torch.where(seen, self.rated**2 / self.rated_twice.clamp_min(1e-300), 1.0)
         h = torch.where(hit, self.hits**2 / self.hits_twice.clamp_min(1e-300), HALF_A_HIT)
@@ -142,11 +142,11 @@ class PromptPartition:
 
     @property
     def log_z(self) -> Estimate:
-        """log Z averaged over the prompts, with the standard error that samples of these prompts leave."""
+        """log Z averaged over the prompts, with its standard error for these prompts."""
         if not self.known:
             return self.pooled.log_z
         _, variance, weight = self._shrinkage
-        # b s² is a prompt's own part of the error; what is borrowed shares the error of the pooled estimate.
+        # b s² is a prompt's own part of the error; the shrunk part shares the error of the pooled estimate.
         own = float((weight.square() * variance).sum()) / self.count**2
         borrowed = float((1 - weight).mean()) * self.pooled.log_z.se
         return Estimate(float(self.by_prompt.mean()), math.sqrt(own + borrowed**2))
@@ -163,7 +163,7 @@ class PromptPartition:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> PromptPartition:
-        """The state that ``to_json`` wrote; raises CheckpointError when it is not whole."""
+        """The state that ``to_json`` wrote; raises CheckpointError if it is incomplete."""
         try:
             own = {name: [-math.inf if x is None else float(x) for x in state["own"][name]] for name in SUMS + LOG_SUMS}
             tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in own.items()}

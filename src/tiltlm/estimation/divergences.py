@@ -1,8 +1,8 @@
 """Divergences and moments of target and policy, estimated with standard errors from one weighted sample x ~ q.
 
 All take rows [N] of one sample: ``target_logscore_N`` log P(x), unnormalized, −inf outside the target's support;
-``proposal_logprob_N`` log q(x) of the law that drew x; ``policy_logprob_N`` log π(x); ``base_logprob_N`` log a(x). Rows
-with P = 0 contribute 0. Where no sample hits the target, what is averaged over p is nan ± nan. Values in nats.
+``proposal_logprob_N`` log q(x) of the proposal; ``policy_logprob_N`` log π(x); ``base_logprob_N`` log a(x). Rows
+with P = 0 contribute 0. If no sample hits the target, means over p are nan ± nan. Values in nats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def moment_under_policy(
         return mean(feature_N)
     if policy_logprob_N is None or proposal_logprob_N is None:
         raise UsageError("one of policy_logprob_N and proposal_logprob_N is missing; give both, or neither on-policy")
-    # E_q[π/q] = 1 is known, but dividing by its estimate keeps a share within [0, 1] and cancels most of the noise.
+    # E_q[π/q] = 1 is known, but dividing by its estimate keeps a mean of 0/1 values within [0, 1] and cancels most of
+    # the noise.
     return weighted_mean(feature_N, self_normalize(log_importance_weights(policy_logprob_N, proposal_logprob_N)))
 
 
@@ -132,7 +133,7 @@ def _total_variation(
     slope = 0.0
     for sign, ratio in terms:
         values = values + sign * 0.5 * (relative - ratio).abs()
-        # How much the value falls when log Z rises.
+        # Minus the derivative of the value by log Z.
         slope += sign * 0.5 * float((torch.sign(relative - ratio) * relative).mean())
     value = values.mean()
     if log_z is None:

@@ -1,4 +1,4 @@
-"""How varied and how fluent samples are: Distinct-n, Self-BLEU-5, entropy, perplexity under the base."""
+"""Diversity and fluency of samples: Distinct-n, Self-BLEU-5, entropy, perplexity under the base."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def distinct_n(token_lists: TokenLists, n: int = 1) -> Estimate:
         return UNKNOWN
     unique = grams.holders.shape[0]
     per_sample = np.bincount(grams.sample, weights=grams.count, minlength=samples)
-    # What the corpus loses with a sample: the n-grams that no other has.
+    # Without a sample the corpus loses the n-grams that no other sample has.
     own = np.bincount(grams.sample, weights=grams.holders[grams.gram] == 1, minlength=samples)
     left = total - per_sample
     if samples < 2 or not left.all():
@@ -62,7 +62,7 @@ def self_bleu_5(token_lists: TokenLists) -> Estimate:
     everyone = np.arange(samples)
     totals = np.maximum(lengths[:, None] - np.arange(ORDERS), 0)
     correct = np.zeros((samples, ORDERS), dtype=np.int64)
-    # Only where sample i's clipped count rests on a single other sample j does dropping j change i's score.
+    # Dropping sample j changes i's score only if i's clipped count rests on j alone.
     losses: list[tuple[Integers, Integers, Integers, Integers]] = []
     for order, grams in enumerate(_count_ngrams(token_lists, ORDERS)):
         largest, second, third = _three_largest(grams)
@@ -110,7 +110,7 @@ def entropy_per_token(policy_logprob_N: Tensor, tokens_N: Tensor) -> Estimate:
 
 
 def perplexity(base_logprob_N: Tensor, tokens_N: Tensor) -> Estimate:
-    """exp(−Σ log a / Σ tokens): how surprising the base finds a token; the error by the delta method."""
+    """exp(−Σ log a / Σ tokens): the perplexity of a token under the base; the error by the delta method."""
     per_token = ratio_of_means(-base_logprob_N, tokens_N)
     value = float(torch.tensor(per_token.value, dtype=torch.float64).exp())
     return Estimate(value, value * per_token.se)
@@ -128,7 +128,7 @@ class _Ngrams:
 
 @dataclass(frozen=True)
 class _Place:
-    """For each n-gram [G], the count at one place of the ranking and the sample that has it (0 and −1: nobody)."""
+    """For each n-gram [G], the count at one place of the ranking and the sample that has it (0 and −1: none)."""
 
     count: Integers
     sample: Integers

@@ -1,4 +1,4 @@
-"""An estimated number and its standard error, which never travel apart."""
+"""An estimate: a number with its standard error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Estimate:
     se: float
 
     def to_json(self) -> dict[str, float | None]:
-        """``{"value": v, "se": s}``; what is not finite becomes None, because JSON knows no NaN."""
+        """``{"value": v, "se": s}``; None for numbers that are not finite, as JSON has no NaN."""
         return {name: x if math.isfinite(x) else None for name, x in (("value", self.value), ("se", self.se))}
 
     def __str__(self) -> str:

@@ -40,7 +40,7 @@ def standard_error(influence_N: Tensor, effective_samples: float | None = None) 
     """Standard error of an estimate from the influence [N] of each sample on it (the delta method).
 
     The small-sample factor n/(n − 1) takes n from ``effective_samples`` (default N); nan with one sample or fewer,
-    because one sample says nothing about spread.
+    because one sample has no variance.
     """
     n = len(influence_N) if effective_samples is None else effective_samples
     if n <= 1 + 1e-9:

@@ -13,16 +13,16 @@ from tiltlm.errors import CheckpointError
 from tiltlm.estimation.estimate import Estimate
 from tiltlm.estimation.weights import checked_log_weights, no_hit
 
-# How much of a past round still counts in the rating of the next: proposals change, so only recent rounds tell.
+# The weight of a past round in the rating of the next one: proposals change, so recent rounds count most.
 REMEMBERED = 0.5
 
 
 @dataclass(frozen=True)
 class Partition:
-    """All that past rounds tell about log Z; ``updated`` returns the next state.
+    """The state of the estimate of log Z; ``updated`` returns the next state.
 
-    Each round's samples get one rating α, and Ẑ = Σ α w / Σ α n over all samples. α is the inverse of the variance of
-    w/Z to be expected of the round, CV² = n/ESS − 1, foretold from the rounds before it. Logarithms are −inf where a
+    Each round's samples get one rating α, and Ẑ = Σ α w / Σ α n over all samples. α is the inverse of the
+    expected variance of w/Z in the round, CV² = n/ESS − 1, predicted from earlier rounds. Logarithms are −inf where a
     sum is still 0; ``recent_*`` are sums over past rounds that fade by half with each.
     """
 
@@ -48,19 +48,19 @@ class Partition:
         return self.log_weight_sum > -math.inf
 
     def rating(self, log_weights: Tensor) -> float:
-        """α of a round with these log-weights [N]: inverse variance, as the rounds before it foretell that."""
+        """α of a round with these log-weights [N]: the inverse variance that earlier rounds predict."""
         n = len(log_weights)
-        # A round's own spread must not rate it: luck moves both, so low estimates (or rare hits) would win and bias Z.
-        # Past rounds share none of its luck; the +1s (rule of succession) keep a bad or perfect past from extremes.
+        # A round's own variance must not rate it: it is correlated with the round's estimate, which would bias Z.
+        # Earlier rounds are independent of it; the +1s (rule of succession) keep ratings finite.
         past_effective, past = self.recent_effective, self.recent_samples
         if not self.rounds:
             past_effective, past = _effective(log_weights), float(n)
         return (past_effective + 1) / (max(past - past_effective, 0.0) + 1)
 
     def updated(self, log_weights_N: Tensor, prompts_N: Tensor | None = None) -> Partition:
-        """The state after one more round, log w = log P − log q [N]; a round without hits pulls Z down, as it must.
+        """The state after one more round, log w = log P − log q [N]; a round without hits lowers Z.
 
-        All samples count alike, whatever the prompts [N] that they continue.
+        All samples count alike, whatever their prompts [N].
         """
         log_weights = checked_log_weights(log_weights_N)
         n = len(log_weights)
@@ -107,7 +107,7 @@ class Partition:
 
     @classmethod
     def from_json(cls, state: Mapping[str, float | None]) -> Partition:
-        """The state that ``to_json`` wrote; raises CheckpointError when fields are missing, unknown or not numbers."""
+        """The state that ``to_json`` wrote; raises CheckpointError for missing, unknown or non-numeric fields."""
         names = {field.name for field in fields(cls)}
         if set(state) != names:
             raise CheckpointError(

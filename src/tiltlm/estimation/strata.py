@@ -1,4 +1,4 @@
-"""Strata: samples by the prompt that they continue, so that weights are normalized and sums taken prompt by prompt."""
+"""Strata: samples grouped by prompt, so that weights are normalized and sums taken within each prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Strata:
 
     @staticmethod
     def of(prompts: Tensor | None, n: int) -> Strata:
-        """From any numbers of prompts [N], each of which has a sample here; None is one prompt."""
+        """From any numbers that identify prompts [N]; None: one prompt."""
         if prompts is None:
             return Strata(torch.zeros(n, dtype=torch.long), 1)
         found, index = torch.unique(prompts.cpu(), return_inverse=True)
@@ -32,7 +32,7 @@ class Strata:
         return torch.bincount(self.index, minlength=self.count).double()
 
     def select(self, rows: Tensor) -> Strata:
-        """The same of these rows [N], a boolean mask; prompts that are left without a sample are gone."""
+        """The same of these rows [N], a boolean mask; prompts without a sample are dropped."""
         return Strata.of(self.index[rows], int(rows.sum())) if self.count > 1 else Strata(self.index[rows], 1)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Strata:
         )
 
     def logsumexp(self, values: Tensor) -> Tensor:
-        """log Σ exp of values [N] over each prompt [C]; −inf where all are, or none is there."""
+        """log Σ exp of values [N] over each prompt [C]; −inf for a prompt with only −inf or no values."""
         if self.count == 1:
             return values.logsumexp(0, keepdim=True)
         largest = values.new_full((self.count,), -torch.inf).scatter_reduce(0, self.index, values, "amax")
@@ -62,7 +62,7 @@ class Strata:
         return self.sum((values - shift[self.index]).exp()).log() + shift
 
     def softmax(self, values: Tensor) -> Tensor:
-        """Weights [N] from logarithms [N] that sum to 1/C in each prompt; 0 in one whose logarithms are all −inf."""
+        """Weights [N] from logarithms [N] that sum to 1/C in each prompt; 0 in a prompt with only −inf."""
         if self.count == 1:
             return values.softmax(0)
         total = self.logsumexp(values)

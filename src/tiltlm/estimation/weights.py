@@ -27,7 +27,9 @@ def log_importance_weights(target_logscore_N: Tensor, proposal_logprob_N: Tensor
     ):
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
-            raise NumericalError(f"{name} is {float(row[at])} in row {at}; score with the law that drew the samples")
+            raise NumericalError(
+                f"{name} is {float(row[at])} in row {at}; score with the distribution that drew the samples"
+            )
     return score - proposal
 
 
@@ -36,7 +38,7 @@ def checked_log_weights(log_weights_N: Tensor) -> Tensor:
     (log_weights,) = float64_rows(log_weights_N=log_weights_N)
     if bool((log_weights == math.inf).any()):
         at = int((log_weights == math.inf).nonzero()[0])
-        raise NumericalError(f"log_weights_N is inf in row {at}; score with the law that drew the samples")
+        raise NumericalError(f"log_weights_N is inf in row {at}; score with the distribution that drew the samples")
     return log_weights
 
 
@@ -47,7 +49,7 @@ def self_normalize(log_weights_N: Tensor) -> Tensor:
 
 
 def no_hit(log_weights_N: Tensor) -> bool:
-    """Whether every sample has weight 0: the samples say that Z is small, and nothing else about p."""
+    """Whether every sample has weight 0: then Z is small, and nothing else is known of p."""
     return bool((log_weights_N == -math.inf).all())
 
 
@@ -67,10 +69,10 @@ def effective_sample_size(log_weights_N: Tensor) -> Estimate:
 def pareto_k(log_weights_N: Tensor) -> float:
     """Shape k̂ of the generalized Pareto tail of the non-zero weights; compare it with ``pareto_k_threshold``.
 
-    Below the threshold, estimates with these weights can be trusted; from 0.7 on no sample size in sight will do.
-    Zero weights are left out: an atom at 0 does not change the tail. inf when fewer than 21 samples hit, because then
-    there is no tail to look at. nan when the largest weights are all equal, as they are for a binary target with
-    proposals from the base: such weights are bounded and k̂ says nothing, so look at the count of hits instead.
+    Below the threshold, estimates with these weights are reliable; above 0.7 no practical sample size is enough. Zero
+    weights are left out: an atom at 0 does not change the tail. inf with fewer than 21 hits, which have no tail to fit.
+    nan if the largest weights are all equal, as for a binary target with proposals from the base: such weights are
+    bounded, and the number of hits decides instead.
     Source: Vehtari et al. 2024, Pareto smoothed importance sampling, with the fit of Zhang & Stephens 2009.
     """
     log_weights = checked_log_weights(log_weights_N)
@@ -84,7 +86,7 @@ def pareto_k(log_weights_N: Tensor) -> float:
         return math.nan
     largest = (hits[-tail - 1 :] - hits[-1]).exp()
     excesses = largest[1:] - largest[0]
-    # Ties at the cut are not beyond it, and what underflows has no logarithm.
+    # Ties at the cut are not beyond it, and weights that underflow have no logarithm.
     excesses = excesses[excesses > 1e-300]
     return _generalized_pareto_shape(excesses) if len(excesses) >= FEWEST_TAIL_WEIGHTS else math.nan
 

@@ -1,4 +1,4 @@
-"""The truth where it is known: models small enough to enumerate, and Markov models under a finite automaton."""
+"""Exact ground truth: models small enough to enumerate, and Markov models times a finite automaton."""
 
 from tiltlm.exact.enumeration import (
     ExactConditional,

@@ -1,4 +1,4 @@
-"""The truth on a small model: every completion listed, and exact log Z, moments, divergences and gradients from it.
+"""Ground truth on a small model: all completions, and exact log Z, moments, divergences and gradients.
 
 Log-probabilities are [N] in nats, one per completion in the list, and those of one prompt sum to 1 in probability. For
 several prompts take one at a time, ``samples.select(samples.prompt_index == m)``. All helpers compute in float64.
@@ -33,8 +33,8 @@ def enumerate_completions(
     """Every completion of every prompt, once: ended by an EOS, or of full length; prompt after prompt.
 
     ``proposal_logprob`` holds the model's log-probabilities under ``settings`` (default: the model's own), so that
-    exp(``sequence_logprob``) is the exact law of ``model.sample``. Raises UsageError for a vocabulary of more than 8
-    tokens or a length outside 1 to 6.
+    exp(``sequence_logprob``) is the exact distribution of ``model.sample``. Raises UsageError for a vocabulary of more
+    than 8 tokens or a length outside 1 to 6.
     """
     if model.vocab_size > MAX_VOCABULARY:
         raise UsageError(
@@ -94,7 +94,7 @@ class ExactTarget:
 
 
 def exact_target(base: LanguageModel, target: Target, samples: Samples) -> ExactTarget:
-    """The target on the listed completions of one prompt, with ``base`` as a under its own law.
+    """The target on the listed completions of one prompt, with ``base`` as a.
 
     Raises UnreachableTargetError when no completion lies in the support.
     """
@@ -139,18 +139,18 @@ def exact_conditional(base: LanguageModel, target: Target, samples: Samples) -> 
 
 
 def exact_moments(logprob: Tensor, features: Tensor) -> Tensor:
-    """E[φ] [K] of feature values [N, K] under a law with log-probabilities [N]."""
+    """E[φ] [K] of feature values [N, K] under log-probabilities [N]."""
     return logprob.double().exp() @ features.double()
 
 
 def exact_kl(logprob: Tensor, reference_logprob: Tensor) -> float:
-    """KL(law‖reference) = Σ_x law(x) (log law(x) − log reference(x)), inf where the reference lacks support."""
-    law, reference = logprob.double(), reference_logprob.double()
-    return float((law.exp() * torch.where(law > -math.inf, law - reference, 0.0)).sum())
+    """KL(r‖reference) = Σ_x r(x) (log r(x) − log reference(x)), inf where the reference lacks support."""
+    own, reference = logprob.double(), reference_logprob.double()
+    return float((own.exp() * torch.where(own > -math.inf, own - reference, 0.0)).sum())
 
 
 def exact_tv(logprob: Tensor, reference_logprob: Tensor) -> float:
-    """Total variation distance ½ Σ_x |law(x) − reference(x)|, between 0 and 1."""
+    """Total variation distance ½ Σ_x |r(x) − reference(x)|, between 0 and 1."""
     return 0.5 * float((logprob.double().exp() - reference_logprob.double().exp()).abs().sum())
 
 
@@ -185,16 +185,15 @@ def expected_gradient(
     proposal_logprob: Tensor,
     log_z: float | None = None,
 ) -> dict[str, Tensor]:
-    """What training descends on average: −Σ_x q(x) c(x) ∇ log π(x), with the objective's coefficients c.
+    """The expected gradient of training: −Σ_x q(x) c(x) ∇ log π(x), with the objective's coefficients c.
 
-    ``proposal_logprob`` is log q [N]; ``log_z`` the estimate that the objective is given (default: the truth). An
-    objective with ``advantages`` is given all completions as one batch, so a baseline that is a mean over samples has
-    no place here.
+    ``proposal_logprob`` is log q [N]; ``log_z`` the estimate that the objective is given (default: the truth). A
+    batchwise objective gets all completions as one batch, so its baseline must not be a mean over samples.
     """
     with torch.no_grad():
         policy_logprob = policy.logprob(truth.samples, settings=SamplingSettings()).double().sum(-1).cpu()
     proposal = proposal_logprob.double().cpu()
-    drawn = proposal > -math.inf  # the rest is never sampled, and its ratios are not defined
+    drawn = proposal > -math.inf  # other completions are never sampled, and their ratios are undefined
     record = Record(
         policy_logprob=policy_logprob[drawn],
         base_logprob=truth.base_logprob[drawn],

@@ -1,7 +1,7 @@
-"""The truth at any length: a Markov model times a finite automaton, by dynamic programming in log space.
+"""Ground truth at any length: a Markov model times a finite automaton, by dynamic programming in log space.
 
-What matters of a prefix is its context c (the last one or two tokens) and the automaton's state s, so that Z, p's
-next-token laws, samples of p and KL(p‖π) all take O(T · C · S · V). All is float64, in nats.
+A prefix is summarized by its context c (the last one or two tokens) and the automaton's state s, so Z, next-token
+distributions of p, samples of p and KL(p‖π) all take O(T · C · S · V). All is float64, in nats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MarkovModel:
     """log a(v|c) [C, V] of sequences of exactly ``length`` tokens, the first drawn in context ``start``.
 
     A context is the last ``order`` tokens, written as digits of base V, so C = V^order; a model that ends texts has a
-    token that only itself can follow. Raises UsageError for another shape, or laws that do not sum to 1.
+    token that only itself can follow. Raises UsageError for another shape, or rows that do not sum to 1.
     """
 
     logprob: Tensor
@@ -139,10 +139,10 @@ class MarkovTarget:
         return float(self.log_value_table[0, self.model.start, self.automaton.start])
 
     def next_token(self, t: int) -> Tensor:
-        """log p(v|c, s) [C, S, V] after ``t`` tokens; the base's own law where the target has no probability left."""
-        promise = self.log_value_table[t][..., None]
-        law = self.model.logprob[:, None] + self._after(self.log_value_table[t + 1]) - promise
-        return torch.where(promise > -math.inf, law, self.model.logprob[:, None])
+        """log p(v|c, s) [C, S, V] after ``t`` tokens; the base's own where the target has probability 0."""
+        value = self.log_value_table[t][..., None]
+        logprob = self.model.logprob[:, None] + self._after(self.log_value_table[t + 1]) - value
+        return torch.where(value > -math.inf, logprob, self.model.logprob[:, None])
 
     @cached_property
     def occupancy(self) -> Tensor:
@@ -168,8 +168,8 @@ class MarkovTarget:
         context, state = torch.full((n,), self.model.start), torch.full((n,), self.automaton.start)
         tokens = []
         for t in range(self.model.length):
-            law = self.next_token(t)[context, state].exp()
-            tokens.append(law.multinomial(1, generator=generator).squeeze(-1))
+            probabilities = self.next_token(t)[context, state].exp()
+            tokens.append(probabilities.multinomial(1, generator=generator).squeeze(-1))
             context = self.model.following[context, tokens[-1]]
             state = self.automaton.transitions[state, tokens[-1]]
         return torch.stack(tokens, -1)
@@ -183,7 +183,7 @@ class MarkovTarget:
         return total + self.log_tilt.double()[self.automaton.read(tokens)[:, -1]]
 
     def kl(self, policy_logprob: Tensor) -> float:
-        """KL(p‖π) of a policy that sees context and state, its laws [C, S, V], or the position too, [T, C, S, V]."""
+        """KL(p‖π) of a policy with log-probabilities by context and state [C, S, V], or also by position [T, ...]."""
         total = 0.0
         for t in range(self.model.length):
             p = self.next_token(t)
