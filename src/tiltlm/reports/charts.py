@@ -1,4 +1,4 @@
-"""The charts of a report: moments, divergences and ESS over training, each with what is written around it."""
+"""The charts of a report: moments, divergences and ESS over training, with their legends and captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tiltlm.reports.plots import ACCENT, PALETTE_SIZE, Plot, Point, Series, line_plot
 from tiltlm.reports.summary import FeatureSummary, Measured, Summary
 
-_MOMENTS_PER_PLOT = 4  # More lines with bands than that cannot be told apart.
+_MOMENTS_PER_PLOT = 4  # More lines with bands are hard to distinguish.
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot with what is written around it."""
+    """A plot with its title, legend and caption."""
 
     title: str
     explanation: str
@@ -34,7 +34,7 @@ class Chart:
 
 
 def moment_charts(summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Shares together, a few in a plot; whatever has another scale in a plot of its own."""
+    """Shares together, a few in a plot; a feature with another scale has its own plot."""
     shares = [feature for feature in summary.features if feature.in_unit_interval]
     groups = [shares[start : start + _MOMENTS_PER_PLOT] for start in range(0, len(shares), _MOMENTS_PER_PLOT)]
     groups += [[feature] for feature in summary.features if not feature.in_unit_interval]
@@ -65,7 +65,7 @@ def _moment_series(feature: FeatureSummary, summary: Summary, metrics: Sequence[
 
 
 def how_to_read(charts: Sequence[Chart], summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What the marks in all charts stand for, in words."""
+    """What the marks in all charts mean, in words."""
     averaged = max((chart.plot.averaged for chart in charts), default=1)
     line = f"means over {averaged} batches" if averaged > 1 else "the batches"
     parts = [f"Line and band: {line} of training, ± two standard errors. Ring: the base."]
@@ -80,9 +80,9 @@ def how_to_read(charts: Sequence[Chart], summary: Summary, metrics: Sequence[Map
 def distance_charts(
     summary: Summary, metrics: Sequence[Mapping[str, Any]], base: Mapping[str, Any], batch_size: float
 ) -> list[Chart]:
-    """How far the policy is from the target and from the base, and how much of each batch counted.
+    """Divergences of the policy from target and base, and the ESS of each batch.
 
-    ``base`` is the base's evaluation, empty where there is none; ``batch_size`` is NaN where it is not known.
+    ``base`` is the base's evaluation, empty without one; ``batch_size`` is NaN if unknown.
     """
     apart = summary.start.value
     apart_text = f"KL(p‖a) = {summary.start}" if summary.start.known else "KL(p‖a)"
@@ -138,7 +138,7 @@ def _distance_chart(
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], *keys: str) -> list[Point]:
-    """The estimate under a path of keys in every step's record, with NaN where a step has none."""
+    """The estimate under a path of keys in every step's record, NaN in a step without one."""
     points = []
     for record, position in zip(metrics, positions(metrics), strict=True):
         found: Any = record
@@ -150,10 +150,10 @@ def _points(metrics: Sequence[Mapping[str, Any]], *keys: str) -> list[Point]:
 
 
 def positions(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Where each step stands among the sequences drawn.
+    """The place of each step on the axis of sequences drawn.
 
-    Steps that draw none would all stand at one place. They train on what was drawn before in the order of drawing, so
-    they are spread over it, evenly.
+    Steps that draw nothing would share one place. They train on earlier samples in order, so they are placed evenly
+    over these.
     """
     placed, before = [], 0.0
     for drawn, group in groupby(Measured.read(record.get("sequences")).value for record in metrics):
@@ -164,7 +164,7 @@ def positions(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _end(summary: Summary, metrics: Sequence[Mapping[str, Any]], measured: Measured) -> Point | None:
-    """The evaluation's point, at the right end of the plot: the evaluation's own samples train nothing."""
+    """The evaluation's point, at the right end of the plot, as its own samples are not trained on."""
     if not (summary.evaluated and measured.known and metrics):
         return None
     return Point(Measured.read(metrics[-1].get("sequences")).value, measured.value, measured.se)

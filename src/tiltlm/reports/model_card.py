@@ -1,4 +1,4 @@
-"""The model card beside a tuned model: what it was tuned toward, and how close it got."""
+"""The model card of a tuned model: its target, its figures, its configuration."""
 
 from __future__ import annotations
 

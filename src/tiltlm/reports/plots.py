@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PALETTE_SIZE = 8  # How many series colours the page's style sheet defines, beside
-ACCENT = PALETTE_SIZE  # the colour of a plot that has one series only.
+PALETTE_SIZE = 8  # The number of series colours in the page's style sheet, and
+ACCENT = PALETTE_SIZE  # the index of the colour of a plot with one series.
 
-_MOST_POINTS = 75  # More, each as noisy as one batch, would be a thicket in which no trend can be seen.
+_MOST_POINTS = 75  # More points, each as noisy as one batch, would hide the trend.
 _WIDTH, _HEIGHT = 380, 240  # In SVG units; about one pixel each on a phone, a little more on a desk.
 
-# matplotlib draws in these, and the SVG gets the page's variables instead, so that one picture suits light and dark.
+# matplotlib draws in these; the SVG gets the page's variables instead, so that one picture fits light and dark themes.
 _INK, _GRID = "#010101", "#020202"
 _SERIES = [f"#0300{index:02d}" for index in range(PALETTE_SIZE + 1)]
 _VARIABLES = {_INK: "var(--quiet)", _GRID: "var(--line)"} | {
@@ -45,7 +45,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG element to put into a page, how many steps a point is the mean of, and a note on what is cut off."""
+    """An SVG element for a page, the number of steps averaged in a point, and a note on points outside the axis."""
 
     svg: str
     averaged: int
@@ -63,8 +63,8 @@ def line_plot(
 ) -> Plot | None:
     """Series against sequences drawn, with bands of two standard errors; None if there is nothing finite to draw.
 
-    ``name`` makes the element's ids unique in the page, ``label`` is read out by screen readers, and ``unit`` stands
-    above the y axis: all are ours, never a user's text. The axis starts at
+    ``name`` makes the element's ids unique in the page, ``label`` is for screen readers, and ``unit`` is shown
+    above the y axis; none of them is a user's text. The axis starts at
     ``floor`` unless estimates fall below it, and never passes ``ceiling``.
     """
     series = [_finite(one) for one in series]
@@ -112,10 +112,10 @@ def _mean_point(points: Sequence[Point]) -> Point:
 
 
 def _limits(series: Sequence[Series], floor: float | None, ceiling: float | None) -> tuple[float, float]:
-    """An axis on which most points can be told apart: it follows their bulk, not a few early outliers.
+    """An axis that fits most points, not a few early outliers.
 
-    A point counts as an outlier where it lies further than three times the middle half's spread beyond that half; the
-    dashed levels, the estimates at the ends and the last tenth of the run always fit.
+    A point is an outlier if it is more than three interquartile ranges outside the middle half. The dashed levels, the
+    estimates at the ends and the last tenth of the run always fit.
     """
     values = [point.value for one in series for point in one.points]
     edges = [point.value + sign * 2 * _se(point) for one in series for point in one.points for sign in (-1, 1)]
@@ -131,7 +131,7 @@ def _limits(series: Sequence[Series], floor: float | None, ceiling: float | None
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - margin, high + margin
     if floor is not None:
-        # An estimate of a bounded quantity can fall below its bound by chance, and the line should show it.
+        # An estimate of a bounded quantity can fall below its bound by chance; the line shows it.
         low = min(floor, low) if min(values) < floor else floor
     return low, high if ceiling is None else min(high, ceiling)
 
@@ -184,7 +184,7 @@ def _draw(name: str, series: Sequence[Series], low: float, high: float, unit: st
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: compact_count(x)))
         axes.set_xlabel("sequences drawn", color=_INK, fontsize=11, labelpad=6)
         if unit:
-            # Above the column of labels, for which the empty title makes room.
+            # Above the labels of the axis; the empty title leaves room.
             axes.set_title(" ", fontsize=11, pad=8)
             figure.text(0.0, 1.0, unit, color=_INK, fontsize=11, verticalalignment="top")
         stream = io.StringIO()
@@ -193,7 +193,7 @@ def _draw(name: str, series: Sequence[Series], low: float, high: float, unit: st
 
 
 def _turn(series: Sequence[Series], index: int) -> tuple[int, int]:
-    """Which dash of how many is this series', where several share one dashed level and must take turns."""
+    """The index of a series among those that share its dashed level, and their number: their dashes alternate."""
     sharing = [i for i, one in enumerate(series) if one.level is not None and one.level == series[index].level]
     return (sharing.index(index), len(sharing)) if index in sharing else (0, 1)
 
@@ -213,7 +213,7 @@ def _draw_series(axes: Any, one: Series, low: float, high: float, last: float, t
     few = len(one.points) <= 2
     axes.plot(x, y, color=color, linewidth=1.8, solid_joinstyle="round", marker="o" if few else None, markersize=4)
     if one.start is not None:
-        # What is drawn before the first step, to fit the target, leaves the policy where it began.
+        # The samples of the fit come before the first step and do not change the policy.
         axes.plot([0, *x[:1]], [one.start, *y[:1]], color=color, linewidth=1, alpha=0.5)
         axes.plot([0], [one.start], "o", markersize=6, color=color, markerfacecolor="none", clip_on=False, zorder=5)
     if one.end is not None:

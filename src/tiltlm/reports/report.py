@@ -41,7 +41,7 @@ _PRESERVED = {
 
 @dataclass(frozen=True)
 class Strip:
-    """A feature's way on a line, positions in percent of the line's length; None where there is nothing to mark."""
+    """A feature's values on a line, positions in percent of the line's length; None for nothing to mark."""
 
     base: float | None
     goal: float | None
@@ -52,7 +52,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Phase:
-    """How long one part of the work took, and its share of the whole in percent."""
+    """The seconds of one part of the work, and its share of the total in percent."""
 
     name: str
     seconds: float
@@ -61,7 +61,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Preserved:
-    """A property of the writing that should stay as it was."""
+    """A property of the texts that should not change."""
 
     name: str
     meaning: str
@@ -72,7 +72,7 @@ class Preserved:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One of several prompts: each feature's mean under base and tuned model, and how far that is from the target."""
+    """One of several prompts: each feature's mean under base and tuned model, and its distance from the target."""
 
     prompt: str
     base: Sequence[Measured]
@@ -84,11 +84,11 @@ class PromptRow:
 def write_report(run_dir: str | Path | RunDirectory) -> Path:
     """Write ``report.html`` into a run directory, whatever state the run is in, and return its path.
 
-    Raises UsageError where there is no run, CheckpointError where its files are broken or the report cannot be written.
+    Raises UsageError without a run, CheckpointError if its files are broken or the report cannot be written.
     """
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.open(run_dir)
     html = render_report(run.path.resolve().name, run.read_run(), run.read_metrics(), run.read_samples())
-    # Text that is no text (a lone surrogate) becomes a question mark: HTML cannot hold it.
+    # A lone surrogate becomes a question mark: it cannot be encoded.
     storage.write_atomically(run.report_path, html.encode("utf-8", errors="replace"))
     return run.report_path
 
@@ -132,7 +132,7 @@ def render_report(
 
 
 def templates() -> jinja2.Environment:
-    """The templates of pages: all text in them is escaped, and a name that is not given is an error."""
+    """The templates of pages: all text in them is escaped; an undefined name is an error."""
     import jinja2
 
     return jinja2.Environment(
@@ -155,7 +155,7 @@ def duration(seconds: float) -> str:
 
 
 def _strips(features: Sequence[FeatureSummary]) -> list[Strip]:
-    """Shares on one common scale from zero, so that they can be compared; anything else on a scale of its own."""
+    """Shares on one common scale from zero, so that they can be compared; other features each on its own scale."""
     highest = max([x for feature in features if feature.in_unit_interval for x in _means(feature)], default=1.0)
     return [
         _strip(feature, 0.0, 1.15 * highest) if feature.in_unit_interval else _own_strip(feature)
@@ -190,7 +190,7 @@ def _strip(feature: FeatureSummary, low: float, high: float) -> Strip:
 
 
 def _phases(metrics: Sequence[Mapping[str, Any]], total: float) -> list[Phase]:
-    """Seconds by phase over all steps, and what else the training took."""
+    """Seconds by phase over all steps, and the remaining time."""
     seconds: dict[str, float] = {}
     for record in metrics:
         for phase, spent in (record.get("seconds") or {}).items():

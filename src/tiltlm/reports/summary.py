@@ -1,4 +1,4 @@
-"""What a run's record says, in a reader's terms: each moment's way to its goal, and whether the target was met."""
+"""The summary of a run's record: each moment with its goal, and whether the target was reached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MET_WITHIN_STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Measured:
-    """An estimate as a run directory stores it: value and standard error in the same unit, NaN where there is none."""
+    """An estimate as a run directory stores it: value and standard error in the same unit, NaN if missing."""
 
     value: float = math.nan
     se: float = math.nan
@@ -41,7 +41,7 @@ class Measured:
 
     @property
     def error_text(self) -> str:
-        """The error with its sign, or nothing where the error is not known."""
+        """The error with its sign, or an empty text if it is unknown."""
         return _minus(f"± {_rounded(self.se, self.se)}") if self.known and self._has_error else ""
 
     @property
@@ -74,14 +74,14 @@ class FeatureSummary:
 
     @property
     def aim_text(self) -> str:
-        """What the aim is, in words and a number; empty where there is none."""
+        """The goal in words and a number; empty without one."""
         if self.goal is not None:
             return f"goal {plain_number(self.goal)}"
         return f"under p {self.achieved}" if self.achieved.known else ""
 
     @property
     def off_text(self) -> str:
-        """How far the tuned model is above (+) or below (−) the goal; empty where there is none."""
+        """The distance of the tuned model above (+) or below (−) the goal; empty without a goal."""
         if self.goal is None or not self.tuned.known:
             return ""
         off = Measured(self.tuned.value - self.goal, self.tuned.se)
@@ -96,7 +96,7 @@ class FeatureSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole run: ``source`` says what the tuned model's numbers were estimated from, or is empty without any."""
+    """The whole run: ``source`` is the source of the tuned model's numbers, empty without any."""
 
     features: Sequence[FeatureSummary]
     source: str
@@ -112,7 +112,7 @@ class Summary:
 
 
 def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Summary:
-    """The summary of a ``run.json`` record, by its evaluation, or by the last training step where there is none yet."""
+    """The summary of a ``run.json`` record, from its evaluation, or from the last training step if it has none yet."""
     target = run.get("target") or {}
     evaluation = (run.get("evaluation") or {}).get("policy")
     last = metrics[-1] if metrics else {}
@@ -141,7 +141,7 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
 
 
 def prompts_in_words(record: Mapping[str, Any]) -> str:
-    """Which prompts an evaluation is on, "" where there is only one or none, and nobody asked for it."""
+    """The prompts of an evaluation in words; "" for the training prompts if there is at most one."""
     count, source = record.get("prompts") or 1, record.get("prompts_from") or "training"
     if source == "training":
         return f"the {count:,} prompts of training" if count > 1 else ""
@@ -151,15 +151,15 @@ def prompts_in_words(record: Mapping[str, Any]) -> str:
 
 
 def is_met(measured: Measured, goal: float | None, base: Measured | None = None) -> bool | None:
-    """Whether a moment has reached its goal; None where that cannot be said.
+    """Whether a moment has reached its goal; None if unknown.
 
-    It has within two standard errors, or within 0.03 if it is nearer to the goal than to where the ``base`` is: of a
-    goal that is itself no further than that from the base, 0.03 would say nothing.
+    It has within two standard errors, or within 0.03 if it is nearer to the goal than to the ``base``. The second
+    condition keeps a goal near the base from being reached without any change.
     """
     if goal is None or not measured.known:
         return None
     off = abs(measured.value - goal)
-    # A moment that lies on the bound is met, whatever binary fractions make of it.
+    # A moment exactly on the bound counts as reached, despite rounding.
     if math.isfinite(measured.se) and off <= MET_WITHIN_STANDARD_ERRORS * measured.se + 1e-12:
         return True
     moved = base is None or not base.known or off < abs(measured.value - base.value)
@@ -173,7 +173,7 @@ def plain_number(number: float) -> str:
 
 def _feature(record: Mapping[str, Any], index: int, latest: Mapping[str, Any], *, judged: bool) -> FeatureSummary:
     name, kind = str(record.get("name")), str(record.get("kind"))
-    # Inside the support of p every text passes a filter, and a reward is tilted by, not aimed at.
+    # Every text in the support of p passes a filter, and a reward has no goal.
     goal = {"filter": 1.0, "reward": None}.get(kind, record.get("goal"))
     tuned = Measured.read((latest.get("moments") or {}).get(name))
     base = Measured.read(record.get("base"))
@@ -236,7 +236,7 @@ def _number(value: Any) -> float:
 
 
 def _rounded(number: float, se: float) -> str:
-    """The number to where its standard error has one significant digit, or two where the first is a 1."""
+    """The number with the digits that its standard error supports: one significant digit, two if the first is 1."""
     exponent = math.floor(math.log10(se))
     decimals = max(-exponent + (1 if se / 10**exponent < 2 else 0), 0)
     return f"{number:,.{decimals}f}" if decimals <= 6 else f"{number:.2e}"

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tiltlm.reports.summary import prompts_in_words
 
-# Keys of an evaluation, in the order and with the words in which they are shown.
+# Keys of an evaluation with their titles, in the order shown.
 FIGURES = {
     "kl_p_pi": "KL(p‖π), nats",
     "kl_pi_a": "KL(π‖a), nats",
@@ -73,7 +73,7 @@ def run_table(record: Mapping[str, Any]) -> Table:
 
 
 def estimate(value: Mapping[str, float | None]) -> str:
-    """An estimate with as many digits as its error leaves."""
+    """An estimate with the digits that its error supports."""
     number, error = value["value"], value["se"]
     if number is None:
         return "unknown"

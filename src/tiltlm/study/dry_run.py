@@ -1,4 +1,4 @@
-"""What a study will do: its grid as a table, and how long it would take, as far as finished runs tell."""
+"""A dry run of a study: its grid as a table, and the time it would take, estimated from finished runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def show_grid(
     jobs: int,
     wanted: Collection[str],
 ) -> None:
-    """Print the steps of each cell, what is left out and why, and an estimate of the time that is left."""
+    """Print the steps of each cell, omitted cells with the reason, and the estimated time."""
     cells = {(run.task, run.method): run for run in grid.runs}
     table = Table(box=None, pad_edge=False)
     table.add_column("steps of a run", no_wrap=True)
@@ -49,7 +49,7 @@ def show_grid(
 
 
 def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wanted: Collection[str]) -> str:
-    """How long the wanted runs that are left will take, by those of this study that were done here."""
+    """The estimated time of the remaining runs, from runs of this study done on this machine."""
     done = {
         (one["task"], one["method"], one["seed"]): one.get("seconds")
         for one in (record or {}).get("runs", [])
@@ -72,7 +72,7 @@ def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wante
 
 
 def _seconds(run: PlannedRun, done: Mapping[tuple[str, str, int], float], grid: Grid) -> float:
-    """By the runs of the same cell, else of the same method, else of all, in proportion to the sequences drawn."""
+    """Estimated from runs of the same cell, else the same method, else all, in proportion to the sequences drawn."""
     drawn = {(one.task, one.method, one.seed): one.sequences for one in grid.runs}
     known = [key for key in done if key in drawn]
     for same in (

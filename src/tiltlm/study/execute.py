@@ -1,4 +1,4 @@
-"""Runs a study over processes: nothing twice, one failure stops no other, and Ctrl-C only pauses it."""
+"""Runs a study in several processes: nothing twice, a failure stops no other run, Ctrl-C pauses it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from typing import IO, Any
 from tiltlm.errors import TiltError, UsageError
 from tiltlm.runs import storage
 from tiltlm.runs.resuming import check_same_config, has_ended
+from tiltlm.study.curve_callback import is_measured
 from tiltlm.study.grid import Grid, PlannedRun, run_name, with_fit
 from tiltlm.study.progress import StudyProgress
 from tiltlm.study.record import StudyDirectory
 from tiltlm.study.reference import RECORD, has_reference, reference_key
 from tiltlm.study.rows import kept_rows
-from tiltlm.study.watch import is_measured
 from tiltlm.training.interrupt import sigterm_interrupts
 
 POLL_SECONDS = 0.2
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is to do; ``run`` is None for a reference."""
+    """The task of one process; ``run`` is None for a reference."""
 
     name: str
     order: dict[str, Any]
@@ -50,9 +50,9 @@ class Active:
 
 
 class Execution:
-    """One sitting of a study, for the runs named ``wanted``.
+    """One session of a study, for the runs named ``wanted``.
 
-    ``record`` is what ``study.json`` holds, written after every run.
+    ``record`` is the content of ``study.json``, written after every run.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Execution:
         self.kept = self._kept()
 
     def go(self, progress: StudyProgress) -> bool:
-        """Draw the references, then run what is not done; False if it was interrupted."""
+        """Draw the references, then do the remaining runs; False if interrupted."""
         self.progress = progress
         with _only_one(self.directory.path) as lock, sigterm_interrupts():
             self.lock = lock
@@ -110,7 +110,7 @@ class Execution:
             try:
                 run = with_fit(planned, self.grid.study.budget(run.task), fit)
                 if folder.run_path.exists():
-                    # A tuned model that was deleted, or stayed on another machine, is not made anew: figures count.
+                    # A run without its tuned model, deleted or left on another machine, still counts as done.
                     done = has_ended(folder) and is_measured(folder, reference)
                     check_same_config(folder, run.config.to_json(), run.config.non_defaults(), done=done)
                     if done:
@@ -135,9 +135,9 @@ class Execution:
             yield Job(run.name, order, run)
 
     def _kept(self) -> set[str]:
-        """The runs that only ``results.csv`` holds, as where the study goes on on another machine; they are done.
+        """The runs found only in ``results.csv``, e.g. because another machine did them; they are done.
 
-        Raises UsageError where the study does not name one, or has other settings for it: its rows would be lost.
+        Raises UsageError if the study lacks one of them or has other settings for it: its rows would be lost.
         """
         found = set()
         for task, method, seed in kept_rows(self.directory):
@@ -150,7 +150,7 @@ class Execution:
                     f"or with other settings, and would lose; give it the same task, method, seed and settings, or "
                     f"choose another --output-dir"
                 )
-            # At once: also a sitting that is interrupted writes the rows of what is done.
+            # At once, so that an interrupted session writes the rows of finished runs too.
             self._settle(self.places[name], "done")
             found.add(name)
         return found
@@ -173,7 +173,7 @@ class Execution:
             path.parent.mkdir(parents=True, exist_ok=True)
             log = path.open("a", encoding="utf-8")
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        # A session of its own: Ctrl-C reaches this process alone, which then asks the others to finish their step.
+        # A process group of its own: Ctrl-C reaches only this process, which then asks the others to finish their step.
         process = subprocess.Popen(
             [sys.executable, "-m", "tiltlm.study.worker"],
             stdin=subprocess.PIPE,
@@ -243,7 +243,7 @@ class Execution:
 
 
 def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: Sequence[str]) -> dict[str, Any]:
-    """``study.json`` of a grid; what an earlier sitting knows of the same runs is kept."""
+    """``study.json`` of a grid; what an earlier session recorded of the same runs is kept."""
     known = {(one["task"], one["method"], one["seed"]): one for one in (before or {}).get("runs", [])}
     fresh = {"status": "waiting", "error": None, "seconds": None, "kept": None}
     runs = []
@@ -266,21 +266,21 @@ def new_record(grid: Grid, title: str, before: dict[str, Any] | None, command: S
 
 
 def settings_key(run: PlannedRun) -> str:
-    """What a finished run was run with, as a hash; its rows in ``results.csv`` are of these settings.
+    """A hash of a finished run's settings, which its rows in ``results.csv`` belong to.
 
-    Of what differs from the defaults: a setting that tiltlm comes to have later is no other setting.
+    Only settings that differ from their defaults count, so settings added to tiltlm later do not change it.
     """
     return hashlib.sha256(json.dumps(run.config.non_defaults(), sort_keys=True).encode()).hexdigest()
 
 
 def _fit_size(reference: Path) -> int | None:
-    """How many samples the target of a task was fitted on; None where it has no reference."""
+    """The number of samples of a task's fit; None without a reference."""
     record = reference / RECORD
     return int(storage.read_object(record)["target"]["samples"]) if record.exists() else None
 
 
 def _answer(process: subprocess.Popen[str]) -> tuple[str, str | None]:
-    """What a process said came of its job, or how it died."""
+    """The result that a process reported, or how it ended."""
     assert process.stdout is not None
     said = process.stdout.read().strip()
     process.stdout.close()
@@ -295,10 +295,10 @@ def _answer(process: subprocess.Popen[str]) -> tuple[str, str | None]:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[int | None]:
-    """Hold the study's lock, which its processes inherit. Raises UsageError where another sitting holds it."""
+    """Hold the study's lock, which its processes inherit. Raises UsageError if another session holds it."""
     try:
         import fcntl
-    except ImportError:  # not on this system
+    except ImportError:  # fcntl does not exist on this system
         yield None
         return
     with storage.writing(folder):

@@ -1,4 +1,4 @@
-"""From a study file to its runs: settings merged, steps counted from the budget, what cannot be expressed left out."""
+"""From a study file to its runs: settings merged, steps computed from the budget, impossible cells omitted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiltlm.targets import TiltedTarget
 from tiltlm.training.proposal_rules import ProposalRule
 
 MERGED = ("training", "evaluation")
-# Stands for a task where a method is checked by itself, and the other way round.
+# The placeholder for the task when a method is checked alone, and for the method when a task is.
 ANY_TASK = {"model": "embedded", "target": {"constraints": [{"feature": "length", "moment": 1.0}]}}
 
 
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid; ``sequences`` are those that it will have drawn at its end."""
+    """One run of the grid; ``sequences`` is the number drawn by its end."""
 
     task: str
     method: str
@@ -50,13 +50,13 @@ class PlannedRun:
 
 
 def run_name(task: str, method: str, seed: int) -> str:
-    """How a run is called in messages, logs and folders."""
+    """The name of a run in messages, logs and folders."""
     return f"{task}/{method}/seed-{seed}"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A cell of the grid that no method can fill, and why."""
+    """A cell of the grid that its method cannot do, and why."""
 
     task: str
     method: str
@@ -65,9 +65,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs in the order in which they go on (all cells of the first seed first), and the cells without any.
+    """All runs in order (all cells of the first seed first), and the impossible cells.
 
-    ``unchecked`` says of tasks that need a model which is not at hand why their targets were not looked at.
+    ``unchecked`` has the reason for each task whose target was not checked because a model is missing.
     """
 
     study: StudyConfig
@@ -81,9 +81,9 @@ class Grid:
         return [run for run in self.runs if run.task == task]
 
     def matching(self, patterns: Sequence[str]) -> frozenset[str]:
-        """Names of the runs that match any of the shell patterns; of all, without any.
+        """Names of the runs that match any of the shell patterns; without patterns, of all runs.
 
-        Raises UsageError where one matches nothing.
+        Raises UsageError if a pattern matches nothing.
         """
         found: set[str] = set()
         for pattern in patterns:
@@ -99,7 +99,7 @@ class Grid:
 
 
 def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
-    """All runs of a study, each checked as far as can be before any work. Raises UsageError that says where.
+    """All runs of a study, each checked as far as possible before any work. Raises UsageError that names the place.
 
     ModelError for a feature's model that cannot be loaded or, unless ``strict``, a note on its task in ``unchecked``.
     """
@@ -139,7 +139,7 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
 
 
 def _checked_names(config: RunConfig) -> str | None:
-    """Why the method cannot match the target; None where it can, and all else that can be checked now is right."""
+    """Why the method cannot match the target; None if it can. Raises UsageError for other errors."""
     reason = why_not(config)
     if reason is None:
         plan_run(config)
@@ -147,7 +147,7 @@ def _checked_names(config: RunConfig) -> str | None:
 
 
 def why_not(config: RunConfig) -> str | None:
-    """Why the method of a run cannot match its target; None where it can."""
+    """Why the method of a run cannot match its target; None if it can."""
     objective = build_method(config.method).objective
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
     try:
@@ -173,9 +173,9 @@ def steps_within(budget: int, fit: int, batch: int, reuse: bool, rule: ProposalR
 
 
 def with_fit(run: PlannedRun, budget: int, fit: int) -> PlannedRun:
-    """The same run where the fit of its task came to draw ``fit`` samples, as rare features make it do.
+    """The same run if the fit of its task drew ``fit`` samples, e.g. more for rare features.
 
-    Raises UsageError where nothing is left to train on.
+    Raises UsageError if the budget leaves no step.
     """
     if fit == run.config.target.samples:
         return run
@@ -210,7 +210,7 @@ def _with_method(raw: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
 
 
 def _merged(raw: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Later keys win; of training and evaluation each setting by itself."""
+    """Later keys replace earlier ones; in training and evaluation setting by setting."""
     joined = {key: {**(raw.get(key) or {}), **(more.get(key) or {})} for key in MERGED if key in raw or key in more}
     return {**raw, **more, **joined}
 
@@ -230,7 +230,7 @@ def _checked(where: str, raw: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _at(where: str) -> Iterator[None]:
-    """Begin what is wrong inside with the place of the study file where it stands."""
+    """Prefix errors raised in the block with the place in the study file."""
     try:
         yield
     except UsageError as error:
@@ -246,6 +246,6 @@ def _with_steps(config: RunConfig, budget: int, fit: int) -> tuple[RunConfig, in
             f"a budget of {budget:,} sequences leaves no step of {training.batch_size} after the {fit:,} of the fit; "
             f"raise sequences, or lower target.samples"
         )
-    # A copy would not check; the whole config does.
+    # Parsing the whole config checks it again.
     stated = config.to_json()
     return parse_config({**stated, "training": {**stated["training"], "max_steps": steps}}), drawn

@@ -1,4 +1,4 @@
-"""Runs that exist already, read as a study: which of them share a task, and what tells their methods apart."""
+"""Existing runs as a study: which of them share a task, and how their methods differ."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tiltlm.runs.directory import RunDirectory, git_commit, installed_versions
 from tiltlm.study.record import Entry, Method, Study, Task
 from tiltlm.study.rows import goals_of, run_rows
 
-# What makes a task of a run's config; the fit's samples and their seed only say how well it is known.
+# The parts of a config that define a task; the samples of the fit and their seed do not.
 OF_TASK = ("model", "revision", "prompts", "max_completion_length")
 OF_METHOD = ("method", "training", "peft")
 
 
 def study_of_runs(folders: Sequence[Path]) -> Study:
-    """The runs of these directories side by side. Raises UsageError for what is no run, or the same run twice."""
+    """The runs of these directories side by side. Raises UsageError for a directory without a run, or a duplicate."""
     runs = [RunDirectory.open(folder) for folder in folders]
     records = [run.read_run() for run in runs]
     tasks, methods = _task_names(records), _method_names(records)

@@ -1,4 +1,4 @@
-"""How far a study is: one line with an ETA in a terminal, a line a run where output is piped."""
+"""The progress of a study: one line with an ETA in a terminal, a line per run if output is piped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tiltlm.reports.report import duration
 from tiltlm.study.grid import PlannedRun
 from tiltlm.study.record import StudyDirectory
 
-# Of a run's time; the rest is its evaluation.
+# The share of a run's time spent training; the rest is its evaluation.
 TRAINING_SHARE = 0.8
 LOOK_EVERY = 2.0
 
 
 class StudyProgress:
-    """Counts work in sequences to draw; what was done before this sitting tells nothing of its pace."""
+    """Counts work in sequences to draw; earlier sessions do not count for its speed."""
 
     def __init__(self, console: Console, runs: Sequence[PlannedRun], wanted: Collection[str]) -> None:
         self.console, self.total = console, len(runs)
@@ -39,16 +39,16 @@ class StudyProgress:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """One line, above the live one if there is one."""
+        """Print one line, above the live one if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def already(self, run: PlannedRun) -> None:
-        """A run was done before this sitting."""
+        """Note a run that an earlier session did."""
         self.left.pop(run.name, None)
         self.count["done"] += 1
 
     def ended(self, run: PlannedRun, status: str, error: str | None, seconds: float) -> None:
-        """A run came to its end, or was interrupted."""
+        """Note the end of a run, or its interruption."""
         if status in self.count:
             self.worked += self.left.pop(run.name, 0.0) if seconds else 0.0
             self.left.pop(run.name, None)
@@ -59,7 +59,7 @@ class StudyProgress:
             self.say(f"{run.name} done in {duration(seconds)}; {self._counts()}; {self.eta(0.0)}")
 
     def at_work(self, active: Sequence[tuple[str, PlannedRun | None]], directory: StudyDirectory) -> None:
-        """What goes on, as the live line."""
+        """The live line."""
         if self.live is None or time.monotonic() - self.looked < LOOK_EVERY:
             return
         self.looked = time.monotonic()
@@ -71,7 +71,7 @@ class StudyProgress:
         self.live.update(Text(f"{self._counts()}; {self.eta(under_way)}; {', '.join(shown)}", overflow="ellipsis"))
 
     def eta(self, under_way: float) -> str:
-        """How long what is left will take, at the pace of this sitting."""
+        """The remaining time at the speed of this session."""
         worked, left = self.worked + under_way, sum(self.left.values()) - under_way
         if worked <= 0 or left <= 0:
             return "ETA unknown" if left > 0 else "nothing left"
@@ -83,7 +83,7 @@ class StudyProgress:
 
 
 def _share(run: PlannedRun, directory: StudyDirectory) -> float:
-    """How much of a run is behind it, by its lines of metrics."""
+    """The finished share of a run, from its lines of metrics."""
     path = directory.run(run.task, run.method, run.seed).metrics_path
     lines = path.read_bytes().count(b"\n") if path.exists() else 0
     return TRAINING_SHARE * min(1.0, lines / max(1, run.config.training.max_steps))

@@ -54,7 +54,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a study and how it stands."""
+    """One run of a study and its status."""
 
     task: str
     method: str
@@ -66,7 +66,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Study:
-    """All that tables, figures and page are made of."""
+    """The data of all tables, figures and the page."""
 
     title: str
     tasks: Sequence[Task]
@@ -87,7 +87,7 @@ class Study:
 
     @cached_property
     def ends(self) -> dict[tuple[str, str, str], dict[int, Row]]:
-        """The last row of each seed by task, method and metric, known or not: what came before is no substitute."""
+        """The last row of each seed by task, method and metric, known or not; earlier rows are no substitute."""
         found: dict[tuple[str, str, str], dict[int, Row]] = {}
         for row in self.rows:
             found.setdefault((row.task, row.method, row.metric), {})[row.seed] = row
@@ -95,7 +95,7 @@ class Study:
 
     @property
     def frozen(self) -> bool:
-        """Whether KL(p‖π) of all runs was taken on one reference for each task."""
+        """Whether KL(p‖π) of all runs was measured on one reference per task."""
         return bool(self.tasks) and all(task.reference is not None for task in self.tasks)
 
 
@@ -107,7 +107,7 @@ class StudyDirectory:
 
     @property
     def record_path(self) -> Path:
-        """``study.json``: the file of the study, and how each run stands."""
+        """``study.json``: the study file and the status of each run."""
         return self.path / "study.json"
 
     @property
@@ -124,11 +124,11 @@ class StudyDirectory:
         return self.path / "references" / task
 
     def log(self, name: str) -> Path:
-        """What a process said while it worked."""
+        """The log of a process."""
         return self.path / "logs" / f"{name.replace('/', ' ')}.log"
 
     def read_record(self) -> dict[str, Any]:
-        """``study.json``. Raises UsageError where there is none, CheckpointError where it is broken or newer."""
+        """``study.json``. Raises UsageError if it is missing, CheckpointError if it is broken or newer."""
         if not self.record_path.is_file():
             raise UsageError(f"'{self.path}' is no study (it has no study.json) and no run (it has no run.json)")
         record = storage.read_object(self.record_path)

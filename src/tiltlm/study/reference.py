@@ -1,4 +1,4 @@
-"""The frozen reference: one weighted sample of p for each task, on which KL(p‖π) of all its runs is taken."""
+"""The frozen reference: one weighted sample of p per task, on which KL(p‖π) of all its runs is measured."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SAMPLE, RECORD = "sample.pt", "reference.json"
 class Reference:
     """N samples with P > 0 of ``drawn``, their weights [N] (sum 1) under p, and log p and log a of each [N], float64.
 
-    With several prompts p(x|c) is normalized prompt by prompt, and every prompt weighs as much.
+    With several prompts p(x|c) is normalized within each prompt, and all prompts have equal weight.
     """
 
     samples: Samples
@@ -69,7 +69,7 @@ class Reference:
     def kl(self, logprob: Tensor) -> Estimate:
         """KL(p‖π) = E_p[log p] − E_p[log π] from log π [M] of the first M samples, with the delta method's error.
 
-        With M < N only E_p[log a − log π] rests on these M; KL(p‖a), which has all of the weights' spread, on all N.
+        With M < N only E_p[log a − log π] uses these M; KL(p‖a), which has the variance of the weights, uses all N.
         """
         m = len(logprob)
         if m < len(self):
@@ -92,7 +92,7 @@ class Reference:
 
 
 def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
-    """What a reference depends on, as a hash: the base, the target with its fit, and how the sample is drawn."""
+    """A hash of everything a reference depends on: the base, the target with its fit, the settings of the sample."""
     stated = config.to_json()
     parts = {
         name: stated[name] for name in ("model", "revision", "dtype", "prompts", "target", "max_completion_length")
@@ -105,7 +105,7 @@ def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
 
 
 def has_reference(folder: Path, key: str) -> bool:
-    """Whether the reference is there. Raises UsageError where it was drawn for other settings."""
+    """Whether the reference exists. Raises UsageError if it was drawn for other settings."""
     if not (folder / RECORD).exists():
         return False
     if storage.read_object(folder / RECORD)["key"] != key:
@@ -113,13 +113,13 @@ def has_reference(folder: Path, key: str) -> bool:
             f"{folder}: this reference was drawn for another base, target or reference section than the study now "
             f"states; delete it together with the runs of its task, or choose another output_dir"
         )
-    return (folder / SAMPLE).exists()  # where only the results came along it is drawn again
+    return (folder / SAMPLE).exists()  # drawn again if only the results were copied
 
 
 def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, display: Display) -> None:
     """Fit the task's target as all its runs do, draw the sample of p, and keep it; ``reference.json`` comes last.
 
-    Raises UnreachableTargetError for a target that the base's samples do not reach.
+    Raises UnreachableTargetError if the base's samples cannot reach the target.
     """
     base = build_base(config).freeze()
     fitted = fit_run_target(plan_run(config), base, display)
@@ -167,7 +167,7 @@ def load_reference(folder: Path, model: LanguageModel, config: RunConfig) -> Ref
 
 @dataclass(frozen=True)
 class Drawn:
-    """N draws of a law that ``source`` names, with features [N, K], and log P − log q, log P and log a of each [N]."""
+    """N draws of the proposal ``source``, with features [N, K], and log P − log q, log P and log a of each [N]."""
 
     source: str
     samples: Samples
@@ -188,15 +188,15 @@ class Drawn:
 def _best(
     base: LanguageModel, stated: RunTarget, config: RunConfig, settings: ReferenceSection, display: Display
 ) -> tuple[Drawn, str]:
-    """The draws on which most of the target's weight rests, and why these."""
+    """The draws with the larger ESS, and the reason."""
     generator = torch.Generator(base.device).manual_seed(stream(settings.seed, "reference"))
     plain = _draw(None, base, stated, config, settings, generator, display)
     if settings.proposal == "base":
         return plain, "asked for"
     if settings.proposal is None and plain.size >= ENOUGH_SHARE * settings.samples:
         return plain, "the base reaches the target often enough"
-    # A guide of these draws is better than the fit's, which are fewer, unless the fit has looked for rare texts. What
-    # it draws is independent of both.
+    # A guide made of these draws is better than one of the fewer fit samples, unless the fit drew rare texts. Its draws
+    # are independent of both.
     known = BaseSample(plain.samples, plain.features, config.max_completion_length)
     guide = guide_toward(base, stated.target, stated.base_sample if stated.report.ess.value > plain.size else known)
     mixed = _draw(guide, base, stated, config, settings, generator, display)
@@ -222,16 +222,16 @@ def _draw(
     """
     prompts = stated.base_sample.samples.prompts
     source, parts, done = "guided" if guide else "base", list[Samples](), 0
-    laws = [None] if guide is None else [None, base.placed(guide)]
+    guides = [None] if guide is None else [None, base.placed(guide)]
     with display.counting(f"drawing the reference: {source}") as told:
         while done < settings.samples:
             n = min(ROWS_AT_ONCE, settings.samples - done)
-            for place, law in enumerate(laws):
-                share, first = (n + place) // len(laws), done // len(laws)
+            for place, of in enumerate(guides):
+                share, first = (n + place) // len(guides), done // len(guides)
                 places = [(first + i) % len(prompts) for i in range(min(share, len(prompts)))]
                 length = config.max_completion_length
                 part = LocalRollouts(base).generate(
-                    prompts.select(places), share, generator=generator, max_completion_length=length, guide=law
+                    prompts.select(places), share, generator=generator, max_completion_length=length, guide=of
                 )
                 index = torch.tensor(places, device=part.tokens.device)[part.prompt_index]
                 parts.append(replace(part, prompts=prompts, prompt_index=index, guide=None))
@@ -249,7 +249,7 @@ def _draw(
 
 
 def _weighted(drawn: Drawn) -> Reference:
-    """Those with P > 0 in an order of their own, so that the first few are a fair sample of all."""
+    """The draws with P > 0 in random order, so that the first few are a fair sample of all."""
     n = len(drawn.log_weights)
     strata = Strata.of(drawn.samples.prompt_ids, n)
     log_z = strata.logsumexp(drawn.log_weights) - strata.sizes.log()

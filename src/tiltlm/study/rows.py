@@ -1,4 +1,4 @@
-"""What the runs of a study measured, as tidy rows: from base to end, each estimate with its error."""
+"""The measurements of a study's runs as tidy rows, from base to end, each estimate with its error."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.record import Entry, Method, Row, Study, StudyDirectory, Task
 
-# What an evaluation holds of a model's writing, by full sampling and, under the key ``top_p``, by top-p.
+# Metrics of an evaluation under full sampling and, under the key ``top_p``, under top-p sampling.
 FIGURES = ("kl_pi_a", "distinct_1", "distinct_1_corpus", "self_bleu_5", "entropy", "perplexity_base")
-# What grows with the number of texts, and tells nothing beside the same of more or fewer.
+# Metrics that depend on the number of texts, so that different numbers cannot be compared.
 BY_CORPUS = ("distinct_1_corpus", "self_bleu_5")
 SPREADS = ("gradient_variance", "advantage_variance", "advantage_mean_abs")
-# Points of a run's own batches, where there is no curve: more could not be told apart in a figure.
+# The most points from a run's own batches, if it has no curve.
 MOST_POINTS = 24
 
 
 def read_study(directory: StudyDirectory) -> Study:
     """A study with the rows of all its runs that are done. Raises UsageError, CheckpointError.
 
-    Of a run whose directory is gone they are what ``results.csv`` holds of it.
+    A run whose directory is missing keeps its rows of ``results.csv``.
     """
     record = directory.read_record()
     entries = [Entry(**{f.name: one.get(f.name) for f in fields(Entry)}) for one in record["runs"]]
@@ -51,12 +51,12 @@ def read_study(directory: StudyDirectory) -> Study:
 
 
 def key_of(one: Entry | Row) -> tuple[str, str, int]:
-    """What tells the runs of a study apart."""
+    """The identity of a run in a study."""
     return one.task, one.method, one.seed
 
 
 def kept_rows(directory: StudyDirectory) -> dict[tuple[str, str, int], list[Row]]:
-    """What ``results.csv`` holds of each run. Raises CheckpointError for a file that is none."""
+    """The rows of each run in ``results.csv``. Raises CheckpointError for another file."""
     path = directory.results_path
     if not path.is_file():
         return {}
@@ -81,7 +81,7 @@ def goals_of(record: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
-    """Every estimate of a finished run: its base, its way, and its end."""
+    """Every estimate of a finished run: of the base, during training, at the end."""
     record = run.read_run()
     goals, progress = goals_of(record), record["progress"]
 
@@ -93,7 +93,7 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
     start = dict(_evaluated(record["evaluation"]["base"], goals))
     start |= {"kl_pi_a": Measured(0.0, 0.0), "kl_p_pi": kl[0] if kl else Measured.read(record["target"]["kl_p_a"])}
     fitted = record["target"]["samples"]
-    # Once the fit's samples are drawn the policy still is the base.
+    # After the fit the policy still is the base.
     rows = [
         row({"sequences": count, "forward_passes": count}, metric, found)
         for count in (0, fitted)
@@ -108,7 +108,7 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
             row(line, metric, found) for metric, found in _curve_point(line, goals) if alike or metric not in BY_CORPUS
         ]
     for group in _groups(lines):
-        # What the last batches say of the policy, the evaluation says better.
+        # The evaluation replaces the estimates of the last batches.
         spreads_only = bool(curve) or group[-1] is lines[-1]
         for metric, found in _batches(group, goals, spreads_only=spreads_only):
             rows.append(row(group[-1], metric, found))
@@ -119,7 +119,7 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
 
 
 def read_curve(run: RunDirectory) -> list[dict[str, Any]]:
-    """The measurements taken while a run went on; empty where none were asked for."""
+    """The measurements during a run; empty if there are none."""
     return storage.read_lines(curve_path(run))
 
 
@@ -134,7 +134,7 @@ def reference_kl_path(run: RunDirectory) -> Path:
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """``results.csv``; what is unknown is an empty cell. Raises CheckpointError."""
+    """``results.csv``; unknown values are empty cells. Raises CheckpointError."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     names = [one.name for one in fields(Row)]

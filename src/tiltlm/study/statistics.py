@@ -1,4 +1,4 @@
-"""What a study's runs say together: means over seeds, paired differences between methods, tasks won."""
+"""Statistics over the runs of a study: means over seeds, paired differences between methods, tasks won."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from tiltlm.reports.summary import Measured
 from tiltlm.study.record import Study
 
-# Which way is better: −1 lower, +1 higher. Entropy has no better side by itself, and is compared with the base's.
+# The better direction: −1 lower, +1 higher. Entropy has none; it is compared with the base's.
 BETTER = {"kl_p_pi": -1, "moment_error": -1, "kl_pi_a": -1, "distinct_1": 1, "self_bleu_5": -1, "perplexity_base": -1}
 CLEAR = 2.0
 
@@ -20,7 +20,7 @@ Cells = dict[tuple[str, str], dict[int, Measured]]
 
 @dataclass(frozen=True)
 class Paired:
-    """Method ``first`` less ``second``: the mean difference over tasks, and on how many either is better.
+    """Method ``first`` less ``second``: the mean difference over tasks, and how many tasks each wins.
 
     ``clear`` counts those where the difference is beyond two standard errors over seeds. ``p`` is two-sided: Wilcoxon's
     signed-rank test over tasks or, with one task, the paired t-test over seeds; None with too few of either.
@@ -52,12 +52,12 @@ def base_value(study: Study, task: str, metric: str) -> Measured:
     """The base's value, a mean over the runs of a task that hold one."""
     rows = [row for m in study.methods for row in study.series.get((task, m.name, metric), [])]
     known = [Measured(row.value, row.se) for row in rows if row.sequences == 0]
-    # They rest on the same samples of the base, so that several know no more than one.
+    # They use the same samples of the base, so several are no better than one.
     return Measured(fmean(one.value for one in known), known[0].se) if known else Measured()
 
 
 def over_seeds(values: Mapping[int, Measured]) -> Measured:
-    """The mean over seeds with its standard error; of one seed its own estimate's."""
+    """The mean over seeds with its standard error; with one seed, that of its own estimate."""
     known = [one for one in values.values() if one.known]
     if len(known) < 2:
         return known[0] if known else Measured()
@@ -66,7 +66,7 @@ def over_seeds(values: Mapping[int, Measured]) -> Measured:
 
 
 def best_of(study: Study, metric: str) -> dict[str, list[str]]:
-    """The methods that are best on each task by their mean over seeds, of those that ran on it with another."""
+    """The methods that are best on each task by their mean over seeds, among tasks with several methods."""
     cells, sign = last_values(study, metric), BETTER[metric]
     best: dict[str, list[str]] = {}
     for task in study.tasks:
@@ -78,7 +78,7 @@ def best_of(study: Study, metric: str) -> dict[str, list[str]]:
 
 
 def paired(study: Study, metric: str, first: str, second: str) -> Paired | None:
-    """The difference between two methods on the tasks and seeds that both have; None where there are none."""
+    """The difference between two methods on the tasks and seeds that both have; None without any."""
     cells, sign = last_values(study, metric), BETTER[metric]
     by_task: list[Measured] = []
     alone: list[tuple[float, float]] = []
@@ -110,7 +110,7 @@ def paired(study: Study, metric: str, first: str, second: str) -> Paired | None:
 
 
 def all_pairs(study: Study, metric: str) -> list[Paired]:
-    """Every two methods, in the order of the study; of variants of several batch sizes those of one size."""
+    """Every two methods, in the order of the study; for variants of several batch sizes, pairs of one size."""
     pairs = itertools.combinations(study.methods, 2)
     alike = [(a.name, b.name) for a, b in pairs if None in (a.batch_size, b.batch_size) or a.batch_size == b.batch_size]
     return [found for a, b in alike if (found := paired(study, metric, a, b)) is not None]
@@ -127,7 +127,7 @@ def _t_test(pairs: Sequence[tuple[float, float]]) -> float | None:
     from scipy import stats
 
     gaps = [a - b for a, b in pairs]
-    # Without spread there is no t: the runs are the same, or differ by a constant.
+    # Without variance there is no t statistic: the runs are equal, or differ by a constant.
     if len(gaps) < 2 or max(gaps) == min(gaps):
         return None
     return float(stats.ttest_1samp(gaps, 0.0).pvalue)

@@ -19,13 +19,13 @@ from tiltlm.errors import TiltError
 
 
 def work(job: dict[str, Any]) -> str:
-    """Do one job; returns ``done`` or ``interrupted``. Raises TiltError for what the user can mend."""
+    """Do one job; returns ``done`` or ``interrupted``. Raises TiltError for errors that the user can fix."""
     from tiltlm.app.display import Display, plain_console
     from tiltlm.app.load import load_policy
     from tiltlm.app.tune import finished, tune_config
     from tiltlm.runs.directory import RunDirectory
+    from tiltlm.study.curve_callback import CurveCallback, is_measured, measure_end
     from tiltlm.study.reference import make_reference
-    from tiltlm.study.watch import Watch, is_measured, measure_end
 
     config, folder, console = parse_config(job["config"]), Path(job["folder"]), plain_console()
     if job["kind"] == "reference":
@@ -34,7 +34,7 @@ def work(job: dict[str, Any]) -> str:
     run, reference = RunDirectory(folder), Path(job["reference"])
     policy = None
     if finished(config, folder) is None:
-        watch = Watch(run, reference, config, CurveSection(**job["curve"]))
+        watch = CurveCallback(run, reference, config, CurveSection(**job["curve"]))
         outcome = tune_config(config, folder, resume=True, console=console, callbacks=[watch], fit_dir=reference)
         if outcome.status == "interrupted":
             return "interrupted"
@@ -42,14 +42,14 @@ def work(job: dict[str, Any]) -> str:
     if not is_measured(run, reference):
         policy = policy or load_policy(run, config.device)[1]
         measure_end(run, policy, reference, config, job["scored"])
-    # A run that is done is not resumed, and of a large model these are most of what it would leave on the disk.
+    # A finished run is not resumed, and checkpoints of a large model take most of its disk space.
     for checkpoint in run.checkpoint_dir.glob("step-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     return "done"
 
 
 def main() -> None:
-    """Read the job, do it, and write what came of it as JSON."""
+    """Read the job, do it, and write the result as JSON."""
     job = json.load(sys.stdin)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     answer: dict[str, str | None] = {"status": "failed", "error": None}
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """Stop, as Ctrl-C does, when the process that started this one is gone: nobody would know of the result."""
+    """Stop, as Ctrl-C does, if the parent process ends: no one would read the result."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)

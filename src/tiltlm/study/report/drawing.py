@@ -1,4 +1,4 @@
-"""How the figures of a study are drawn: small panels and one legend, a method with the same look everywhere."""
+"""Drawing of a study's figures: small panels and one legend; a method looks the same everywhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from tiltlm.reports.plots import compact_count
 from tiltlm.study.record import Method, Study
 
-# Told apart by all common kinds of colour vision: Okabe & Ito (2008) without its yellow, which is too light for lines,
-# then two of Tol's (2021). Beside the colour each has a marker of its own.
+# Distinguishable with all common kinds of colour vision: Okabe & Ito (2008) without its yellow, which is too light for
+# lines, then two colours of Tol (2021). Each also has its own marker.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", "h", ">", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.5, 1, 1.5)))
-# These names have the same look in every study; others take the places that are left.
+# These methods look the same in every study; others get the remaining colours.
 FAMILIAR = ("reinforce", "kl_control", "ppo", "gdc", "gdc++", "gdc++ on-policy", "f_dpg js", "kept", "guided", "pooled")
 INK, GRID = "#333333", "#dddddd"
 PANEL, COLUMNS = (3.1, 2.35), 4
@@ -35,7 +35,7 @@ class StudyFigure:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of a figure's axes: its title, what draws on it, and the name of its y axis where panels differ in that."""
+    """One of a figure's axes: its title, its drawing function, and the title of its y axis if panels differ in it."""
 
     title: str
     draw: Callable[[Any], None]
@@ -44,7 +44,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks: the colour of its family, and a dash of its own among that."""
+    """The look of a method: the colour of its family, and its own dash within it."""
 
     color: str
     marker: str

@@ -16,7 +16,8 @@ from tiltlm.study.rows import SPREADS
 from tiltlm.study.statistics import last_values, over_seeds
 
 SIZED = {"kl_p_pi": TITLES["kl_p_pi"], "moment_error": "distance of moments from goals", "kl_pi_a": TITLES["kl_pi_a"]}
-# Of these one method may go far beyond what others do; an axis is logarithmic from so many times the median on.
+# For these metrics one method may be far beyond the others; the axis is logarithmic if the largest exceeds the median
+# so many times.
 FAR_APART, TOWERS = ("kl_p_pi", "kl_pi_a"), 3.0
 SPREAD_TITLES = {
     "gradient_variance": "variance of the gradient",
@@ -26,7 +27,7 @@ SPREAD_TITLES = {
 
 
 def study_figures(study: Study) -> Iterator[StudyFigure]:
-    """All figures that the study has numbers for."""
+    """All figures with data."""
     band = "Lines are means over seeds, bands two standard errors (of one seed: its estimate's); open marks end runs."
     drawn = (
         "The first sequences of a run are those of its fit; it trains on them once all are drawn, so lines fall there."
@@ -80,13 +81,13 @@ def _along(study: Study, task: str, method: str, metric: str) -> list[tuple[int,
     for row in study.series.get((task, method, metric), []):
         at.setdefault((row.sequences, row.forward_passes), {})[row.seed] = Measured(row.value, row.se)
     seeds = max((len(values) for values in at.values()), default=0)
-    # Where some seeds have no point a mean would jump; passes can differ a little from seed to seed.
+    # A mean would jump where some seeds have no point; passes differ a little between seeds.
     points = _by_place(study, task, method, metric) if any(len(v) < seeds for v in at.values()) else at
     return [(sequences, passes, over_seeds(values)) for (sequences, passes), values in points.items()]
 
 
 def _by_place(study: Study, task: str, method: str, metric: str) -> dict[tuple[int, int], dict[int, Measured]]:
-    """The same with the k-th points of all seeds at their mean place."""
+    """The same, with the k-th points of all seeds at their mean position."""
     by_seed: dict[int, list[Row]] = {}
     for row in study.series.get((task, method, metric), []):
         by_seed.setdefault(row.seed, []).append(row)
@@ -99,7 +100,7 @@ def _by_place(study: Study, task: str, method: str, metric: str) -> dict[tuple[i
 
 
 def _fewer_on_the_way(study: Study) -> str:
-    """That KL(p‖π) rests on fewer texts before the end than at it, where it does: a line may step there."""
+    """A note if KL(p‖π) uses fewer texts during a run than at its end: the line may jump there."""
     stated = study.made.get("study") or {}
     reference, way = stated.get("reference", {}), stated.get("curve", {}).get("reference", 0)
     end = min(reference.get("scored", 0), reference.get("samples", 0))
@@ -141,7 +142,7 @@ def _curve(
 
 
 def _from_zero_or_by_decades(axes: Any, values: list[float]) -> None:
-    """An axis from 0 or, where one line would flatten all others, a logarithmic one."""
+    """An axis from 0, or a logarithmic one if one line would flatten all others."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if min(values) <= 0 or max(values) < TOWERS * median(values):

@@ -1,4 +1,4 @@
-"""The page of a study: one self-contained HTML file with its tables, its figures and what made them."""
+"""The page of a study: one self-contained HTML file with its tables, its figures and its settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiltlm.study.report.tables import Table
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the page holds it: an image that no text of a user can break out of."""
+    """A figure as the page holds it: an image, so that no text of a user is part of the page."""
 
     title: str
     explanation: str

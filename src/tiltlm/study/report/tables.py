@@ -1,4 +1,4 @@
-"""The tables of a study, once as data, and from that as Markdown and LaTeX."""
+"""The tables of a study: as data, and from these as Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiltlm.reports.summary import Measured, plain_number
 from tiltlm.study.record import Study
 from tiltlm.study.statistics import BETTER, all_pairs, base_value, best_of, last_values, over_seeds
 
-# Metrics in the order and with the words in which they are shown.
+# Metrics with their titles, in the order shown.
 TITLES = {
     "kl_p_pi": "KL(p‖π), nats",
     "moment_error": "Mean distance of moments from their goals",
@@ -60,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading and what must be known to read it; the first column holds names."""
+    """A table with its heading and caption; the first column holds names."""
 
     title: str
     note: str
@@ -69,7 +69,7 @@ class Table:
 
 
 def study_tables(study: Study) -> list[Table]:
-    """All tables that the study has figures for."""
+    """All tables with data."""
     tables: list[Table | None] = [_moments(study, ""), *_by_metric(study, ""), _won(study), _pairs(study)]
     tables += [_moments(study, "_top_p"), *_by_metric(study, "_top_p"), _references(study), _not_there(study)]
     return [_filled(table) for table in tables if table is not None and table.rows]
@@ -116,7 +116,7 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def _filled(table: Table) -> Table:
-    """The same without columns in which nothing is known, such as those of methods that have not run yet."""
+    """The same without empty columns, such as those of methods that have not run yet."""
     kept = [i for i in range(len(table.columns)) if any(row[i].text not in ("–", "") for row in table.rows)]
     return replace(table, columns=[table.columns[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
@@ -173,7 +173,7 @@ def _moments(study: Study, suffix: str) -> Table:
 
 
 def _won(study: Study) -> Table:
-    """On how many tasks each method is the best."""
+    """The number of tasks on which each method is the best."""
     metrics = [metric for metric in COMPARED if best_of(study, metric)]
     best = {metric: best_of(study, metric) for metric in metrics}
     cells = {metric: last_values(study, metric) for metric in metrics}
@@ -243,7 +243,7 @@ def _references(study: Study) -> Table | None:
 
 
 def _not_there(study: Study) -> Table:
-    """One row for the tasks of a method whose runs are missing alike."""
+    """One row for all tasks of a method with the same missing runs."""
     missing = {(one["method"], one["task"], "left out", one["reason"]): ["all"] for one in study.skipped}
     for e in study.entries:
         if e.status != "done":
@@ -276,12 +276,12 @@ def _short(value: Measured) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text that cannot end a cell of a Markdown table, or be taken for HTML."""
+    """Text that cannot end a cell of a Markdown table or be read as HTML."""
     shown = str(text).replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(shown.split())
 
 
 def _tex(text: str) -> str:
-    # One character at a time, so that no replacement is replaced again; k̂ is two.
+    # One character at a time, so that no replacement is replaced again; k̂ is two characters.
     parts = text.replace("k̂", "\0")
     return " ".join("".join(_LATEX["k̂"] if c == "\0" else _LATEX.get(c, c) for c in parts).split())

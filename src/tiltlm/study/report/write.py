@@ -1,4 +1,4 @@
-"""All that a study leaves for readers: results.csv, tables in Markdown and LaTeX, figures, and one page with all."""
+"""The results of a study: results.csv, tables in Markdown and LaTeX, figures, and one page with everything."""
 
 from __future__ import annotations
 

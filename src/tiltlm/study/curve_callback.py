@@ -1,4 +1,4 @@
-"""What is measured while a run of a study goes on, on samples of the policy that train nothing."""
+"""Measurements during a run of a study, on samples of the policy that are not trained on."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from tiltlm.training.metrics import StepMetrics
 from tiltlm.training.progress import Progress
 
 
-class Watch(Callback):
-    """Writes ``curve.jsonl`` into a run's directory: the policy at some steps, on fresh samples and the reference.
+class CurveCallback(Callback):
+    """Writes ``curve.jsonl`` into a run's directory: estimates of the policy at some steps, on fresh samples and the
+    reference.
 
-    Seeds depend on the step alone, so that a run that was stopped and resumed leaves the same lines.
+    Seeds depend on the step alone, so a run that was stopped and resumed writes the same lines.
     """
 
     def __init__(self, run: RunDirectory, reference_folder: Path, config: RunConfig, settings: CurveSection) -> None:
@@ -85,7 +86,7 @@ class Watch(Callback):
 
 
 def is_measured(run: RunDirectory, reference_folder: Path) -> bool:
-    """Whether KL(p‖π) of a finished run is there, on the reference as it is."""
+    """Whether KL(p‖π) of a finished run is known on the present reference."""
     path = reference_kl_path(run)
     key = storage.read_object(reference_folder / RECORD)["key"]
     return path.exists() and storage.read_object(path)["reference"] == key
