@@ -1,15 +1,15 @@
-"""Train the small models that examples/features/*.yaml read texts with, on sentences that the embedded model writes.
+"""Train the small models of examples/features/*.yaml on sentences sampled from the embedded model.
 
     python scripts/train_example_models.py
 
-It needs no network. What it leaves in examples/models (2 MB, not under version control):
+It needs no network. It writes to examples/models (2.5 MB, not under version control):
 
-    topics      tells what a sentence is about; learned from the word lists, with their words hidden half of the time
-    reward      how positive a sentence sounds; learned from VADER
-    sentences   embeddings, near to each other for the two halves of one sentence
-    code, json  language models that write small Python functions and JSON objects, some of them broken
+    topics      a classifier of topics, trained on labels from the word lists; half of the time their words are masked
+    reward      a reward model, trained on VADER's sentiment
+    sentences   an embedding model; the two halves of one sentence have similar embeddings
+    code, json  language models of small Python functions and JSON objects, some of them broken
 
-The first three share what they learned of the sentences.
+The first three share their weights below the heads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tiltlm.features import measure, sentiment, wordlist
 TOPICS = ("military", "music", "politics", "religion", "sports")
 LABELS = (*TOPICS, "other")
 MOST_TOKENS = 64
-SPOILT = 0.4
+BROKEN_SHARE = 0.4
 
 
 def sentence_tokenizer(sentences: Sequence[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
@@ -64,13 +64,13 @@ def sentence_tokenizer(sentences: Sequence[str], vocab_size: int = 2000) -> PreT
     )
 
 
-def train_readers(sentences: list[str], folder: Path, steps: int, seed: int) -> dict[str, float]:
-    """The classifier, the reward model and the embedding model, trained together; returns figures on held-out texts."""
+def train_encoders(sentences: list[str], folder: Path, steps: int, seed: int) -> dict[str, float]:
+    """Train classifier, reward model and embedding model jointly; returns their metrics on held-out sentences."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     lists = [wordlist(topic) for topic in TOPICS]
     found = measure([*lists, sentiment()], sentences)
-    # A sentence with words of two lists says nothing clear; it is left out of the topics.
+    # A sentence with words of two lists has no label (-100).
     hits = found[:, :-1]
     topic = torch.where(hits.sum(1) == 1, hits.argmax(1), torch.where(hits.sum(1) == 0, len(TOPICS), -100))
     tokenizer = sentence_tokenizer(sentences)
@@ -97,12 +97,12 @@ def train_readers(sentences: list[str], folder: Path, steps: int, seed: int) -> 
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
     def embedding(texts: Sequence[str]) -> Tensor:
-        read = inputs(texts)
-        mask = read["attention_mask"].unsqueeze(-1)
-        return normalize((trunk(**read).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
+        encoded = inputs(texts)
+        mask = encoded["attention_mask"].unsqueeze(-1)
+        return normalize((trunk(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
 
-    def hidden(row: int) -> str:
-        """The sentence, half of the time with the words that gave its topic away left out."""
+    def masked(row: int) -> str:
+        """The sentence; half of the time the words that define its topic are masked."""
         text, kind = sentences[row], int(topic[row])
         if 0 <= kind < len(TOPICS) and rng.random() < 0.5:
             for start, end in reversed(lists[kind].evidence(text)):
@@ -112,7 +112,7 @@ def train_readers(sentences: list[str], folder: Path, steps: int, seed: int) -> 
     def loss(rows: list[int]) -> Tensor:
         chosen = torch.tensor(rows)
         plain = inputs([sentences[row] for row in rows])
-        of_topic = cross_entropy(topics(**inputs([hidden(row) for row in rows])).logits, topic[chosen])
+        of_topic = cross_entropy(topics(**inputs([masked(row) for row in rows])).logits, topic[chosen])
         of_reward = mse_loss(reward(**plain).logits[:, 0], found[chosen, -1].float())
         words = [sentences[row].split() for row in rows]
         first = embedding([" ".join(each[: len(each) // 2]) for each in words])
@@ -128,13 +128,13 @@ def train_readers(sentences: list[str], folder: Path, steps: int, seed: int) -> 
     kinds, scores = [], []
     with torch.no_grad():
         for start in range(0, len(held_out), 64):
-            read = inputs([sentences[row] for row in held_out[start : start + 64]])
-            kinds.append(topics(**read).logits.argmax(1))
-            scores.append(reward(**read).logits[:, 0])
+            encoded = inputs([sentences[row] for row in held_out[start : start + 64]])
+            kinds.append(topics(**encoded).logits.argmax(1))
+            scores.append(reward(**encoded).logits[:, 0])
     known = topic[held_out] >= 0
     figures = {
-        "topics right": float((torch.cat(kinds) == topic[held_out])[known].double().mean()),
-        "without reading": float((topic[held_out][known] == len(TOPICS)).double().mean()),
+        "topic accuracy": float((torch.cat(kinds) == topic[held_out])[known].double().mean()),
+        "accuracy of the label other": float((topic[held_out][known] == len(TOPICS)).double().mean()),
         "correlation with VADER": float(
             torch.corrcoef(torch.stack([torch.cat(scores), found[held_out, -1].float()]))[0, 1]
         ),
@@ -163,7 +163,7 @@ def some_code(rng: random.Random) -> str:
 
 
 def some_json(rng: random.Random) -> str:
-    """A person with a name and, as a rule, an age; now and then the age is text."""
+    """A person with a name and usually an age; sometimes the age is text."""
     person: dict[str, object] = {"name": rng.choice(["Ada", "Emmy", "Alan", "Kurt", "Grace"])}
     if rng.random() < 0.8:
         age = rng.randint(1, 99)
@@ -173,16 +173,16 @@ def some_json(rng: random.Random) -> str:
     return json.dumps(person)
 
 
-def spoilt(text: str, rng: random.Random) -> str:
-    """Now and then without one of its characters, so that a model of such texts breaks some of its own."""
-    if rng.random() >= SPOILT:
+def sometimes_broken(text: str, rng: random.Random) -> str:
+    """The text, without one character in ``BROKEN_SHARE`` of the calls, so that a model of such texts makes errors."""
+    if rng.random() >= BROKEN_SHARE:
         return text
     at = rng.randrange(len(text))
     return text[:at] + text[at + 1 :]
 
 
-def train_writer(texts: list[str], folder: Path, steps: int, seed: int) -> dict[str, float]:
-    """A language model of these texts."""
+def train_language_model(texts: list[str], folder: Path, steps: int, seed: int) -> dict[str, float]:
+    """Train a language model of these texts; returns its training loss."""
     torch.manual_seed(seed)
     pieces = Tokenizer(BPE())
     pieces.pre_tokenizer, pieces.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -232,7 +232,7 @@ def descend(
     rate: float,
     rng: random.Random,
 ) -> None:
-    """Adam with a linear warm-up and decay on random batches of these rows."""
+    """Minimize ``loss`` by AdamW with linear warm-up and decay, on random batches of these rows."""
     optimizer = torch.optim.AdamW(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, (steps - step) / steps))
     for _ in range(steps):
@@ -244,25 +244,25 @@ def descend(
 
 
 def train_all(folder: Path, sentences: int = 3000, steps: int = 200, seed: int = 0) -> dict[str, dict[str, float]]:
-    """All of them into ``folder``; returns a few figures of each."""
+    """Train all models into ``folder``; returns their metrics."""
     rng = random.Random(seed)
     base = tiltlm.LanguageModel.from_pretrained("embedded", device="cpu")
     texts = [text for text in dict.fromkeys(base.sample(sentences, seed=seed).texts) if text.strip()]
     snippets = {
-        name: [spoilt(write(rng), rng) for _ in range(4000)]
-        for name, write in (("code", some_code), ("json", some_json))
+        name: [sometimes_broken(make(rng), rng) for _ in range(4000)]
+        for name, make in (("code", some_code), ("json", some_json))
     }
     return {
-        "sentences": train_readers(texts, folder, steps, seed),
-        **{name: train_writer(known, folder / name, steps, seed) for name, known in snippets.items()},
+        "sentences": train_encoders(texts, folder, steps, seed),
+        **{name: train_language_model(known, folder / name, steps, seed) for name, known in snippets.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("examples/models"))
-    parser.add_argument("--sentences", type=int, default=3000, help="how many the embedded model writes")
-    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--sentences", type=int, default=3000, help="sentences sampled from the embedded model")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Automata of features: the state after a text settles the feature's value, and what may be merged is merged."""
+"""Automata of features: the last state determines the value, and equivalent states are one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TRICKY = [
     *("five o'clock", "o’clock", "o'o'clock", "o'clocks", "o", "café", "CAFÉS", "un café", ".net", "a.net", "..net"),
     *("he she him", "she she he", "her him he", "himself herself he", "he\x1che", "his hers", "über", "42", "4 2"),
 ]
-# On phrases that lie within one another, share ends, or hold what is no letter.
+# Phrases that contain one another, overlap, or have other characters than letters.
 LISTS = [
     ["new york city", "york"],
     ["new york", "york city", "york minster"],
@@ -102,7 +102,7 @@ def read(automaton: Automaton, text: str) -> State:
 
 
 def settled(feature: Feature, texts: Iterable[str]) -> dict[State, float]:
-    """The value that belongs to each state, where all texts that end in it have the same."""
+    """The value of each state. All texts that end in a state must have the same value."""
     automaton, texts = feature.automaton(), list(texts)
     assert automaton is not None
     found: dict[State, tuple[float, str]] = {}
@@ -114,14 +114,14 @@ def settled(feature: Feature, texts: Iterable[str]) -> dict[State, float]:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_the_last_state_settles_the_value_on_tricky_texts(name: str) -> None:
+def test_the_last_state_determines_the_value_on_tricky_texts(name: str) -> None:
     joined = [one + gap + other for one in TRICKY for gap in ("", " ", "\n", "-") for other in TRICKY[::5]]
     assert len(set(settled(FEATURES[name], [*TRICKY, *joined]).values())) > 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=10, max_size=40))
-def test_the_last_state_settles_the_value_on_texts_at_random(texts: list[str]) -> None:
+def test_the_last_state_determines_the_value_on_texts_at_random(texts: list[str]) -> None:
     for feature in FEATURES.values():
         settled(feature, [*TRICKY, *texts])
 
@@ -148,7 +148,7 @@ def test_the_lead_of_female_pronouns_is_counted(words: list[str]) -> None:
     assert read(automaton, ", ".join(words) + ".")[0] == lead
 
 
-def test_a_lead_of_three_is_as_good_as_any() -> None:
+def test_a_lead_of_more_than_three_counts_as_three() -> None:
     """Beyond it the count is lost, by design: one "he" after four "she" leaves a lead of two."""
     automaton = pronouns("female").automaton()
     leads = [read(automaton, "she " * n)[0] for n in range(6)]
@@ -214,7 +214,7 @@ def test_the_place_and_the_change_are_the_same_whatever_was_counted(name: str) -
         ("a-new", "new"),
     ],
 )
-def test_the_place_is_the_longest_beginning_of_a_phrase(text: str, place: str | None) -> None:
+def test_the_place_is_the_longest_prefix_of_a_phrase(text: str, place: str | None) -> None:
     automaton = Phrases((("new york city", 1), ("york minster", 1)), ignore_case=True)
     assert read(automaton, text) == (0, place)
 
@@ -232,7 +232,7 @@ def test_to_make_a_state_coarse_twice_is_to_do_it_once(name: str) -> None:
     assert changed > 0 or "words" in name
 
 
-def test_a_coarse_state_keeps_what_was_counted_and_forgets_what_is_half_read() -> None:
+def test_a_coarse_state_keeps_what_was_counted_and_forgets_the_unfinished_word() -> None:
     automaton = Phrases((("new york", 1), ("c++ code", 1), ("old", -1)), ignore_case=True, max_count=3)
     for text, place in {"": "", "ne": None, "nex": None, "new ": "", "new yo": None, "c++": "", "x.": ""}.items():
         assert automaton.coarse(read(automaton, text)) == (0, place)
@@ -240,7 +240,7 @@ def test_a_coarse_state_keeps_what_was_counted_and_forgets_what_is_half_read() -
     assert WordCount().coarse((7, True)) == (7, True)
 
 
-def test_features_that_read_the_same_share_one_automaton() -> None:
+def test_features_of_the_same_words_share_one_automaton() -> None:
     female, male, neither = (pronouns(group).automaton() for group in ("female", "male", "neither"))
     assert female == male == neither
     assert len({female, male, neither}) == 1
@@ -251,7 +251,7 @@ def test_features_that_read_the_same_share_one_automaton() -> None:
     assert contains("a b").automaton() == wordlist(["a b"]).automaton()
 
 
-def test_different_automata_run_side_by_side() -> None:
+def test_different_automata_have_a_product() -> None:
     parts = [contains("he").automaton(), None, length("words").automaton(), contains("he").automaton()]
     both = product_automaton(parts)
     assert isinstance(both, ProductAutomaton)

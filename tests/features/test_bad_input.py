@@ -73,9 +73,9 @@ FEMALE = {"pronouns": "female"}
         ({"pronouns": "femal"}, "unknown group 'femal'; did you mean 'female'"),
         ({"pronouns": {"group": "male", "possessives": 1}}, "expected true or false, got 1"),
         ({"sentiment": "postive"}, "unknown kind 'postive'; did you mean 'positive'"),
-        ({"not": {"length": "words"}}, "'length in words' is not binary; take a threshold"),
+        ({"not": {"length": "words"}}, "'length in words' is not binary; apply a threshold"),
         ({"not": [FEMALE]}, "expected a mapping"),
-        ({"all": [FEMALE, {"sentiment": "compound"}]}, "'and' needs features that are 0 or 1, and 'sentiment'"),
+        ({"all": [FEMALE, {"sentiment": "compound"}]}, "'and' needs binary features, and 'sentiment'"),
         ({"any": []}, "any: expected a list of features"),
         ({"all": FEMALE}, "all: expected a list of features"),
         ({"any": "pronouns:female"}, "any: expected a list of features"),
@@ -200,11 +200,11 @@ def test_interrupting_is_not_an_error_of_the_feature() -> None:
     [
         (
             lambda completions, ground_truth: [],
-            "'ground_truth', which is not given here; available: prompts, completion",
+            "'ground_truth', which is not available; available: prompts, completion",
         ),
         (lambda completions, trainer_state: [], "'trainer_state'; a target is fixed"),
-        (lambda completion_ids: [], "'completion_ids', which is not given"),
-        (lambda prompts, texts: [], "'texts', which is not given"),
+        (lambda completion_ids: [], "'completion_ids', which is not available"),
+        (lambda prompts, texts: [], "'texts', which is not available"),
     ],
 )
 def test_a_function_that_asks_for_more_than_there_is(function: Callable[..., Any], message: str) -> None:
@@ -230,7 +230,7 @@ def test_texts_prompts_and_ids_must_fit_together() -> None:
 
 def test_only_binary_features_combine() -> None:
     for combine in (lambda: contains("a") & length(), lambda: length() | contains("a"), lambda: ~sentiment()):
-        with pytest.raises(UsageError, match="is not binary; take a threshold of it first"):
+        with pytest.raises(UsageError, match="is not binary; apply a threshold to it first"):
             combine()
     with pytest.raises(UsageError, match="'and' combines features, got 'war'"):
         all_of(contains("a"), "war")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Python functions as features: plain ones, TRL reward functions as they are, and a third-party package."""
+"""Python functions as features: plain functions, TRL reward functions, and a third-party package."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_async_reward_works_inside_a_running_event_loop() -> None:
 
 def test_chat_messages_are_handed_over_when_asked_for() -> None:
     assert callable_feature(reward_of_messages, conversational=True)(TEXTS).tolist() == LENGTHS
-    with pytest.raises(FeatureError, match="set conversational to true"):
+    with pytest.raises(FeatureError, match="set conversational: true"):
         callable_feature(reward_of_messages)(TEXTS)
 
 

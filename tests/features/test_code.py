@@ -1,4 +1,4 @@
-"""Code that compiles, and code that passes tests in a process of its own within limits."""
+"""Code that compiles, and code that passes tests in its own process within limits."""
 
 from __future__ import annotations
 

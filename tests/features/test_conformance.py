@@ -1,4 +1,4 @@
-"""What every built-in feature keeps to, whatever it measures."""
+"""Properties of every built-in feature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/features.md does what it says: both forms of each built-in, every example, every word list."""
+"""docs/features.md is correct: both forms of each built-in kind, every example, every word list."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXTS = ["She won the race.", "He won the world cup in 1966!", "", "An amazing p
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder ``examples``, with models of random weights where scripts/train_example_models.py writes its own."""
+    """The folder ``examples``, with models of random weights in place of those of scripts/train_example_models.py."""
     folder = tmp_path_factory.mktemp("examples")
     classifier_model(folder / "models" / "topics", "sports", "other")
     classifier_model(folder / "models" / "reward", "positive")
@@ -45,7 +45,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: Path) -> None:
-    """The page's own examples, as the file that it tells the reader to write, where the reader stands."""
+    """The page's examples as my_rewards.py in the current directory."""
     (tmp_path / "examples").symlink_to(examples)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)

@@ -1,4 +1,4 @@
-"""examples/features: the script trains the models that they name, and each fits on a small sample."""
+"""examples/features: the script trains the models, and each example fits on a small sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIGS = sorted((ROOT / "examples" / "features").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the repository's after the script has run, with models that have seen less."""
+    """A copy of the repository after the script has run, with less training."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "examples").mkdir()
     (folder / "examples" / "features").symlink_to(ROOT / "examples" / "features")
@@ -54,7 +54,7 @@ def test_every_example_fits_on_a_small_sample(path: Path, trained: Path, monkeyp
     samples = drawn(config.model)
     sample = BaseSample(samples, measure_samples([term.feature for term in terms], samples), 40)
     for term, values in zip(terms, sample.features.unbind(1), strict=True):
-        # Neither always nor never, so that there is something to tune.
+        # Values differ, so that there is something to tune.
         assert values.std() > 0, term.feature.name
     target = fit_target(terms, sample)
     assert math.isfinite(target.report.kl_p_a.value)

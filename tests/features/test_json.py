@@ -1,4 +1,4 @@
-"""Valid JSON, and JSON that fits a schema, against the package's own verdict."""
+"""Valid JSON, and JSON that fits a schema, against the result of the package jsonschema."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_forms_of_the_run_file() -> None:
         ({"json": {"schema": {"type": "objct"}}}, r"json\.schema: \$\.type: 'objct' is not valid"),
         ({"json": {"schema": "no/such.json"}}, r"json\.schema: cannot read 'no/such.json': No such file"),
         ({"json": {"schema": 3}}, r"json\.schema: expected a file or a mapping, got 3"),
-        ({"json": {"schema": {"const": {1, 2}}}}, r"json\.schema: it holds what JSON has not"),
+        ({"json": {"schema": {"const": {1, 2}}}}, r"json\.schema: expected JSON values only"),
         ({"json": {"schema": {}, "reads": "pair"}}, r"json\.reads: 'pair' is not known; .*completion, text"),
     ],
 )  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_wrong_spec_says_what_to_change(spec: Any, message: str) -> None:
 
 def test_a_file_that_holds_no_schema_is_named(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
-    for content, message in (("{'type': 1}", "is not JSON: "), ("[1]", "holds list and no schema")):
+    for content, message in (("{'type': 1}", "is not JSON: "), ("[1]", "holds a list; expected an object")):
         file.write_text(content)
         with pytest.raises(UsageError, match=rf"json\.schema: '.*schema\.json' {message}"):
             json_feature(schema=file)

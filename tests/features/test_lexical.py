@@ -1,4 +1,4 @@
-"""What the lexical features count as a word, and what they point at."""
+"""Lexical features: what counts as a word, and the evidence."""
 
 from __future__ import annotations
 

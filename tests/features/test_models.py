@@ -1,4 +1,4 @@
-"""Features that read texts with a model of transformers, against that model called on one text at a time."""
+"""Features of transformers models, against the model called on one text at a time."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ BUILD_ERRORS: list[tuple[dict[str, Any], type[TiltError], str]] = [
     ({"classifier": "topics", "label": "musik"}, UsageError,
      r"classifier\.label: 'topics' has no label 'musik'; did you mean 'music'\? valid: sports, music, other"),
     ({"classifier": "topics", "label": True}, UsageError, "has no label True; valid"),
-    ({"classifier": "score", "label": "score"}, UsageError, "'score' has one output .* use reward_model"),
+    ({"classifier": "score", "label": "score"}, UsageError, "'score' has one output, .* use reward_model"),
     ({"classifier": "topics", "label": "music", "threshold": 0}, UsageError, r"threshold: .* above 0, .*got 0"),
     ({"classifier": "topics", "label": "music", "threshold": 50}, UsageError, "at most 1, got 50"),
     ({"classifier": "topics", "label": "music", "threshold": True}, UsageError, "got True"),
@@ -334,7 +334,7 @@ BUILD_ERRORS: list[tuple[dict[str, Any], type[TiltError], str]] = [
     ({"classifier": "topics", "label": "music", "batch_size": 0}, UsageError, "batch_size: .* above 0, got 0"),
     ({"classifier": "topics", "label": "music", "max_length": 1.5}, UsageError, "max_length: .* above 0, got 1.5"),
     ({"classifier": "topics", "label": "music", "max_length": 99}, UsageError,
-     f"max_length: 99 is more than the {POSITIONS} of 'topics'"),
+     f"max_length: 99 is too long for 'topics'; give at most {POSITIONS} tokens"),
     ({"classifier": "topics", "label": "music", "trust_remote_code": "yes"}, UsageError, "true or false, got 'yes'"),
     ({"reward_model": "topics"}, UsageError, r"'topics' has 3 outputs, not one; use classifier"),
     ({"reward_model": ""}, UsageError, r"reward_model\.model: expected a folder"),
@@ -408,14 +408,14 @@ def no_language_model(path: Path) -> Feature:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (headless, r"classifier\.model: .* 2 of the weights of BertForSequenceClassification are not in it \(classif"),
+        (headless, r"classifier\.model: .* 2 weights of BertForSequenceClassification are missing \(classif"),
         (without_safetensors, r"classifier\.model: .*safetensors"),
         (without_tokenizer, r"classifier\.model: .*tokenizer"),
-        (of_another_shape, r"its weight classifier\.bias has shape \(2,\), but its config.json asks for \(3,\)"),
+        (of_another_shape, r"its weight classifier\.bias has shape \(2,\), but config.json gives \(3,\)"),
         (damaged, r"classifier\.model: no such model could be loaded"),
         (without_template, r"classifier: the tokenizer of '.*' has no chat template; use reads: text"),
         (without_start, r"perplexity\.model: the tokenizer of '.*' has neither a BOS nor an EOS token"),
-        (no_language_model, r"perplexity\.model: .*of the weights of"),
+        (no_language_model, r"perplexity\.model: .* weights of BertLMHeadModel are missing"),
     ],
 )
 def test_a_model_that_cannot_be_used_says_why(tmp_path: Path, make: Callable[[Path], Feature], message: str) -> None:

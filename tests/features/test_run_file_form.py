@@ -1,4 +1,4 @@
-"""From a feature back to the run file's form: what was called with what, or the name that a function is imported by."""
+"""Run-file forms of features: the recorded call, or the name from which a function is imported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def again(feature: Feature) -> Feature:
-    """Made of the form as it stands in a file."""
+    """The feature made from its form, after a round trip through JSON."""
     form = json.loads(json.dumps(run_file_form(feature)))
     assert form is not None
     return build_feature(form)

@@ -1,4 +1,4 @@
-"""Sums of what words are worth, and VADER's sentiment read so: its sign on plain sentences, a word at a time."""
+"""WordSum: sums of word values, and its sign against VADER's compound score."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(automaton: Automaton, text: str) -> State:
 
 
 def total(text: str) -> int:
-    """The sum once the last word is over."""
+    """The sum after the last word has ended."""
     return int(read(sentiment().automaton(), text + " ")[0])
 
 
@@ -56,17 +56,17 @@ def test_the_sum_has_the_sign_of_vader(text: str) -> None:
     assert sign(total(text)) == sign(compound), (total(text), compound)
 
 
-def test_the_plain_sentences_are_of_all_three_signs() -> None:
+def test_the_plain_sentences_have_all_three_signs() -> None:
     assert {sign(float(value)) for value in sentiment()(PLAIN)} == {-1, 0, 1}
 
 
-# Without a bound, which makes the order of the words count.
+# Without a bound. With one, the order of the words matters.
 UNBOUNDED = replace(sentiment().automaton(), max_count=100)
 
 
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.sampled_from(WORDS), max_size=5), gap=st.sampled_from([" ", "\n", ", "]))
-def test_on_words_at_random_the_sum_follows_vader_unless_it_is_nearly_even(words: list[str], gap: str) -> None:
+def test_the_sum_has_the_sign_of_vader_on_random_words_with_a_clear_score(words: list[str], gap: str) -> None:
     text = gap.join(words)
     compound = float(sentiment()([text]))
     reached = read(UNBOUNDED, text + " ")[0]
@@ -107,7 +107,7 @@ def test_a_negated_value_may_count_less_but_never_nothing() -> None:
         assert read(automaton, text)[0] == expected, text
 
 
-def test_beginnings_that_go_on_alike_are_one_place() -> None:
+def test_prefixes_with_equal_continuations_share_a_node() -> None:
     automaton = WordSum({"fail": -2, "mail": -2, "nail": 1, "fails": -2, "mails": -2}, frozenset(), max_count=4)
     assert read(automaton, "fai") == read(automaton, "mai") != read(automaton, "nai")
     assert read(automaton, "fails") == read(automaton, "a mails")

@@ -59,7 +59,7 @@ class Automaton(ABC):
         return self._after(state[0], self.forget(state[1]))
 
     def final_count(self, state: State) -> Count:
-        """The count of a text that ends in the state: its last word counts as if a space followed."""
+        """The count of a text that ends in the state. A space is added, so that a last word counts."""
         return self.step(state, " ")[0]
 
     def _after(self, count: Count, moved: tuple[Place, Change]) -> State:
@@ -69,24 +69,26 @@ class Automaton(ABC):
 
 @dataclass(frozen=True)
 class Phrases(Automaton):
-    """Counts whole words and phrases: ``weights`` pairs each with a number; the sum is kept within ±``max_count``.
+    """The sum of the ``weights`` of whole words and phrases in the text, kept within ±``max_count``.
 
-    A place is the part of a phrase read so far: "" between words, None within a word that begins no phrase.
+    A place is a prefix of a phrase: the longest that the text ends with. It is "" between words, and None within a word
+    that starts no phrase.
     """
 
     weights: tuple[tuple[str, int], ...]
     ignore_case: bool
     max_count: int = 1
-    _beginnings: frozenset[str] = field(init=False, repr=False, compare=False)
+    _prefixes: frozenset[str] = field(init=False, repr=False, compare=False)
     _values: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         values = {self._plain(" ".join(phrase.split())): value for phrase, value in self.weights}
-        beginnings = {phrase[:i] for phrase in values for i in range(len(phrase) + 1)}
-        # A beginning may end with a shorter phrase: "new york", the beginning of "new york city", ends with "york".
-        ends = {read: next((end for end in _ends(read) if end in values), None) for read in beginnings}
-        object.__setattr__(self, "_values", {read: values[end] for read, end in ends.items() if end is not None})
-        object.__setattr__(self, "_beginnings", frozenset(beginnings))
+        prefixes = {phrase[:i] for phrase in values for i in range(len(phrase) + 1)}
+        # A prefix may end with a shorter phrase: "new york", a prefix of "new york city", ends with "york".
+        phrases = {prefix: next((end for end in _suffixes(prefix) if end in values), None) for prefix in prefixes}
+        ended = {prefix: values[phrase] for prefix, phrase in phrases.items() if phrase is not None}
+        object.__setattr__(self, "_values", ended)
+        object.__setattr__(self, "_prefixes", frozenset(prefixes))
 
     @property
     def start(self) -> State:
@@ -98,50 +100,50 @@ class Phrases(Automaton):
 
     def move(self, place: str | None, character: str) -> tuple[str | None, int | None]:
         character = self._plain(" " if character.isspace() else character)
-        inside = _inside(character)
-        value = None if inside or place is None else self._values.get(place)
-        return self._place(place, character, inside), value
+        in_word = _in_word(character)
+        value = None if in_word or place is None else self._values.get(place)
+        return self._place(place, character, in_word), value
 
     def forget(self, place: str | None) -> tuple[str | None, None]:
-        return (None if place is None or _inside(place[-1:]) else ""), None
+        return (None if place is None or _in_word(place[-1:]) else ""), None
 
-    def _place(self, place: str | None, character: str, inside: bool) -> str | None:
-        """The longest suffix of the read characters, from a word's first letter on, that begins a phrase."""
+    def _place(self, place: str | None, character: str, in_word: bool) -> str | None:
+        """The longest suffix of the text that starts at a word boundary and is a prefix of a phrase."""
         if place is not None:
             # White space of any length counts as one space.
-            read = place if character == " " and place.endswith(" ") else place + character
-            for end in _ends(read):
-                if end in self._beginnings:
-                    return end
-        return None if inside else ""
+            text = place if character == " " and place.endswith(" ") else place + character
+            for suffix in _suffixes(text):
+                if suffix in self._prefixes:
+                    return suffix
+        return None if in_word else ""
 
     def _plain(self, text: str) -> str:
         text = text.replace("\u2019", "'")
         return text.lower() if self.ignore_case else text
 
 
-def _inside(character: str) -> bool:
-    """Whether a word goes on with it; \\w in a regular expression."""
+def _in_word(character: str) -> bool:
+    """Whether the character is part of a word: \\w in a regular expression."""
     return character.isalnum() or character == "_"
 
 
-def _ends(read: str) -> Iterator[str]:
-    """The read characters and all suffixes that start at a word boundary, the longest first."""
-    return (read[i:] for i in range(len(read)) if i == 0 or not _inside(read[i - 1]))
+def _suffixes(text: str) -> Iterator[str]:
+    """The text and its suffixes that start at a word boundary, the longest first."""
+    return (text[i:] for i in range(len(text)) if i == 0 or not _in_word(text[i - 1]))
 
 
-# The number of words that a negation still applies to, and the index of the beginning of the current word.
+# The number of words that a negation still applies to, and the index of the node of the current word's prefix.
 WordPlace = tuple[int, int | None]
 
 
 @dataclass(frozen=True, eq=False)
 class WordSum(Automaton):
-    """Adds up the ``values`` of single words, ignoring case; the sum is kept within ±``max_count``.
+    """The sum of the ``values`` of single words, ignoring case, kept within ±``max_count``.
 
     Each of the ``reach`` words after one of ``negations`` counts with the opposite sign, times ``negated``. Hyphens and
-    apostrophes are parts of words. A place is (words that a negation still applies to, index of the beginning of the
-    current word: that of ``start`` between words, None where no word begins so). Beginnings with equal continuations
-    are one place.
+    apostrophes are parts of words. A place is (number of words that a negation still applies to, node). The node is a
+    prefix of a word: the root between words, None if no word has this prefix. Prefixes with equal continuations share
+    a node.
     """
 
     values: Mapping[str, int]
@@ -149,55 +151,59 @@ class WordSum(Automaton):
     max_count: int
     reach: int = 3
     negated: float = 1.0
-    _places: list[dict[str, int]] = field(init=False, repr=False)
-    _ends: list[tuple[int, bool]] = field(init=False, repr=False)
+    # For each node: the next node by character, and (value, whether it negates) of the word that ends there.
+    _nodes: list[dict[str, int]] = field(init=False, repr=False)
+    _words: list[tuple[int, bool]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         words = {word: (self.values.get(word, 0), word in self.negations) for word in (*self.values, *self.negations)}
         known: dict[Any, int] = {}
-        self._place(words, known)
-        object.__setattr__(self, "_places", [dict(after) for _, after in known])
-        object.__setattr__(self, "_ends", [end for end, _ in known])
+        self._node(words, known)
+        object.__setattr__(self, "_nodes", [dict(after) for _, after in known])
+        object.__setattr__(self, "_words", [word for word, _ in known])
 
-    def _place(self, endings: dict[str, tuple[int, bool]], known: dict[Any, int]) -> int:
-        """The index of the place with these continuations of words; ``known`` collects all places."""
+    def _node(self, suffixes: dict[str, tuple[int, bool]], known: dict[Any, int]) -> int:
+        """The index of the node with these suffixes of words; ``known`` collects all nodes. The root comes last."""
         branches: dict[str, dict[str, tuple[int, bool]]] = {}
-        for ending, end in endings.items():
-            if ending:
-                branches.setdefault(ending[0], {})[ending[1:]] = end
-        after = tuple((letter, self._place(branch, known)) for letter, branch in sorted(branches.items()))
-        return known.setdefault((endings.get("", (0, False)), after), len(known))
+        for suffix, word in suffixes.items():
+            if suffix:
+                branches.setdefault(suffix[0], {})[suffix[1:]] = word
+        after = tuple((letter, self._node(branch, known)) for letter, branch in sorted(branches.items()))
+        return known.setdefault((suffixes.get("", (0, False)), after), len(known))
 
     @property
     def start(self) -> State:
-        return 0, (0, len(self._places) - 1)
+        return 0, (0, self._root)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         return tuple(range(-self.max_count, self.max_count + 1))
 
     def move(self, place: WordPlace, character: str) -> tuple[WordPlace, int | None]:
-        reached, within = place
-        between = len(self._places) - 1
-        if _inside(character) or (character in "-'\u2019" and within != between):
-            return (reached, None if within is None else self._places[within].get(character.lower())), None
-        if within == between:
+        negated_words, node = place
+        if _in_word(character) or (character in "-'\u2019" and node != self._root):
+            return (negated_words, None if node is None else self._nodes[node].get(character.lower())), None
+        if node == self._root:
             return place, None
-        negates = within is not None and self._ends[within][1]
-        return (self.reach if negates else max(0, reached - 1), between), self._value(place)
+        negates = node is not None and self._words[node][1]
+        return (self.reach if negates else max(0, negated_words - 1), self._root), self._value(place)
 
     def forget(self, place: WordPlace) -> tuple[WordPlace, int | None]:
-        """A word that may end here counts; the unfinished word and the negation are dropped."""
-        within = place[1]
-        if within is None or within == len(self._places) - 1:
-            return (0, within), None
+        """The node outside of all words, without negation. A word that ends here counts."""
+        node = place[1]
+        if node is None or node == self._root:
+            return (0, node), None
         return (0, None), self._value(place)
 
+    @property
+    def _root(self) -> int:
+        return len(self._nodes) - 1
+
     def _value(self, place: WordPlace) -> int | None:
-        """The number that the word ending at this place adds."""
-        reached, within = place
-        value = 0 if within is None else self._ends[within][0]
-        if not value or not reached:
+        """The value of the word that ends at this place, None for 0."""
+        negated_words, node = place
+        value = 0 if node is None else self._words[node][0]
+        if not value or not negated_words:
             return value or None
         size = round(self.negated * abs(value)) or 1
         return -size if value > 0 else size

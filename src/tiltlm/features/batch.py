@@ -1,4 +1,4 @@
-"""What features read: N texts and what is known about them."""
+"""Batch, the input of features, and spans of characters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """N texts and what is known about them: prompts, token ids of the completions, and further columns, N each.
+    """N texts (completions) with their prompts, token ids and data columns, N entries each.
 
-    ``messages`` are the prompts that were given as chat messages, and None for the others.
+    ``messages`` holds the chat messages of prompts that are chats, None for other prompts.
     """
 
     texts: Sequence[str]
@@ -36,7 +36,7 @@ class Batch:
         return len(self.texts)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The rows from ``start`` up to ``stop``; a column that is no list of N values stays as it is."""
+        """The rows from ``start`` up to ``stop``. A column that is not a list of N values stays whole."""
         whole = len(self)
 
         def cut(value: Any) -> Any:
@@ -55,7 +55,7 @@ class Batch:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same characters as sorted spans that do not overlap."""
+    """The union of the spans, sorted, without overlap."""
     result: list[Span] = []
     for start, end in sorted(spans):
         if result and start < result[-1][1]:

@@ -1,4 +1,4 @@
-"""Features from Python functions of the user: plain ones, and TRL reward functions as they are."""
+"""Features from a user's Python functions: plain functions and TRL reward functions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TRL_NAMES = ("prompts", "completions", "completion_ids")
 
 @dataclass(frozen=True, kw_only=True)
 class CallableFeature(Feature):
-    """What a Python function returns for the texts.
+    """The return values of a Python function.
 
-    ``conversational`` hands prompts and completions over as lists of messages, as TRL does for chat datasets.
+    ``conversational`` passes prompts and completions as lists of messages, as TRL does for chat data sets.
     """
 
     function: Callable[..., Any]
@@ -38,7 +38,7 @@ class CallableFeature(Feature):
             return _awaited(output) if inspect.isawaitable(output) else output
         except TypeError as error:
             if "string ind" in str(error) and "completions" in keywords and not self.conversational:
-                hint = "it seems to read chat messages: set conversational to true for it"
+                hint = "it seems to expect chat messages: set conversational: true"
                 raise FeatureError(f"feature '{self.name}' raised TypeError: {error}; {hint}") from error
             raise
 
@@ -46,12 +46,12 @@ class CallableFeature(Feature):
 def callable_feature(
     function: Callable[..., Any], *, name: str | None = None, binary: bool = False, conversational: bool = False
 ) -> CallableFeature:
-    """A feature from ``f(texts) -> list[float]`` or from a TRL reward function, told apart by their parameters.
+    """A feature from ``f(texts) -> list[float]`` or from a TRL reward function; the parameters decide which it is.
 
     A function with a parameter ``completions`` or ``completion_ids``, with ``prompts`` first, or with ``**kwargs``
-    alone is called as TRL calls it, by keywords: prompts, completions, completion_ids and the columns that it asks for
-    (a prompt that is not there is ""). Any other gets the list of texts first. ``binary`` promises that it returns
-    only 0 and 1. Raises UsageError if it cannot be called.
+    alone is called as in TRL, by keywords: the prompts ("" for a missing one), completions, completion_ids and columns
+    that it names. Any other function gets the list of texts first. ``binary`` declares that it returns only 0 and 1.
+    Raises UsageError if it cannot be called.
     """
     if not callable(function):
         raise UsageError(f"expected a function of the texts, got {function!r} ({type(function).__name__})")
@@ -82,11 +82,11 @@ def feature(
 def python_feature(
     target: str, args: Mapping[str, Any] | None = None, binary: bool = False, conversational: bool = False
 ) -> Feature:
-    """The feature behind ``package.module:name``, looked up in the current directory and among installed packages.
+    """The feature named ``package.module:name``, looked up in the current directory and among installed packages.
 
-    The name may stand for a function, a TRL reward function, a class or a Feature. With ``args``, what needs nothing
-    else to be called is a factory: it is called with them and returns the function or Feature. Otherwise they are
-    passed as keywords with each call. Raises UsageError for a name that is not there or arguments that do not fit.
+    The name is that of a function, a TRL reward function, a class or a Feature. A class, and a function that needs only
+    ``args``, is called with ``args`` and returns the function or Feature. Any other function gets ``args`` as keywords
+    in each call. Raises UsageError for an unknown name and for arguments that do not fit.
     """
     found = load_object(target)
     if not callable(found):
@@ -97,17 +97,17 @@ def python_feature(
     made = _with_arguments(found, dict(args or {}), target) if to_make else found
     if isinstance(made, Feature):
         if binary or conversational or (args and made is found):
-            raise UsageError(f"python: '{target}' is a feature already; leave out args, binary and conversational")
+            raise UsageError(f"python: '{target}' is a feature already; remove args, binary and conversational")
         return made
     if not callable(made):
-        raise UsageError(f"python: '{target}' was called with args and must return a function, got {made!r}")
+        raise UsageError(f"python: '{target}' with its args must return a function, got {made!r}")
     shown = ", ".join(f"{key}={value!r}" for key, value in (args or {}).items())
     name = _name(found) + (f"({shown})" if shown else "")
     return callable_feature(made, name=name, binary=binary, conversational=conversational)
 
 
 def importable_form(feature: CallableFeature) -> dict[str, Any] | None:
-    """The run file's form of a function that another process can import by its name, decorated or not; else None."""
+    """The run-file form of a function that another process can import by name, decorated or not; else None."""
     module, name = (getattr(feature.function, key, None) for key in ("__module__", "__qualname__"))
     try:
         found = load_object(f"{module}:{name}")
@@ -126,7 +126,7 @@ def importable_form(feature: CallableFeature) -> dict[str, Any] | None:
 
 
 def load_object(target: str) -> Any:
-    """The Python object that ``package.module:name`` names; the current directory is searched as by ``python -m``."""
+    """The Python object named ``package.module:name``; the current directory is searched as by ``python -m``."""
     module_name, colon, attribute = target.partition(":") if isinstance(target, str) else ("", "", "")
     dotted = f"{module_name}.{attribute}".split(".")
     if not colon or not all(part.isidentifier() for part in dotted):
@@ -153,7 +153,7 @@ def load_object(target: str) -> Any:
 
 
 def _with_arguments(found: Callable[..., Any], args: dict[str, Any], target: str) -> Any:
-    """The function made by a factory or a class, or the function with these arguments filled in."""
+    """The result of a factory or a class called with ``args``, or the function with ``args`` as keywords."""
     signature = _signature(found)
     if signature is None:
         return functools.partial(found, **args)
@@ -179,7 +179,7 @@ def _with_arguments(found: Callable[..., Any], args: dict[str, Any], target: str
 
 
 def _arguments(feature: CallableFeature, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments for one call, chosen by the names of the function's parameters."""
+    """Positional and keyword arguments for one call, by the names of the function's parameters."""
     texts = list(batch.texts)
     signature = _signature(feature.function)
     if signature is None:
@@ -201,7 +201,7 @@ def _arguments(feature: CallableFeature, batch: Batch) -> tuple[list[Any], dict[
 
 
 def _keywords(batch: Batch, conversational: bool) -> dict[str, Any]:
-    """What TRL passes to a reward function, as far as it is there: prompts, completions, token ids, columns."""
+    """The keywords that TRL passes to a reward function: prompts, completions, token ids if known, columns."""
     prompts = ["" if prompt is None else prompt for prompt in batch.prompts or [None] * len(batch)]
     keywords: dict[str, Any] = {"prompts": prompts, "completions": list(batch.texts)}
     if conversational:
@@ -213,15 +213,15 @@ def _keywords(batch: Batch, conversational: bool) -> dict[str, Any]:
         keywords["completions"] = [[{"role": "assistant", "content": text}] for text in batch.texts]
     if batch.completion_ids is not None:
         keywords["completion_ids"] = [list(ids) for ids in batch.completion_ids]
-    # TRL offers these for extra logging; a feature only measures.
+    # TRL passes these functions for extra logging. They do nothing here.
     return {**batch.columns, **keywords, "log_extra": _ignore, "log_metric": _ignore}
 
 
 def _missing(name: str, parameter: str, available: Mapping[str, Any]) -> str:
     if parameter == "trainer_state":
-        return f"feature '{name}' asks for 'trainer_state'; a target is fixed, so a feature cannot depend on the step"
+        return f"feature '{name}' needs 'trainer_state'; a target is fixed, so a feature cannot depend on the step"
     offered = ", ".join(key for key, value in available.items() if value is not _ignore)
-    return f"feature '{name}' asks for '{parameter}', which is not given here; available: {offered}"
+    return f"feature '{name}' needs '{parameter}', which is not available; available: {offered}"
 
 
 def _ignore(*arguments: Any, **keywords: Any) -> None:
@@ -229,7 +229,7 @@ def _ignore(*arguments: Any, **keywords: Any) -> None:
 
 
 def _awaited(output: Awaitable[Any]) -> Any:
-    """The result of an async function, also inside a notebook, whose thread has an event loop already."""
+    """The result of an async function; works in a notebook, whose thread runs an event loop already."""
 
     async def wait() -> Any:
         return await output

@@ -1,4 +1,4 @@
-"""The one place where what a feature returns is checked."""
+"""The check of a feature's return value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPECTED = "expected one finite number per text"
 
 
 def checked_values(output: Any, batch: Batch, *, name: str, binary: bool) -> Tensor:
-    """What a feature returned, as float64 [N]; FeatureError if it is not one finite number (0 or 1 if binary) each."""
+    """The output of a feature as float64 [N]. Raises FeatureError if a value is not finite, or not 0 or 1 if binary."""
     complaint = f"feature '{name}' returned"
     if output is None:
         raise FeatureError(f"{complaint} None; {EXPECTED} (is a `return` missing?)")
@@ -36,7 +36,7 @@ def checked_values(output: Any, batch: Batch, *, name: str, binary: bool) -> Ten
             )
         if binary and number not in (0.0, 1.0):
             raise FeatureError(
-                f"{complaint} {number:g} for {described_row(batch, row)}; it is declared binary, so 0 or 1 was expected"
+                f"{complaint} {number:g} for {described_row(batch, row)}; it is declared binary; expected 0 or 1"
             )
     return torch.tensor(numbers, dtype=torch.float64)
 
@@ -58,4 +58,5 @@ def _shortened(value: Any, width: int = 60) -> str:
 
 
 def described_row(batch: Batch, row: int) -> str:
+    """The number of the text and its beginning, for errors."""
     return f"text {row + 1} of {len(batch)}, {_shortened(batch.texts[row])}"

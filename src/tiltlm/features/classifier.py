@@ -16,7 +16,7 @@ from tiltlm.features.models import CLASSIFICATION, TextModel
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Feature):
-    """The probability that a model gives to a label, or whether that reaches ``at``."""
+    """The probability of a label under a model, or 1 where it is at least ``at``."""
 
     model: TextModel
     label: str
@@ -25,15 +25,15 @@ class Classifier(Feature):
     def compute(self, batch: Batch) -> Tensor:
         config = self.model.config
         logits = self.model.measure(batch, _logits).reshape(len(batch), config.num_labels)
-        several = config.problem_type == "multi_label_classification"
-        chances = logits.sigmoid() if several else logits.softmax(-1)
-        chance = chances[:, _labels(self.model).index(self.label)]
-        return chance if self.at is None else (chance >= self.at).double()
+        multi_label = config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if multi_label else logits.softmax(-1)
+        probability = probabilities[:, _labels(self.model).index(self.label)]
+        return probability if self.at is None else (probability >= self.at).double()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModel(Feature):
-    """The one number that a model gives to a text."""
+    """The output of a model with one output."""
 
     model: TextModel
 
@@ -54,20 +54,20 @@ def classifier(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Classifier:
-    """The probability of ``label`` in [0, 1] by a text-classification model; with ``threshold``, 1 where it is reached.
+    """The probability of ``label`` under a text-classification model; with ``threshold``, 1 where it is at least that.
 
     ``model`` is a folder or a name on the hub that ``AutoModelForSequenceClassification`` loads, from safetensors
-    only. It ``reads`` the ``completion``, the whole ``text`` (prompt and completion), both as a ``pair`` of texts, or
-    as a ``chat``. Longer texts are cut at ``max_length`` tokens (None: as many as the model can read). Probabilities
-    are a softmax over the labels, or a sigmoid each where the model's problem type is multi-label. Raises ModelError
-    where there is no such model, UsageError for a label that it does not have and for settings that cannot be right.
+    only. It ``reads`` the ``completion``, the ``text`` (prompt and completion), both as a ``pair`` of texts, or both as
+    a ``chat``. Texts are cut at ``max_length`` tokens (None: the model's limit). Probabilities are a softmax over the
+    labels, or a sigmoid if the model's problem type is multi-label. Raises ModelError if the model cannot be loaded,
+    UsageError for an unknown label and for invalid settings.
     """
     found = TextModel(
         "classifier", CLASSIFICATION, model, reads, batch_size, max_length, device, dtype, revision, trust_remote_code
     )
     labels = _labels(found)
     if len(labels) < 2:
-        raise UsageError(f"classifier.model: '{model}' has one output and no labels to tell apart; use reward_model")
+        raise UsageError(f"classifier.model: '{model}' has one output, so it cannot classify; use reward_model")
     if label is None:
         raise UsageError(f"classifier.label: is missing; valid: {', '.join(labels)}")
     if label not in labels:
@@ -91,11 +91,11 @@ def reward_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """The raw score of prompt and completion by a sequence-classification model with one output.
+    """The output of a sequence-classification model with one output, on prompt and completion.
 
-    It ``reads`` both as one ``text``, as a ``pair`` of texts (encoders), or as a ``chat`` in its own template; or the
-    ``completion`` alone. The other settings are those of ``classifier``. Raises ModelError where there is no such
-    model, UsageError where it has several outputs and for settings that cannot be right.
+    It ``reads`` both as one ``text``, as a ``pair`` of texts (encoders) or as a ``chat`` in its own template, or the
+    ``completion`` alone. The other settings are those of ``classifier``. Raises ModelError if the model cannot be
+    loaded, UsageError if it has several outputs and for invalid settings.
     """
     found = TextModel(
         "reward_model", CLASSIFICATION, model, reads, batch_size, max_length, device, dtype, revision, trust_remote_code

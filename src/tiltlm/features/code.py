@@ -1,4 +1,4 @@
-"""Whether a text is Python code that compiles, or that passes tests."""
+"""Features of Python code: it compiles, or it passes tests."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tiltlm.features.kinds import feature_kind
 
 CHECKS = ("compiles",)
 RUNNER = Path(__file__).with_name("code_runner.py")
-# A block that is cut off goes on to the end of the text.
+# A block without an end extends to the end of the text.
 FENCED = re.compile(r"^```[ \t]*(?:python3?|py)[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
-# Programs wait for a core, so more at once would only make each of them late.
+# Further programs at the same time would only wait for a core and reach their time limit.
 MAX_PROCESSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Code(Feature):
-    """1 where the text is Python code that compiles and, where there are ``tests``, passes them, else 0."""
+    """1 where the text is Python code that compiles and passes the ``tests``, if there are any; else 0."""
 
     tests: str | None
     timeout: float
@@ -46,12 +46,12 @@ class Code(Feature):
     def compute(self, batch: Batch) -> list[float]:
         programs = [program_of(text) for text in input_texts(batch, self.reads)]
         distinct = list(dict.fromkeys(programs))
-        held = dict(zip(distinct, map(compiles, distinct), strict=True))
+        passed = dict(zip(distinct, map(compiles, distinct), strict=True))
         if self.tests is not None:
-            to_run = [program for program in distinct if held[program]]
+            to_run = [program for program in distinct if passed[program]]
             with ThreadPoolExecutor(max_workers=min(MAX_PROCESSES, os.cpu_count() or 1)) as pool:
-                held.update(zip(to_run, pool.map(self._passes, to_run), strict=True))
-        return [float(held[program]) for program in programs]
+                passed.update(zip(to_run, pool.map(self._passes, to_run), strict=True))
+        return [float(passed[program]) for program in programs]
 
     def _passes(self, program: str) -> bool:
         return passes(program, self.tests or "", self.timeout, self.memory)
@@ -68,10 +68,10 @@ def code_feature(
     """1 where the text is Python code that ``compiles`` here; with ``passes``, where it also passes these tests.
 
     ``passes`` is a file that ends in ``.py`` or the tests themselves: statements such as ``assert f(2) == 4``, which
-    run among the names of the program, and functions ``test_…`` without arguments, which are called. Each program runs
-    in a process of its own, without site packages, in an empty folder, for at most ``timeout`` seconds and with
-    ``memory`` megabytes. These limits are no sandbox. The program is the text's fenced ```python blocks, where it has
-    any. Raises UsageError for tests that cannot be read or do not compile.
+    see the names of the program, and functions ``test_…`` without arguments, which are called. Each program runs in its
+    own process, without site packages, in an empty folder, for at most ``timeout`` seconds and with at most ``memory``
+    megabytes. These limits are no sandbox. If the text has fenced ```python blocks, only these are the program. Raises
+    UsageError for tests that cannot be read or do not compile.
     """
     if check not in CHECKS:
         raise UsageError(f"code.check: {check!r} is not known; {nearest(str(check), CHECKS)}, or 'passes' with tests")
@@ -91,13 +91,13 @@ def code_feature(
 
 
 def program_of(text: str) -> str:
-    """The text's fenced blocks of Python one after the other, or the text where it has none."""
+    """The text's fenced blocks of Python, joined; the whole text if it has none."""
     blocks = FENCED.findall(text)
     return "\n".join(blocks) if blocks else text
 
 
 def compiles(program: str) -> bool:
-    """Whether the Python that runs here would take it for a program."""
+    """Whether the Python version that runs this process compiles the program."""
     try:
         with warnings.catch_warnings():
             for category in (SyntaxWarning, DeprecationWarning):
@@ -110,15 +110,15 @@ def compiles(program: str) -> bool:
 
 @lru_cache(maxsize=2**14)
 def passes(program: str, tests: str, timeout: float, memory: int) -> bool:
-    """Whether the program passes the tests in a process of its own, within ``timeout`` seconds and ``memory`` MB.
+    """Whether the program passes the tests in its own process, within ``timeout`` seconds and ``memory`` MB.
 
-    A verdict is kept, for a policy that narrows writes the same programs again.
-    Raises FeatureError where this system has no such processes.
+    Results are cached, because a policy writes the same programs again. Raises FeatureError on other systems than
+    Linux and macOS.
     """
     if os.name != "posix":
         raise FeatureError("code: tests run on Linux and macOS only; on this system use {code: compiles}")
     word = secrets.token_hex(16)
-    # A pipe of our own and not the exit status: a program may end with any status that it likes.
+    # A pipe, not the exit status: a program can exit with any status.
     answer, pipe = os.pipe()
     with tempfile.TemporaryDirectory(prefix="tiltlm-code-") as folder, tempfile.TemporaryFile("w+") as job:
         json.dump({"program": program, "tests": tests, "word": word}, job)
@@ -142,7 +142,7 @@ def passes(program: str, tests: str, timeout: float, memory: int) -> bool:
         try:
             return _received(answer, time.monotonic() + timeout) == word.encode()
         finally:
-            # Before its own process is waited for, so that the number of the group is still its own.
+            # Before process.wait(): until then no other process can get this group id.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -150,7 +150,7 @@ def passes(program: str, tests: str, timeout: float, memory: int) -> bool:
 
 
 def _received(pipe: int, deadline: float) -> bytes:
-    """What is written to the pipe before the deadline; nothing if it is closed or late."""
+    """The bytes written to the pipe before the deadline; b"" if it is closed or the deadline passes."""
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
     milliseconds = max(0, math.ceil(1000 * (deadline - time.monotonic())))
@@ -158,7 +158,7 @@ def _received(pipe: int, deadline: float) -> bytes:
 
 
 def _tests(passes: str | Path) -> str:
-    """The tests as source. Raises UsageError for a file that cannot be read and for what does not compile."""
+    """The source of the tests. Raises UsageError for an unreadable file and for tests that do not compile."""
     if not isinstance(passes, str | Path) or not str(passes).strip():
         raise UsageError(f"code.passes: expected a file of tests or the tests themselves, got {passes!r}")
     source, where = str(passes), "the tests"

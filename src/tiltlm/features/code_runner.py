@@ -1,9 +1,8 @@
-"""Runs one program and its tests within limits; a script for a process of its own, started by ``code.py``.
+"""Run one program and its tests within limits. ``code.py`` starts this script in its own process.
 
     python -I -S code_runner.py SECONDS MEGABYTES PIPE < {"program": …, "tests": …, "word": …}
 
-It writes the word to the pipe once every test has passed. Nothing else does, so that a program which merely ends early
-has not passed.
+It writes the word to the pipe once every test has passed. A program that exits early writes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 def without_network() -> None:
-    """A network of its own with nothing in it, where the system lets a plain user have one."""
+    """Move this process into an empty network, if the system allows that for a plain user."""
     with contextlib.suppress(Exception):
         import ctypes
 
@@ -41,8 +40,8 @@ def without_network() -> None:
 
 
 def limit(seconds: float, megabytes: int) -> None:
-    """Limits that the program cannot raise again, as far as this system has them."""
-    # The parent ends it in time; this is for when the parent is gone.
+    """Set those limits that this system has. The program cannot raise them again."""
+    # Usually the parent ends this process. The alarm does if the parent is gone.
     signal.alarm(math.ceil(seconds) + 1)
     limits = {
         "RLIMIT_CPU": math.ceil(seconds),
@@ -58,7 +57,7 @@ def limit(seconds: float, megabytes: int) -> None:
 
 
 def run(program: str, tests: str) -> None:
-    """The program as the module ``solution``, then the tests among its names, then their functions ``test_…``."""
+    """Run the program as the module ``solution``, then the tests with its names, then their functions ``test_…``."""
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     exec(compile(program, "<text>", "exec", dont_inherit=True), module.__dict__)

@@ -1,4 +1,4 @@
-"""The feature: one finite number per text, and the features that are made from others."""
+"""Feature, the base class of all features, and their combinations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Feature(ABC):
-    """Something measured on a text: φ(x), one finite number per text.
+    """φ(x): one finite number per text.
 
     ``name`` appears in reports. ``binary``: every value is 0 or 1. ``spec`` is the run file's form, set by the function
     of a ``feature_kind``. A subclass defines ``compute`` and, if it can, ``evidence`` and ``automaton``.
@@ -49,7 +49,7 @@ class Feature(ABC):
         return []
 
     def automaton(self) -> Automaton | None:
-        """The states of a prefix that predict the value, for guides; None where characters do not tell."""
+        """The automaton whose state after a prefix predicts the value, for guides; None if there is none."""
         return None
 
     def __call__(
@@ -62,7 +62,7 @@ class Feature(ABC):
     ) -> Tensor:
         """The values on N texts: float64 [N].
 
-        Raises FeatureError where the feature fails, or returns something that is not one finite number per text.
+        Raises FeatureError if the feature raises, or does not return one finite number per text.
         """
         return self.values(Batch(texts, prompts, completion_ids, columns))
 
@@ -87,7 +87,7 @@ class Feature(ABC):
         return changed(self, name=name.strip(), spec=spec)
 
     def threshold(self, at: float, op: str = ">=") -> Threshold:
-        """A binary feature: 1 where this one compares so (``>=``, ``>``, ``<=`` or ``<``) with ``at``, else 0."""
+        """A binary feature: 1 where ``value op at`` holds, ``op`` one of ``>=``, ``>``, ``<=`` and ``<``; else 0."""
         return threshold(self, at, op)
 
     def __and__(self, other: Feature) -> Combination:
@@ -119,7 +119,7 @@ class Feature(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Combination(Feature):
-    """1 where all of its binary parts are (``word`` "and"), or any of them is ("or")."""
+    """1 where all binary parts are 1 (``word`` "and"), or where any of them is 1 ("or")."""
 
     word: str
     parts: tuple[Feature, ...]
@@ -129,22 +129,22 @@ class Combination(Feature):
         return values.amin(0) if self.word == "and" else values.amax(0)
 
     def evidence(self, text: str) -> list[Span]:
-        """The spans of all parts; meant for a text on which the combination fires."""
+        """The spans of all parts, for a text where the combination is 1."""
         return merged(span for part in self.parts for span in part.evidence(text))
 
     def automaton(self) -> Automaton | None:
-        """Those of the parts, side by side."""
+        """The product of the parts' automata."""
         return product_automaton(part.automaton() for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Negation(Feature):
-    """1 where its binary part is 0, and 0 where it is 1; there is nothing to point at."""
+    """1 where its binary part is 0, and 0 where it is 1. It has no evidence."""
 
     part: Feature
 
     def automaton(self) -> Automaton | None:
-        """That of the part."""
+        """The automaton of the part."""
         return self.part.automaton()
 
     def compute(self, batch: Batch) -> Tensor:
@@ -153,42 +153,42 @@ class Negation(Feature):
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Feature):
-    """1 where the value of its part compares so with ``at``, else 0."""
+    """1 where ``value op at`` holds for the value of its part, else 0."""
 
     part: Feature
     at: float
     op: str
 
     def automaton(self) -> Automaton | None:
-        """That of the part."""
+        """The automaton of the part."""
         return self.part.automaton()
 
     def compute(self, batch: Batch) -> Tensor:
         return COMPARISONS[self.op](self.part.values(batch), self.at).double()
 
     def evidence(self, text: str) -> list[Span]:
-        """The spans of the part; meant for a text on which the threshold is met."""
+        """The spans of the part, for a text where the comparison holds."""
         return self.part.evidence(text)
 
 
 def all_of(*features: Feature) -> Combination:
-    """A binary feature: 1 where every one of these is 1. Raises UsageError on one that is not binary."""
+    """A binary feature: 1 where all ``features`` are 1. Raises UsageError if one is not binary."""
     return _combination("and", features)
 
 
 def any_of(*features: Feature) -> Combination:
-    """A binary feature: 1 where at least one of these is 1. Raises UsageError on one that is not binary."""
+    """A binary feature: 1 where at least one of ``features`` is 1. Raises UsageError if one is not binary."""
     return _combination("or", features)
 
 
 def negation(feature: Feature) -> Negation:
-    """A binary feature: 1 where this binary feature is 0. Raises UsageError if it is not binary."""
+    """A binary feature: 1 where ``feature`` is 0. Raises UsageError if that is not binary."""
     _require_binary("not", feature)
     return Negation(name=f"not {_in_brackets(feature)}", binary=True, part=feature)
 
 
 def threshold(feature: Feature, at: float, op: str = ">=") -> Threshold:
-    """A binary feature: 1 where ``feature`` compares so with ``at``. Raises UsageError for an unknown comparison."""
+    """A binary feature: 1 where ``feature op at`` holds. Raises UsageError for an unknown comparison."""
     if not isinstance(feature, Feature):
         raise UsageError(f"threshold: expected a feature, got {feature!r}")
     if op not in COMPARISONS:
@@ -212,12 +212,12 @@ def _require_binary(word: str, feature: Feature) -> None:
         raise UsageError(f"'{word}' combines features, got {feature!r}")
     if not feature.binary:
         raise UsageError(
-            f"'{word}' needs features that are 0 or 1, and '{feature.name}' is not binary; take a threshold of it first"
+            f"'{word}' needs binary features, and '{feature.name}' is not binary; apply a threshold to it first"
         )
 
 
 def _in_brackets(feature: Feature, word: str = "") -> str:
-    """The name, in brackets where it would otherwise read ambiguously beside ``word`` (none: after "not")."""
+    """The name, in brackets if it would be ambiguous beside ``word`` ("": after "not")."""
     if isinstance(feature, Combination):
         composed = feature.word != word and f" {feature.word} " in feature.name
     else:
@@ -226,7 +226,7 @@ def _in_brackets(feature: Feature, word: str = "") -> str:
 
 
 def changed(feature: Self, **fields: Any) -> Self:
-    """A copy with other values of these fields."""
+    """A copy with these fields replaced."""
     changed = copy.copy(feature)
     for name, value in fields.items():
         object.__setattr__(changed, name, value)
@@ -244,12 +244,12 @@ def measure(
     """The values of K features on N texts: float64 [N, K].
 
     ``prompts``, ``completion_ids`` (token ids, ragged) and every further column hold one entry per text. Raises
-    FeatureError, naming the feature and the first offending text, where a value is not one finite number per text.
+    FeatureError, with the feature and the first failing text, if there is not one finite number per text.
     """
     return measure_batch(features, Batch(texts, prompts, completion_ids, columns))
 
 
 def measure_batch(features: Iterable[Feature], batch: Batch) -> Tensor:
-    """The values of K features on a batch of N texts: float64 [N, K]; see ``measure``."""
+    """The values of K features on a batch of N texts: float64 [N, K]. Raises as ``measure`` does."""
     values = [feature.values(batch) for feature in features]
     return torch.stack(values, dim=1) if values else torch.empty(len(batch), 0, dtype=torch.float64)

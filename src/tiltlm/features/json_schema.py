@@ -1,4 +1,4 @@
-"""Whether a text is JSON, and fits a JSON Schema."""
+"""Features of JSON: a text is valid JSON, or fits a JSON Schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKS = ("valid",)
 
 @dataclass(frozen=True, kw_only=True)
 class Json(Feature):
-    """1 where the text is one JSON value and, where there is a ``schema`` (JSON text), fits it, else 0."""
+    """1 where the text is one JSON value that fits the ``schema`` (JSON text), if there is one; else 0."""
 
     schema: str | None
     reads: str
@@ -36,10 +36,10 @@ def json_feature(
 ) -> Json:
     """1 where the text is one ``valid`` JSON value; with ``schema``, where it also fits this JSON Schema.
 
-    JSON is that of RFC 8259, so ``NaN`` is none, and white space around the value is allowed. The schema is a file or
-    the schema itself, of the draft that its ``$schema`` names (2020-12 by default); a ``$ref`` reaches no further than
-    the schema. ``format`` is not checked. Raises UsageError for a schema that cannot be read or is none, FeatureError
-    without the package jsonschema.
+    JSON follows RFC 8259: ``NaN`` is invalid, and white space around the value is allowed. The schema is a file or a
+    mapping, of the draft that its ``$schema`` names (2020-12 by default). A ``$ref`` must stay within the schema.
+    ``format`` is not checked. Raises UsageError for an invalid or unreadable schema, FeatureError without the package
+    jsonschema.
     """
     if check not in CHECKS:
         raise UsageError(f"json.check: {check!r} is not known; {nearest(str(check), CHECKS)}, or 'schema' with one")
@@ -70,7 +70,7 @@ def _read_schema(schema: Any) -> dict[str, Any]:
         try:
             return dict(json.loads(json.dumps(schema)))
         except (TypeError, ValueError) as error:
-            raise UsageError(f"json.schema: it holds what JSON has not: {error}") from error
+            raise UsageError(f"json.schema: expected JSON values only: {error}") from error
     if not isinstance(schema, str | Path):
         raise UsageError(f"json.schema: expected a file or a mapping, got {schema!r}")
     try:
@@ -80,13 +80,13 @@ def _read_schema(schema: Any) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"json.schema: '{schema}' is not JSON: {error}") from error
     if not isinstance(loaded, dict):
-        raise UsageError(f"json.schema: '{schema}' holds {type(loaded).__name__} and no schema")
+        raise UsageError(f"json.schema: '{schema}' holds a {type(loaded).__name__}; expected an object")
     return loaded
 
 
 @lru_cache(maxsize=32)
 def _validator(schema: str) -> Any:
-    """What checks values against this schema. Raises UsageError if it is none, FeatureError without the package."""
+    """The validator of this schema. Raises UsageError for an invalid schema, FeatureError without jsonschema."""
     try:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import Draft202012Validator, validator_for
@@ -99,5 +99,5 @@ def _validator(schema: str) -> Any:
         kind.check_schema(loaded)
     except SchemaError as error:
         raise UsageError(f"json.schema: {error.json_path}: {error.message}") from error
-    # With a registry of its own it fetches nothing that a $ref names.
+    # With an empty registry it does not fetch the document of a $ref.
     return kind(loaded, registry=Registry())

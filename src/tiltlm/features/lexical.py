@@ -1,4 +1,4 @@
-"""What can be read off the words of a text: contains, word lists, regex, length, pronouns."""
+"""Lexical features: contains, word lists, regex, length, pronouns."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ MALE = ("he", "him", "himself")
 POSSESSIVES = {"female": "hers", "male": "his"}
 GROUPS = ("female", "male", "neither")
 UNITS = ("words", "characters", "tokens")
-# A text is as good as decided when one group is ahead by so many.
+# Larger differences are rare and count as this one.
 MAX_PRONOUNS = 3
 APOSTROPHES = "['\u2019]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(Feature):
-    """1 where a regular expression matches somewhere in the text, else 0."""
+    """1 where a regular expression matches in the text, else 0."""
 
     pattern: re.Pattern[str]
     whole_words: bool
     phrases: tuple[str, ...] = ()
 
     def automaton(self) -> Automaton | None:
-        """Whether a phrase has been read, and how much of one; None for a regular expression."""
+        """Whether a phrase has occurred, and the prefix of one; None for a regular expression."""
         if not self.whole_words:
             return None
         ignore_case = bool(self.pattern.flags & re.IGNORECASE)
@@ -47,7 +47,7 @@ class Pattern(Feature):
         return [float(next(_whole_words(self.pattern, text), None) is not None) for text in batch.texts]
 
     def evidence(self, text: str) -> list[Span]:
-        """Where the pattern matches at least one character."""
+        """The matches of at least one character."""
         spans = (
             _whole_words(self.pattern, text) if self.whole_words else (m.span() for m in self.pattern.finditer(text))
         )
@@ -56,7 +56,7 @@ class Pattern(Feature):
 
 @dataclass(frozen=True, kw_only=True)
 class Pronouns(Feature):
-    """1 where a text has more pronouns of its group than of the other; ``neither``: where it has as many of both."""
+    """1 where a text has more pronouns of its group than of the other; ``neither``: where it has equally many."""
 
     group: str
     possessives: bool
@@ -64,7 +64,7 @@ class Pronouns(Feature):
     male: re.Pattern[str]
 
     def automaton(self) -> Automaton:
-        """By how many female pronouns outnumber male ones; the same for all groups."""
+        """The number of female pronouns minus that of male ones; the same automaton for all groups."""
         words = {1: _pronouns("female", self.possessives), -1: _pronouns("male", self.possessives)}
         pairs = tuple((word, weight) for weight, group in words.items() for word in group)
         return Phrases(pairs, ignore_case=True, max_count=MAX_PRONOUNS)
@@ -73,7 +73,7 @@ class Pronouns(Feature):
         return [float(self._majority(text) == self.group) for text in batch.texts]
 
     def evidence(self, text: str) -> list[Span]:
-        """Where the pronouns of the group stand, if they are in the majority; nothing for ``neither``."""
+        """The pronouns of the group, if they are in the majority; none for ``neither``."""
         if self.group == "neither" or self._majority(text) != self.group:
             return []
         return list(_whole_words(self.female if self.group == "female" else self.male, text))
@@ -96,19 +96,19 @@ class Length(Feature):
         if self.unit == "characters":
             return [float(len(text)) for text in batch.texts]
         if batch.completion_ids is None:
-            raise FeatureError(f"feature '{self.name}' counts token ids; pass completion_ids along with the texts")
+            raise FeatureError(f"feature '{self.name}' counts token ids; pass completion_ids with the texts")
         return [float(len(ids)) for ids in batch.completion_ids]
 
     def automaton(self) -> Automaton | None:
-        """The words so far; None for characters and tokens, whose number the position tells well enough."""
+        """The number of words so far; None for characters and tokens, which a guide knows from the position."""
         return WordCount() if self.unit == "words" else None
 
 
 @feature_kind("contains")
 def contains(phrase: str, ignore_case: bool = True) -> Pattern:
-    """1 where the text has this word or phrase, on word boundaries, else 0.
+    """1 where the text contains this word or phrase as whole words, else 0.
 
-    White space in the phrase stands for any white space. Raises UsageError for an empty phrase.
+    White space in the phrase matches any white space. Raises UsageError for an empty phrase.
     """
     phrase = _text("contains.phrase", phrase)
     name = f"contains '{_shortened(phrase)}'"
@@ -117,7 +117,7 @@ def contains(phrase: str, ignore_case: bool = True) -> Pattern:
 
 @feature_kind("wordlist")
 def wordlist(source: str | Path | Sequence[str], ignore_case: bool = True) -> Pattern:
-    """1 where the text has at least one word or phrase of a list, on word boundaries, else 0.
+    """1 where the text contains at least one word or phrase of a list as whole words, else 0.
 
     ``source`` is the name of a built-in list (see ``builtin_wordlists``), a UTF-8 file (one entry a line; blank lines
     and lines that start with ``#`` are skipped), or the entries themselves. Raises UsageError for an unknown name, a
@@ -142,7 +142,7 @@ def builtin_wordlists() -> list[str]:
 def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_all: bool = False) -> Pattern:
     """1 where this Python regular expression matches anywhere in the text, else 0.
 
-    The options are ``re.IGNORECASE``, ``re.MULTILINE`` and ``re.DOTALL``. Raises UsageError, with the position, for a
+    The options set ``re.IGNORECASE``, ``re.MULTILINE`` and ``re.DOTALL``. Raises UsageError, with the position, for a
     pattern that does not compile.
     """
     if not isinstance(pattern, str) or not pattern:
@@ -164,8 +164,7 @@ def regex(pattern: str, ignore_case: bool = False, multiline: bool = False, dot_
 def length(unit: str = "words") -> Length:
     """The length of the text in ``words`` (split at white space), ``characters`` (code points) or ``tokens``.
 
-    Tokens are counted in the completion's token ids as sampled, the end-of-sequence token included, so
-    ``completion_ids`` must be given. Raises UsageError for an unknown unit.
+    Tokens are the sampled ``completion_ids``, the end-of-sequence token included. Raises UsageError for another unit.
     """
     if unit not in UNITS:
         raise UsageError(f"length: unknown unit {unit!r}; {nearest(str(unit), UNITS)}")
@@ -174,11 +173,11 @@ def length(unit: str = "words") -> Length:
 
 @feature_kind("pronouns")
 def pronouns(group: str, possessives: bool = False) -> Pronouns:
-    """1 where the text is, by its pronouns, about women (``female``), about men (``male``) or ``neither``.
+    """1 where pronouns of the group ``female`` or ``male`` are in the majority; ``neither``: equal numbers.
 
-    Female: more of {she, her, herself} than of {he, him, himself}; male: the other way round; neither: as many of
-    both, or none (Korbak et al. 2022, arXiv 2206.00761, after Khalifa et al. 2021, arXiv 2012.11635). That counts the
-    possessive "her" but not "his"; ``possessives=True`` adds "hers" and "his". Raises UsageError for another group.
+    Female pronouns are {she, her, herself}, male ones {he, him, himself} (Korbak et al. 2022, arXiv 2206.00761, after
+    Khalifa et al. 2021, arXiv 2012.11635). The possessive "her" counts and "his" does not; ``possessives=True`` adds
+    "hers" and "his". Raises UsageError for another group.
     """
     if group not in GROUPS:
         raise UsageError(f"pronouns: unknown group {group!r}; {nearest(str(group), GROUPS)}")
@@ -200,9 +199,9 @@ def _pronouns(group: str, possessives: bool) -> tuple[str, ...]:
 def phrase_pattern(phrases: Iterable[str], ignore_case: bool) -> re.Pattern[str]:
     """One compiled pattern that matches any of these words or phrases, the longest first, between non-word characters.
 
-    Common beginnings are shared, so that the time to search hardly grows with the number of phrases.
+    Common prefixes are shared, so the search time hardly grows with the number of phrases.
     """
-    # A model may write é as one character or as e and an accent, and ' or ’; a list should not have to say so.
+    # A model may write é as one character or as e and an accent; a list needs only one form.
     forms = {unicodedata.normalize(form, phrase.strip()) for phrase in phrases for form in ("NFC", "NFD")}
     units = sorted(
         [r"\s+" if c.isspace() else APOSTROPHES if c in "'\u2019" else re.escape(c) for c in re.sub(r"\s+", " ", form)]
@@ -212,7 +211,7 @@ def phrase_pattern(phrases: Iterable[str], ignore_case: bool) -> re.Pattern[str]
 
 
 def _alternatives(phrases: list[list[str]]) -> str:
-    """A pattern for any of these sorted sequences of pattern units, as a tree of their common beginnings."""
+    """A pattern for any of these sorted sequences of pattern units, as a tree of their common prefixes."""
     ends = zip(phrases[0], phrases[-1], strict=False)
     shared = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]
     branches: dict[str, list[list[str]]] = {}
@@ -227,7 +226,7 @@ def _alternatives(phrases: list[list[str]]) -> str:
 
 
 def _whole_words(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
-    """Spans of the matches that no combining mark continues: for ``\\w`` an accent on its own ends a word."""
+    """Spans of the matches without a combining mark at either end, because ``\\w`` does not match such a mark."""
     for match in pattern.finditer(text):
         start, end = match.span()
         before, after = text[start - 1 : start], text[end : end + 1]
@@ -273,6 +272,7 @@ def _shortened(text: str) -> str:
 
 
 def _text(where: str, value: object) -> str:
+    """The stripped text. Raises UsageError for another type and for an empty text."""
     if not isinstance(value, str):
         raise UsageError(f"{where}: expected text, got {value!r} ({type(value).__name__}); put it in quotes")
     if not value.strip():

@@ -1,4 +1,4 @@
-"""Models of transformers that features read texts with: found, loaded once, and given texts of like length together."""
+"""Transformers models for features: loaded once, run on batches of texts of similar length."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CLASSIFICATION = "AutoModelForSequenceClassification"
 PAIR_READS = (*READS, "pair", "chat")
 EMBEDDED = Path(__file__).parents[1] / "lm" / "embedded_model"
-# A whole number of rows per text, as the tokenizer names them: input_ids, attention_mask, token_type_ids.
+# The tokenized text, by the tokenizer's names: input_ids, attention_mask, token_type_ids.
 Row = dict[str, list[int]]
-# What a feature takes of the outputs on a batch of B texts, [B, ...], given the inputs as tensors [B, T].
+# From the model's outputs on B texts and the inputs [B, T] to a tensor [B, ...].
 Head = Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that a feature reads texts with, as the run file states it; nothing is loaded before it is needed.
+    """The model of a feature, with its run-file settings. Its weights are loaded on first use.
 
-    ``feature`` is the key in the run file, for errors; ``auto_class`` the class of transformers that loads it. Raises
-    UsageError for settings that cannot be right, ModelError where there is no such model.
+    ``feature`` is the kind, for errors; ``auto_class`` is the transformers class that loads the model. Raises
+    UsageError for invalid settings, ModelError if the model does not exist.
     """
 
     feature: str
@@ -67,21 +67,23 @@ class TextModel:
         _device(where, self.device)
         positions = _positions(self.config)
         if self.max_length and positions and self.max_length > positions:
-            raise UsageError(f"{where}.max_length: {self.max_length} is more than the {positions} of '{name}'")
+            raise UsageError(
+                f"{where}.max_length: {self.max_length} is too long for '{name}'; give at most {positions} tokens"
+            )
 
     @property
     def short_name(self) -> str:
-        """The last part of its name, for names of features."""
+        """The last part of the model's name, for names of features."""
         return Path(self.name).name
 
     @property
     def config(self) -> PretrainedConfig:
-        """Its configuration, read without its weights. Raises ModelError."""
+        """The model's configuration. The weights are not loaded. Raises ModelError."""
         return _config(self.feature, self._source, self.revision, self.trust_remote_code)
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model with its tokenizer, shared by all that name the same. Raises ModelError."""
+        """The model with its tokenizer, shared by all features that name it. Raises ModelError."""
         device = str(_device(self.feature, self.device))
         with LOADING:
             return _load(
@@ -95,7 +97,7 @@ class TextModel:
             )
 
     def measure(self, batch: Batch, head: Head) -> Tensor:
-        """``head`` of the model's outputs on what it reads of each text: float64 [N, ...] on the CPU."""
+        """``head`` of the model's outputs on each input of the batch: float64 [N, ...] on the CPU."""
         return self.loaded.measure(self._rows(batch), self.batch_size, head)
 
     def _rows(self, batch: Batch) -> list[Row]:
@@ -103,20 +105,20 @@ class TextModel:
         if self.reads == "pair":
             return encode(prompt_texts(batch), list(batch.texts), max_length=self.max_length)
         if self.reads == "chat":
-            # A template writes the special tokens itself.
+            # The template adds the special tokens.
             chats = [self._chat(batch, row) for row in range(len(batch))]
             return encode(chats, max_length=self.max_length, add_special_tokens=False)
         return encode(input_texts(batch, self.reads), max_length=self.max_length)
 
     def _chat(self, batch: Batch, row: int) -> str:
-        """Prompt and completion as this model's tokenizer writes a chat."""
+        """Prompt and completion in the tokenizer's chat template. Raises ModelError if it has none."""
         given = batch.messages[row] if batch.messages is not None else None
-        asked = [{"role": "user", "content": prompt_texts(batch)[row]}] if given is None else list(given)
+        messages = [{"role": "user", "content": prompt_texts(batch)[row]}] if given is None else list(given)
         tokenizer = self.loaded.tokenizer
         if not tokenizer.chat_template:
             raise ModelError(f"{self.feature}: the tokenizer of '{self.name}' has no chat template; use reads: text")
         answer = {"role": "assistant", "content": batch.texts[row]}
-        return str(tokenizer.apply_chat_template([*asked, answer], tokenize=False))
+        return str(tokenizer.apply_chat_template([*messages, answer], tokenize=False))
 
     @property
     def _source(self) -> str:
@@ -135,14 +137,14 @@ class LoadedModel:
 
     @cached_property
     def start(self) -> int:
-        """The token that a text without any begins with."""
+        """The token that stands for a text without tokens."""
         tokenizer = self.tokenizer
         candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)
         return next((int(token) for token in candidates if token is not None), 0)
 
     @cached_property
     def max_tokens(self) -> int | None:
-        """As many tokens as it can read; None where neither model nor tokenizer says."""
+        """The length limit in tokens; None if neither model nor tokenizer has one."""
         limits = [limit for limit in (self.tokenizer.model_max_length, _positions(self.model.config)) if limit]
         most = min(limits, default=None)
         return None if most is None or most > 10**9 else int(most)
@@ -155,7 +157,7 @@ class LoadedModel:
         max_length: int | None = None,
         add_special_tokens: bool = True,
     ) -> list[Row]:
-        """Token ids and what goes with them, a row per text, no longer than the model can read."""
+        """One tokenized row per text, cut at ``max_length`` and at the model's limit."""
         if not texts:
             return []
         longest = min((limit for limit in (max_length, self.max_tokens) if limit is not None), default=None)
@@ -170,9 +172,9 @@ class LoadedModel:
         return [row if row["input_ids"] else {"input_ids": [self.start], "attention_mask": [1]} for row in rows]
 
     def measure(self, rows: Sequence[Row], batch_size: int, head: Head) -> Tensor:
-        """``head`` of the outputs on batches of rows of like length, in the order of the rows: float64 [N, ...].
+        """``head`` of the outputs, in the order of the rows: float64 [N, ...]. Batches hold rows of similar length.
 
-        What a row has beyond the model's arguments is for the head alone.
+        Entries of a row that the model does not accept go to the head only.
         """
         known = inspect.signature(self.model.forward).parameters
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
@@ -202,7 +204,7 @@ class LoadedModel:
 
     @cached_property
     def pad(self) -> int:
-        """The id that the model itself takes for padding."""
+        """The id of the model's padding token."""
         return int(self.model.config.get_text_config().pad_token_id)
 
 
@@ -212,7 +214,7 @@ def _positions(config: PretrainedConfig) -> int | None:
 
 
 def _device(feature: str, device: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
+    """The device; ``auto`` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a missing device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
@@ -224,7 +226,7 @@ def _device(feature: str, device: str) -> torch.device:
     return found
 
 
-# Features are measured in more than one thread, and a model must not be loaded twice.
+# Several threads measure features, and no model may be loaded twice.
 LOADING = threading.RLock()
 
 
@@ -259,18 +261,16 @@ def _load(
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are told below, and not in the log alone
+            ignore_mismatched_sizes=True,  # reported below, not only in the log
             **options,
         )
         for key, stored, wanted in sorted(info["mismatched_keys"]):
-            raise ValueError(
-                f"its weight {key} has shape {tuple(stored)}, but its config.json asks for {tuple(wanted)}"
-            )
-        # transformers would fill them with random numbers and go on. A pooler is not read where there is no head.
+            raise ValueError(f"its weight {key} has shape {tuple(stored)}, but config.json gives {tuple(wanted)}")
+        # transformers initializes missing weights at random. Without a head, the pooler is not used.
         headless = auto_class == "AutoModel"
         missing = sorted(key for key in info["missing_keys"] if not (headless and key.startswith("pooler.")))
         if missing:
-            raise ValueError(f"{len(missing)} of the weights of {type(model).__name__} are not in it ({missing[0]}, …)")
+            raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing ({missing[0]}, …)")
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:
         spare = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -280,7 +280,7 @@ def _load(
 
 @contextlib.contextmanager
 def _explained(feature: str, source: str) -> Iterator[None]:
-    """Turn whatever transformers, tokenizers or safetensors say of a missing or broken model into one ModelError."""
+    """Turn any error of transformers, tokenizers or safetensors about a missing or broken model into a ModelError."""
     try:
         yield
     except (ModelError, UsageError):
@@ -290,7 +290,7 @@ def _explained(feature: str, source: str) -> Iterator[None]:
         if not Path(source).exists() and (source.count("/") > 1 or source.startswith((".", "~", "/"))):
             reason = "there is no such folder"
         if "trust_remote_code" in str(error):
-            reason = "it comes with code of its own, which runs with trust_remote_code: true"
+            reason = "the model has its own code, which runs only with trust_remote_code: true"
         raise ModelError(
             f"{feature}.model: no such model could be loaded from '{source}' ({where}): {reason}. "
             f"Give a folder saved by save_pretrained (safetensors and tokenizer), or a hub name."

@@ -1,4 +1,4 @@
-"""How likely another language model finds a text, per token."""
+"""The perplexity of a text under another language model."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def perplexity(
 ) -> Perplexity:
     """The perplexity of the completion under a causal language model: exp of minus the mean log-probability of a token.
 
-    ``value="logprob"`` gives that mean itself, in nats, which has no heavy tail. The completion follows the model's
-    start token, or with ``reads="text"`` that and the prompt; only the tokens of the completion are scored. Where it
-    is empty, its end is. Tokens past ``max_length`` are left out, first the earliest of the prompt. ``model`` may be
-    ``embedded``; the other settings are those of ``classifier``. Raises ModelError where there is no such model,
-    UsageError for settings that cannot be right.
+    ``value="logprob"`` is the mean itself, in nats; it has no heavy tail. The completion follows the start token and,
+    with ``reads="text"``, the prompt. Only the tokens of the completion are scored; of an empty one, the end
+    token. Beyond ``max_length`` tokens, the first tokens of the prompt are dropped, then the last ones of the
+    completion. ``model`` may be ``embedded``; the other settings are those of ``classifier``. Raises ModelError if the
+    model cannot be loaded, UsageError for invalid settings.
     """
     if value not in VALUES:
         raise UsageError(f"perplexity.value: {value!r} is not known; {nearest(str(value), VALUES)}")

@@ -1,4 +1,4 @@
-"""Features from their form in a run file, and back."""
+"""Features from their run-file form, and back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OBJECT = "object"
 
 
 def build_feature(spec: FeatureSpec) -> Feature:
-    """The feature that a spec describes.
+    """The feature of a spec.
 
-    ``{contains: amazing}`` or the short form ``contains:amazing`` gives the first argument of the function of that
-    name; further ones stand beside it or in a mapping, ``{contains: {phrase: amazing, ignore_case: false}}``; ``name``
-    beside it renames. ``all``, ``any`` and ``not`` hold specs, ``threshold`` holds ``{feature, at, op}``. A Feature is
-    returned as it is, a Python function becomes one. Raises UsageError for anything else.
+    ``{contains: amazing}``, or ``contains:amazing`` for short, gives the first argument of the kind's function. Others
+    stand beside it or in a mapping: ``{contains: {phrase: amazing, ignore_case: false}}``. ``name`` renames the
+    feature. ``all``, ``any`` and ``not`` hold specs; ``threshold`` holds ``{feature, at, op}``. A Feature is
+    returned unchanged; a Python function becomes a feature. Raises UsageError for anything else.
     """
     if isinstance(spec, Feature):
         return spec
@@ -35,9 +35,9 @@ def build_feature(spec: FeatureSpec) -> Feature:
         raise UsageError(f"feature: expected a mapping such as {{contains: amazing}}, got {spec!r}")
     if OBJECT in spec:
         raise UsageError(
-            f"feature: '{spec[OBJECT]}' was given in Python as an object that no run file can name (a lambda, a "
-            f"function of __main__ or of a notebook, an object of a class of your own). Tune with a function that a "
-            f"module defines, or hand it over again in Python: tiltlm.app.load.load_run(run_dir, features=[...])"
+            f"feature: '{spec[OBJECT]}' was given in Python and has no run-file form (it is a lambda, a function of "
+            f"__main__ or of a notebook, or an object of your own class). Tune with a function that a module defines, "
+            f"or pass the feature again in Python: tiltlm.app.load.load_run(run_dir, features=[...])"
         )
     # The key `threshold` beside a classifier is its option, not a kind.
     options_of = {
@@ -103,7 +103,7 @@ def _loadable_form(spec: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def kinds() -> tuple[str, ...]:
-    """All names that a run file may use, those of third parties included."""
+    """The names of all kinds in a run file, registered ones and combinators."""
     return (*FEATURE_KINDS, *COMBINATORS)
 
 
@@ -140,7 +140,7 @@ def _build(kind: str, argument: Any, options: dict[str, Any]) -> Feature:
 
 
 def _call(kind: str, function: Callable[..., Feature], arguments: dict[str, Any]) -> Feature:
-    """The function called with these keywords, once they are known to fit its signature."""
+    """The result of the function. Raises UsageError if the arguments do not fit its signature."""
     parameters = inspect.signature(function).parameters
     _reject_unknown(kind, arguments, tuple(parameters))
     for parameter in parameters.values():

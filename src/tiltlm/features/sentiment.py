@@ -1,4 +1,4 @@
-"""Sentiment by VADER, a lexicon and a handful of rules: fast, deterministic, no model."""
+"""Sentiment by VADER: a lexicon and a few rules, fast and deterministic, without a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tiltlm.features.kinds import feature_kind
 
 KINDS = ("positive", "negative", "compound")
 CLEAR = 0.05
-# Valences are summed in halves. A text is as good as decided when they lead by so many.
+# The automaton counts valences in units of 1/2, up to ±8 units. Larger sums are rare.
 HALVES, MAX_HALVES = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentiment(Feature):
-    """VADER's compound score in [-1, 1], or whether it is clearly positive or clearly negative."""
+    """VADER's compound score in [-1, 1], or 1 where the score is positive or negative enough."""
 
     kind: str
 
@@ -34,7 +34,7 @@ class Sentiment(Feature):
         return scores
 
     def automaton(self) -> Automaton:
-        """The sum of the words' valences, roughly: of VADER's rules negation is kept; the same for all kinds."""
+        """The rounded sum of the words' valences, with VADER's rule for negation only; the same for all kinds."""
         return _valences()
 
 
@@ -71,5 +71,5 @@ def _valences() -> WordSum:
 
 
 def _is_word(entry: str) -> bool:
-    """Not an emoticon, and so long that VADER looks for it without the punctuation around it."""
+    """Whether VADER strips punctuation around the entry: it has over two characters and is no emoticon."""
     return len(entry) > 2 and entry.strip("-'") == entry and all(c.isalnum() or c in "-'" for c in entry)

@@ -1,4 +1,4 @@
-"""How close a text is to given ones, by a sentence embedding model."""
+"""The similarity of a text to given texts, by a sentence embedding model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiltlm.features.models import TextModel
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity(Feature):
-    """The largest cosine of the angle between a text's embedding and those of ``to``."""
+    """The largest cosine similarity between a text's embedding and those of ``to``."""
 
     model: TextModel
     to: tuple[str, ...]
@@ -41,11 +41,11 @@ def similarity(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Similarity:
-    """The cosine similarity in [-1, 1] to a text, or to the closest of several, by a sentence embedding model.
+    """The cosine similarity in [-1, 1] to a text, or to the most similar of several, by a sentence embedding model.
 
-    The embedding is the mean of the last hidden states of ``AutoModel`` over the tokens that are no padding (Reimers
-    and Gurevych, EMNLP 2019). It ``reads`` the ``completion`` or the whole ``text``; the other settings are those of
-    ``classifier``. Raises ModelError where there is no such model, UsageError for settings that cannot be right.
+    The embedding is the mean of the last hidden states of ``AutoModel`` over the tokens without padding (Reimers and
+    Gurevych, EMNLP 2019). It ``reads`` the ``completion`` or the whole ``text``. The other settings are those of
+    ``classifier``. Raises ModelError if the model cannot be loaded, UsageError for invalid settings.
     """
     texts = [to] if isinstance(to, str) else to
     fine = isinstance(texts, Sequence) and all(isinstance(text, str) and text.strip() for text in texts)
@@ -60,7 +60,7 @@ def similarity(
 
 
 def mean_embedding(outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The mean of the hidden states [B, T, H] over the tokens that are no padding, of length one: [B, H]."""
+    """The mean of the hidden states [B, T, H] over the tokens without padding, scaled to length 1: [B, H]."""
     mask = inputs["attention_mask"].unsqueeze(-1).float()
     mean = (outputs.last_hidden_state.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
     unit: Tensor = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
