@@ -1,9 +1,8 @@
-"""What a study's rows come to: means, differences, tables, figures and the page, by hand-made rows."""
+"""Means, differences, tables, figures and the page of a study, from hand-made rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from scipy import stats
 
+from synthetic_run import write_synthetic_run
 from tiltlm.errors import UsageError
 from tiltlm.reports.summary import Measured
-from tiltlm.runs.directory import RunDirectory
 from tiltlm.study.of_runs import study_of_runs
 from tiltlm.study.record import Entry, Method, Row, Study, StudyDirectory, Task
 from tiltlm.study.report.drawing import StudyFigure, styles
@@ -199,8 +198,8 @@ def test_unknown_numbers_are_empty_cells(tmp_path: Path) -> None:
     assert (tmp_path / "r.csv").read_text().splitlines()[1] == '"a, b",m,0,1,2,kl_p_pi,,0.5'
 
 
-def test_runs_become_rows_from_base_to_end(make_run: Callable[..., RunDirectory]) -> None:
-    run = make_run()
+def test_runs_become_rows_from_base_to_end(tmp_path: Path) -> None:
+    run = write_synthetic_run(tmp_path / "parity")
     study = study_of_runs([run.path])
     kl = [row for row in study.rows if row.metric == "kl_p_pi"]
     assert [row.sequences for row in kl[:2]] == [0, 8192]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tiltlm.runs.directory import RunDirectory
 
@@ -192,13 +189,3 @@ def write_synthetic_run(
     run.write_samples(records)
     run.mark_done(evaluation=evaluations)
     return run
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
-    """Writes a synthetic run into the test's own folder."""
-
-    def make(name: str = "parity", **choices: Any) -> RunDirectory:
-        return write_synthetic_run(tmp_path / name, **choices)
-
-    return make
