@@ -1,4 +1,4 @@
-"""A synthetic run directory: what a parity run on the embedded model leaves behind, made without any model."""
+"""A synthetic run directory, like that of a parity run on the embedded model, made without any model."""
 
 from __future__ import annotations
 

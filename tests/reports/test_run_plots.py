@@ -1,4 +1,4 @@
-"""Plots say what the numbers say: the right axis, whole SVG elements, and nothing that leaks out of them."""
+"""Plots: axes that fit the numbers, and whole SVG elements that do not affect the rest of the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drawn(points: list[Point], **choices: float | None) -> Plot:
 
 
 def tick_values(plot: Plot) -> list[float]:
-    """The labels of the y axis, which are the texts aligned to their ends."""
+    """The labels of the y axis, which are the right-aligned texts."""
     labels = re.findall(r"<text[^>]*text-anchor: end[^>]*>([^<]*)</text>", plot.svg)
     return [float(label.replace("−", "-")) for label in labels]
 
@@ -34,7 +34,7 @@ def test_an_early_spike_is_cut_off_and_counted() -> None:
     assert drawn(decay(60), floor=0.0).note == ""
 
 
-def test_where_the_run_ended_is_never_cut_off() -> None:
+def test_the_end_of_the_run_is_never_cut_off() -> None:
     points = decay(60)
     points[-8:] = [Point(point.sequences, 70.0, 1.0) for point in points[-8:]]
     plot = drawn(points, floor=0.0)
@@ -49,14 +49,14 @@ def test_levels_and_end_points_fit_the_axis() -> None:
     assert max(tick_values(plot)) >= 4
 
 
-def test_the_axis_keeps_to_its_bounds_unless_estimates_do_not() -> None:
+def test_the_axis_stays_within_its_bounds_unless_estimates_exceed_them() -> None:
     assert min(tick_values(drawn(decay(30, se=0.2), floor=0.0))) == 0
     assert max(tick_values(drawn(decay(30, start=0.99, end=0.98, se=0.2), floor=0.0, ceiling=1.0))) == 1
     negative = [Point(point.sequences, point.value - 0.1, 0.01) for point in decay(30)]
     assert min(tick_values(drawn(negative, floor=0.0))) < 0
 
 
-def test_what_is_not_finite_is_left_out() -> None:
+def test_values_that_are_not_finite_are_omitted() -> None:
     assert line_plot("test", "a test", [Series(0, [Point(1, math.nan, math.nan)])]) is None
     assert line_plot("test", "a test", []) is None
     points = [Point(1, 0.5, math.nan), Point(2, math.nan, 0.1), Point(3, 0.6, math.inf)]
@@ -100,7 +100,7 @@ def test_the_svg_is_one_element_with_ids_of_its_own() -> None:
         assert set(used) <= own
 
 
-def test_the_svg_takes_its_colours_from_the_page_and_nothing_from_elsewhere() -> None:
+def test_the_svg_uses_the_colours_of_the_page_and_loads_nothing() -> None:
     svg = drawn(decay(20)).svg
     assert "var(--series-0)" in svg
     assert "var(--quiet)" in svg
@@ -114,7 +114,7 @@ def test_the_same_numbers_give_the_same_bytes() -> None:
     assert drawn(decay(20)).svg == drawn(decay(20)).svg
 
 
-def test_series_that_share_a_level_take_turns_on_its_dashes() -> None:
+def test_dashes_of_series_that_share_a_level_alternate() -> None:
     together = [Series(0, decay(20), level=0.1), Series(1, decay(20, end=0.1), level=0.1)]
     apart = [Series(0, decay(20), level=0.1), Series(1, decay(20, end=0.1), level=0.15)]
     dashes = []

@@ -1,4 +1,4 @@
-"""The report: complete in every state of a run, and harmless whatever a model has written."""
+"""The report: complete in every state of a run, and safe with any text that a model writes."""
 
 from __future__ import annotations
 
@@ -74,16 +74,17 @@ def hostile_page(make_run: MakeRun) -> str:
     return page_of(run)
 
 
-def test_a_finished_run_shows_everything_that_was_promised(make_run: MakeRun) -> None:
+def test_a_finished_run_shows_its_figures_and_texts(make_run: MakeRun) -> None:
     page = page_of(make_run())
     words = Reader(page).words
     for expected in (
         "Both goals are met.",
-        "Wanted: a mean of 0.235 for “female” and 0.235 for “male”; everything else as the base model writes it.",
+        "Target: a mean of 0.235 for “female” and 0.235 for “male”; otherwise as close to the base model as possible.",
         "within two standard errors of it, or within 0.03 and nearer to it than to the base",
-        "Line and band: the batches of training, ± two standard errors. Ring: the base. Dot and bar: the evaluation",
+        "Line and band: training batches ± two standard errors. Ring: base. Dot and bar: evaluation",
         "0.032 ± 0.004",
-        "from 0.192 ± 0.005 at the start",
+        "the base has 0.192 ± 0.005",
+        "from 0 (equal) to 1; the base has 0.271 ± 0.006",
         "0.159 ± 0.004",
         "1,893 ± 14",
         "23,552",
@@ -100,7 +101,7 @@ def test_a_finished_run_shows_everything_that_was_promised(make_run: MakeRun) ->
     assert "2 of 60 points lie above the axis" in words
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(make_run: MakeRun) -> None:
+def test_the_page_is_well_formed_and_self_contained(make_run: MakeRun) -> None:
     page = page_of(make_run())
     reader = Reader(page)
     assert reader.open == []
@@ -122,15 +123,15 @@ def test_evidence_is_marked_in_its_features_colour(make_run: MakeRun) -> None:
     )
 
 
-def test_steps_that_draw_nothing_are_spread_over_what_they_train_on() -> None:
+def test_steps_that_draw_nothing_are_placed_evenly_over_the_samples_they_train_on() -> None:
     steps = [{"sequences": drawn} for drawn in (800, 800, 800, 800, 900, 1000, 1000)]
     assert positions(steps) == [200, 400, 600, 800, 900, 950, 1000]
-    assert "are spread over these" in how_to_read([], summarize({}, []), steps)
-    assert "spread" not in how_to_read([], summarize({}, []), steps[3:6])
+    assert "are placed evenly over them" in how_to_read([], summarize({}, []), steps)
+    assert "placed" not in how_to_read([], summarize({}, []), steps[3:6])
     assert positions([{"sequences": 5}, {}, {"sequences": 9}, {"sequences": 9}])[2:] == [7, 9]
 
 
-def test_a_text_of_the_base_has_no_probability_under_a_model_that_was_not_there_yet(make_run: MakeRun) -> None:
+def test_a_text_of_the_base_shows_no_probability_under_the_tuned_model(make_run: MakeRun) -> None:
     run = make_run()
     record = {"prompt": None, "features": {}, "evidence": [], "base_logprob": -7.0, "policy_logprob": -7.5}
     run.write_samples([record | {"model": "base", "text": "one"}, record | {"model": "policy", "text": "two"}])
@@ -166,7 +167,7 @@ def test_unevaluated_failed_and_empty_runs_have_a_report(make_run: MakeRun, tmp_
     assert "Not evaluated yet." in words
     assert "interrupted at step 23 of 60" in words
     assert "--resume" in words
-    assert "the tuned model’s figures are from training step 23" in words
+    assert "The tuned model’s figures are from training step 23" in words
     assert "✓ met" not in words
     assert "✗ not met" not in words
     run.mark_failed(ArithmeticError("the loss is NaN"))
@@ -207,7 +208,7 @@ def test_a_record_with_gaps_is_no_error(make_run: MakeRun) -> None:
     assert "nan" not in Reader(page_of(run)).words.lower().split()
 
 
-def test_hostile_text_is_escaped_wherever_it_can_stand(make_run: MakeRun) -> None:
+def test_hostile_text_is_escaped_everywhere(make_run: MakeRun) -> None:
     page = hostile_page(make_run)
     reader = Reader(page)
     assert reader.open == []
@@ -219,13 +220,13 @@ def test_hostile_text_is_escaped_wherever_it_can_stand(make_run: MakeRun) -> Non
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the report with")
-def test_a_browser_runs_nothing_of_what_a_model_wrote(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_browser_runs_no_script_of_a_model(make_run: MakeRun, tmp_path: Path) -> None:
     page = hostile_page(make_run)
-    # The page also forbids scripts to the browser. Escaping must be enough without that second lock.
+    # The page's policy forbids scripts too. Escaping must suffice without it.
     unlocked, found = re.subn(r"<meta http-equiv[^>]*>", "", page)
     assert found == 1
     assert "<title>parity · tiltlm report</title>" in browser_dom(unlocked, tmp_path / "unlocked")
-    # The same words unescaped are run by an unlocked page, so this test can fail; the locked page stops even those.
+    # Unescaped, the same text runs without the policy, so this test can fail; the policy stops it.
     raw = f"<main>{HOSTILE[0]}"
     assert "<title>owned</title>" in browser_dom(unlocked.replace("<main>", raw, 1), tmp_path / "raw")
     assert "<title>owned</title>" not in browser_dom(page.replace("<main>", raw, 1), tmp_path / "locked")

@@ -1,4 +1,4 @@
-"""What a report concludes from a run's record, and how it cuts texts at their evidence."""
+"""The summary of a run's record, and texts cut at their evidence."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_met_is_within_three_hundredths_or_two_standard_errors(value: Any, se: A
         (None, None, "–"),
     ],
 )
-def test_an_estimate_shows_as_many_decimals_as_its_error_deserves(value: Any, se: Any, text: str) -> None:
+def test_an_estimate_shows_as_many_decimals_as_its_error_supports(value: Any, se: Any, text: str) -> None:
     assert str(Measured.read(estimate(value, se))) == text
 
 
@@ -76,7 +76,7 @@ def test_verdict_counts_moments_and_filters_but_no_rewards() -> None:
     assert half.verdict == "1 of 2 goals are met."
     assert half.features[1].goal == 1.0
     assert summarize(record_of(("female", "moment", 0.5, 0.3)), []).verdict == "The goal is not met."
-    assert summarize(record_of(("calm", "reward", None, 0.3)), []).verdict == "The model was tilted; no goal was set."
+    assert summarize(record_of(("calm", "reward", None, 0.3)), []).verdict == "No goals: the target is a reward tilt."
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_the_verdict_is_a_sentence(means: tuple[float, ...], verdict: str) -> No
 @pytest.mark.parametrize(
     ("base", "value", "se", "met"),
     [
-        # A goal of 0.02 is within 0.03 of a base that never writes it.
+        # A goal of 0.02 is within 0.03 of a base whose mean is 0.
         (0.001, 0.002, 0.001, False),
         (0.001, 0.018, 0.001, True),
         (0.001, 0.018, 0.004, True),
-        # A moment that was to stay where it is has stayed.
+        # A moment whose goal is the base's value has not changed.
         (0.021, 0.022, 0.001, True),
         (None, 0.002, 0.001, True),
     ],
@@ -117,20 +117,20 @@ def test_the_distance_to_the_goal_has_a_sign() -> None:
     assert [feature.off_text for feature in features.features] == ["−0.020", "+0.030", ""]
 
 
-def test_the_statement_names_filters_moments_and_rewards() -> None:
+def test_the_target_in_words_names_filters_moments_and_rewards() -> None:
     record = record_of(
         ("sports", "filter", None, 1.0),
         ("a", "moment", 0.5, 0.5),
         ("b", "moment", 0.25, 0.3),
         ("calm", "reward", None, 0),
     )
-    assert summarize(record, []).wanted == (
-        "Wanted: only texts with “sports”; a mean of 0.5 for “a” and 0.25 for “b”; a tilt by the reward “calm”; "
-        "everything else as the base model writes it."
+    assert summarize(record, []).target == (
+        "Target: only texts with “sports”; a mean of 0.5 for “a” and 0.25 for “b”; a tilt by the reward “calm”; "
+        "otherwise as close to the base model as possible."
     )
 
 
-def test_without_evaluation_the_last_step_speaks_and_nothing_is_judged() -> None:
+def test_without_evaluation_figures_are_those_of_the_last_step_and_no_goal_is_judged() -> None:
     record = record_of(("female", "moment", 0.5, 0.5))
     del record["evaluation"]
     summary = summarize(
@@ -152,7 +152,7 @@ SPANS = st.lists(st.tuples(st.integers(-3, 30), st.integers(-3, 30), st.sampled_
 
 
 @given(text=st.text(max_size=25), spans=SPANS)
-def test_segments_are_the_text_and_know_what_covers_each_character(
+def test_segments_join_to_the_text_and_name_the_features_of_each_character(
     text: str, spans: list[tuple[int, int, str]]
 ) -> None:
     evidence = [{"feature": feature, "start": start, "end": end} for start, end, feature in spans]
@@ -163,7 +163,7 @@ def test_segments_are_the_text_and_know_what_covers_each_character(
         assert names == {feature for start, end, feature in spans if start <= position < end}
 
 
-def test_samples_pair_up_in_order_and_the_shorter_side_runs_out() -> None:
+def test_samples_pair_up_in_order_until_the_shorter_side_ends() -> None:
     records = [{"model": model, "text": f"{model} {i}"} for model, n in (("policy", 5), ("base", 2)) for i in range(n)]
     pairs = pair_samples(records, most=3)
     assert [pair.policy.segments[0].text for pair in pairs if pair.policy] == ["policy 0", "policy 1", "policy 2"]

@@ -34,7 +34,7 @@ class Chart:
 
 
 def moment_charts(summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Shares together, a few in a plot; a feature with another scale has its own plot."""
+    """Features in [0, 1] share plots, a few in each; a feature with another scale has its own plot."""
     shares = [feature for feature in summary.features if feature.in_unit_interval]
     groups = [shares[start : start + _MOMENTS_PER_PLOT] for start in range(0, len(shares), _MOMENTS_PER_PLOT)]
     groups += [[feature] for feature in summary.features if not feature.in_unit_interval]
@@ -48,9 +48,8 @@ def moment_charts(summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> lis
         legend = [Legend(one.index % PALETTE_SIZE, one.name, one.aim_text) for one in group]
         alone = len(group) == 1 and len(groups) > 1
         title = f"{group[0].name} over training" if alone else "Moments over training"
-        charts.append(
-            Chart(title, "The mean under the policy as it was being tuned. Dashed: where it should be.", plot, legend)
-        )
+        dashed = "the mean under p" if group[0].goal is None else "the goal"
+        charts.append(Chart(title, f"The mean under the policy during training. Dashed: {dashed}.", plot, legend))
     return charts
 
 
@@ -67,13 +66,13 @@ def _moment_series(feature: FeatureSummary, summary: Summary, metrics: Sequence[
 def how_to_read(charts: Sequence[Chart], summary: Summary, metrics: Sequence[Mapping[str, Any]]) -> str:
     """What the marks in all charts mean, in words."""
     averaged = max((chart.plot.averaged for chart in charts), default=1)
-    line = f"means over {averaged} batches" if averaged > 1 else "the batches"
-    parts = [f"Line and band: {line} of training, ± two standard errors. Ring: the base."]
+    line = f"means over {averaged} training batches" if averaged > 1 else "training batches"
+    parts = [f"Line and band: {line} ± two standard errors. Ring: base."]
     if summary.evaluated:
-        parts.append("Dot and bar: the evaluation on fresh samples, ± two standard errors.")
+        parts.append("Dot and bar: evaluation on fresh samples ± two standard errors.")
     counts = [record.get("sequences") for record in metrics]
     if any(one == other is not None for one, other in pairwise(counts)):
-        parts.append("Steps that train on sequences drawn before, such as those of the fit, are spread over these.")
+        parts.append("Steps that train on earlier sequences, e.g. those of the fit, are placed evenly over them.")
     return " ".join(parts)
 
 
@@ -86,7 +85,7 @@ def distance_charts(
     """
     apart = summary.start.value
     apart_text = f"KL(p‖a) = {summary.start}" if summary.start.known else "KL(p‖a)"
-    whole = f" Dashed: the whole batch of {batch_size:.0f}." if math.isfinite(batch_size) else ""
+    whole = f" Dashed: the batch size, {batch_size:.0f}." if math.isfinite(batch_size) else ""
 
     def end(measured: Measured) -> Point | None:
         return _end(summary, metrics, measured)
@@ -94,22 +93,22 @@ def distance_charts(
     charts = [
         _distance_chart(
             "kl-p-pi",
-            "KL(p‖π): still to go",
-            f"From the target to the policy, in nats. Dashed: {apart_text}, where it began.",
+            "KL(p‖π): from target to policy",
+            f"Nats per text; 0 if policy and target are equal. Dashed: {apart_text}, the value of the base.",
             "nats",
             Series(ACCENT, _points(metrics, "kl_p_pi"), level=apart, start=apart, end=end(summary.kl_p_pi)),
         ),
         _distance_chart(
             "kl-pi-a",
-            "KL(π‖a): gone so far",
-            f"From the policy to the base, in nats. Dashed: {apart_text}, the target’s own distance from the base.",
+            "KL(π‖a): from policy to base",
+            f"Nats per text; 0 at the start. Dashed: {apart_text}, the value of the target.",
             "nats",
             Series(ACCENT, _points(metrics, "kl_pi_a"), level=apart, start=0.0, end=end(summary.kl_pi_a)),
         ),
         _distance_chart(
             "tv-p-pi",
             "TV(p, π): total variation",
-            "The probability that policy and target place differently: 0 when equal, 1 when disjoint.",
+            "0 if policy and target are equal, 1 if they have no text in common.",
             "total variation",
             Series(
                 ACCENT,
@@ -122,7 +121,7 @@ def distance_charts(
         _distance_chart(
             "ess",
             "ESS: effective sample size",
-            f"How many of a step’s sequences count towards the target after weighting by p/q.{whole}",
+            f"The number of samples of p that a step’s sequences, weighted by p/q, are equivalent to.{whole}",
             "sequences",
             Series(ACCENT, _points(metrics, "ess"), level=batch_size),
         ),
@@ -150,10 +149,9 @@ def _points(metrics: Sequence[Mapping[str, Any]], *keys: str) -> list[Point]:
 
 
 def positions(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The place of each step on the axis of sequences drawn.
+    """The position of each step on the axis of sequences drawn.
 
-    Steps that draw nothing would share one place. They train on earlier samples in order, so they are placed evenly
-    over these.
+    Steps that draw nothing train on earlier samples in order, so they are placed evenly over these samples.
     """
     placed, before = [], 0.0
     for drawn, group in groupby(Measured.read(record.get("sequences")).value for record in metrics):

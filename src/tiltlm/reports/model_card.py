@@ -11,7 +11,7 @@ from tiltlm.reports.summary import prompts_in_words
 
 # Without the guide file, the saved weights define a different distribution from the one that was measured.
 KEPT_GUIDE = """These figures are of the weights **together with `guide.safetensors`**, which reweights each next token.
-tiltlm loads it with them; in transformers pass it to every `generate`:
+tiltlm loads both; in transformers, pass the guide to every `generate`:
 
 ```python
 from tiltlm.lm import Guide, GuideProcessor
@@ -35,8 +35,8 @@ def model_card(
         goal = "" if feature["goal"] is None else f"{feature['goal']:g}"
         name, tuned = feature["name"], _estimate(evaluation["moments"][feature["name"]])
         rows.append(f"| {_cell(name)} | {feature['kind']} | {goal} | {_estimate(feature['base'])} | {tuned} |")
-    asked = prompts_in_words(evaluation)
-    where = f" on {asked}" if asked else ""
+    prompts = prompts_in_words(evaluation)
+    where = f" on {prompts}" if prompts else ""
     adapter = "peft" if config.get("peft") else "transformers"
     kept = KEPT_GUIDE if keeps_guide else ""
     return f"""---
@@ -44,7 +44,7 @@ library_name: {adapter}
 tags: [tiltlm, distribution-matching]
 ---
 
-# {_cell(base)}, tuned toward a stated distribution
+# {_cell(base)}, tuned toward a target distribution
 
 Tuned by [tiltlm](https://pypi.org/project/tiltlm/). The licence of the base model applies to these weights.
 
@@ -52,9 +52,9 @@ Tuned by [tiltlm](https://pypi.org/project/tiltlm/). The licence of the base mod
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-KL(p‖π) {_estimate(evaluation["kl_p_pi"])} (base: {_estimate(target["kl_p_a"])}) and KL(π‖a)
-{_estimate(evaluation["kl_pi_a"])}, both in nats per sequence, on {evaluation["samples"]:,} fresh samples{where}.
-Each figure has its standard error.
+KL(p‖π) is {_estimate(evaluation["kl_p_pi"])} (base: {_estimate(target["kl_p_a"])}) and KL(π‖a) is
+{_estimate(evaluation["kl_pi_a"])}, in nats per text, measured on {evaluation["samples"]:,} fresh samples{where}.
+p is the target, π the tuned model, a the base. Means and divergences are ± one standard error.
 
 {kept}```yaml
 {yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).strip()}

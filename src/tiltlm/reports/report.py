@@ -31,11 +31,11 @@ _PHASES = {
 }
 
 _PRESERVED = {
-    "entropy": ("Entropy", "nats per text; falls when the model narrows"),
-    "distinct_1": ("Distinct-1", "share of different tokens within a text; falls when it repeats itself"),
-    "distinct_1_corpus": ("Distinct-1, all texts", "share of different tokens over all texts together"),
-    "self_bleu_5": ("Self-BLEU-5", "likeness of the texts to each other; rises when they become alike"),
-    "perplexity_base": ("Perplexity under the base", "per token; rises when the base finds the texts odd"),
+    "entropy": ("Entropy", "nats per text; falls when texts become less varied"),
+    "distinct_1": ("Distinct-1", "share of distinct tokens in a text; falls when texts repeat themselves"),
+    "distinct_1_corpus": ("Distinct-1, all texts", "share of distinct tokens in all texts together"),
+    "self_bleu_5": ("Self-BLEU-5", "similarity of the texts to each other, from 0 to 1; rises when they become alike"),
+    "perplexity_base": ("Perplexity under the base", "per token; rises when texts become less likely under the base"),
 }
 
 
@@ -82,7 +82,7 @@ class PromptRow:
 
 
 def write_report(run_dir: str | Path | RunDirectory) -> Path:
-    """Write ``report.html`` into a run directory, whatever state the run is in, and return its path.
+    """Write ``report.html`` into the directory of a run in any state, and return its path.
 
     Raises UsageError without a run, CheckpointError if its files are broken or the report cannot be written.
     """
@@ -96,7 +96,7 @@ def write_report(run_dir: str | Path | RunDirectory) -> Path:
 def render_report(
     name: str, run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The report's HTML from what a run directory holds: its name, run.json, metrics.jsonl and samples.jsonl."""
+    """The report's HTML from the directory's name and the contents of run.json, metrics.jsonl and samples.jsonl."""
     import yaml
 
     summary = summarize(run, metrics)
@@ -198,7 +198,7 @@ def _phases(metrics: Sequence[Mapping[str, Any]], total: float) -> list[Phase]:
     named = {_PHASES.get(phase, phase): spent for phase, spent in seconds.items() if spent > 0}
     rest = total - sum(named.values()) if math.isfinite(total) else 0.0
     if rest > 0:
-        named["estimating, saving"] = rest
+        named["estimates and saving"] = rest
     whole = sum(named.values())
     return [Phase(phase, spent, 100 * spent / whole) for phase, spent in named.items()]
 

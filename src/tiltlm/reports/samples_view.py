@@ -1,4 +1,4 @@
-"""Sampled texts in a report: base and tuned side by side, split where a feature's evidence begins and ends."""
+"""Sampled texts in a report: base and tuned side by side, cut at the evidence of features."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pair_samples(records: Sequence[Mapping[str, Any]], most: int) -> list[Sample
 
 
 def segments_of(text: str, evidence: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """The text cut at every begin and end of a span of evidence; spans may overlap, or exceed the text."""
+    """The text cut at every start and end of a span of evidence; spans may overlap or exceed the text."""
     spans = [(max(0, int(one["start"])), min(len(text), int(one["end"])), str(one["feature"])) for one in evidence]
     spans = [(start, end, feature) for start, end, feature in spans if start < end]
     cuts = sorted({0, len(text), *(cut for start, end, _ in spans for cut in (start, end))})

@@ -96,17 +96,18 @@ class FeatureSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The whole run: ``source`` is the source of the tuned model's numbers, empty without any."""
+    """The whole run: ``source`` names the samples of the tuned model's figures, empty without any."""
 
     features: Sequence[FeatureSummary]
     source: str
     evaluated: bool
     verdict: str
-    wanted: str
+    target: str
     start: Measured
     kl_p_pi: Measured
     kl_pi_a: Measured
     tv_p_pi: Measured
+    base_tv: Measured
     ess: Measured
     samples: int
 
@@ -118,8 +119,8 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
     last = metrics[-1] if metrics else {}
     latest: Mapping[str, Any] = evaluation or last
     samples = int((evaluation or {}).get("samples") or 0)
-    asked = prompts_in_words(evaluation or {})
-    fresh = f"{samples:,} fresh samples" + (f" on {asked}" if asked else "")
+    prompts = prompts_in_words(evaluation or {})
+    fresh = f"{samples:,} fresh samples" + (f" on {prompts}" if prompts else "")
     source = fresh if evaluation else f"training step {last.get('step', '?')}" if last else ""
     features = [
         _feature(record, index, latest, judged=bool(evaluation))
@@ -130,11 +131,12 @@ def summarize(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> S
         source=source,
         evaluated=bool(evaluation),
         verdict=_verdict(features, evaluated=bool(evaluation), failed=run.get("status") == "failed"),
-        wanted=_wanted(features),
+        target=_target(features),
         start=Measured.read(target.get("kl_p_a")),
         kl_p_pi=Measured.read(latest.get("kl_p_pi")),
         kl_pi_a=Measured.read(latest.get("kl_pi_a")),
         tv_p_pi=Measured.read(latest.get("tv_p_pi")),
+        base_tv=Measured.read(((run.get("evaluation") or {}).get("base") or {}).get("tv_p_pi")),
         ess=Measured.read(latest.get("ess")),
         samples=samples,
     )
@@ -162,8 +164,8 @@ def is_met(measured: Measured, goal: float | None, base: Measured | None = None)
     # A moment exactly on the bound counts as reached, despite rounding.
     if math.isfinite(measured.se) and off <= MET_WITHIN_STANDARD_ERRORS * measured.se + 1e-12:
         return True
-    moved = base is None or not base.known or off < abs(measured.value - base.value)
-    return moved and off <= MET_WITHIN + 1e-12
+    approached = base is None or not base.known or off < abs(measured.value - base.value)
+    return approached and off <= MET_WITHIN + 1e-12
 
 
 def plain_number(number: float) -> str:
@@ -196,7 +198,7 @@ def _verdict(features: Sequence[FeatureSummary], *, evaluated: bool, failed: boo
         return "The run failed before it was evaluated." if failed else "Not evaluated yet."
     judged = [feature.met for feature in features if feature.met is not None]
     if not judged:
-        return "The model was tilted; no goal was set."
+        return "No goals: the target is a reward tilt."
     if len(judged) == 1:
         return "The goal is met." if judged[0] else "The goal is not met."
     if all(judged):
@@ -206,7 +208,7 @@ def _verdict(features: Sequence[FeatureSummary], *, evaluated: bool, failed: boo
     return f"{sum(judged)} of {len(judged)} goals are met."
 
 
-def _wanted(features: Sequence[FeatureSummary]) -> str:
+def _target(features: Sequence[FeatureSummary]) -> str:
     """The target in one sentence."""
     filters = [f"“{feature.name}”" for feature in features if feature.kind == "filter"]
     moments = [
@@ -223,8 +225,8 @@ def _wanted(features: Sequence[FeatureSummary]) -> str:
     if rewards:
         parts.append(f"a tilt by the reward {_listed(rewards)}")
     if not parts:
-        return "The target was not fitted, so there is nothing to compare with yet."
-    return f"Wanted: {'; '.join(parts)}; everything else as the base model writes it."
+        return "The target was not fitted."
+    return f"Target: {'; '.join(parts)}; otherwise as close to the base model as possible."
 
 
 def _listed(parts: Sequence[str]) -> str:

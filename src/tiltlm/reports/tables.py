@@ -52,8 +52,8 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     for key, title in FIGURES.items():
         if record[key] is not None:
             table.add_row(title, estimate(record[key]))
-    asked = prompts_in_words(record)
-    table.add_row("samples", f"{record['samples']:,}" + (f" on {asked}" if asked else ""))
+    prompts = prompts_in_words(record)
+    table.add_row("samples", f"{record['samples']:,}" + (f" on {prompts}" if prompts else ""))
     return table
 
 
