@@ -117,7 +117,7 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     write_config(here / "study.yaml", study | {"tasks": {**study["tasks"], "never": {"target": never}}})
     folder = here / "runs" / "study"
 
-    # Some of it can come first.
+    # A part of the study can be run first.
     nothing = tiltlm("compare", "study.yaml", "--only", "femal/*")
     assert nothing.code == 2
     assert_one_error(nothing.err, ["--only 'femal/*'", "TASK/METHOD/seed-N", "female/gdc++/seed-0"])
@@ -129,7 +129,7 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     answer = tiltlm("compare", "study.yaml", "--jobs", 2)
     assert done == (folder / "runs/female/gdc++/seed-0/run.json").stat().st_mtime_ns
 
-    # The task that cannot be reached is reported, and stops no other.
+    # A target that cannot be reached is reported, and stops no other task.
     assert answer.code == 1
     assert "1 of 2 runs failed" in answer.err
     assert "moment 500" in answer.err
@@ -141,7 +141,7 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert list(rows[0]) == ["task", "method", "seed", "sequences", "forward_passes", "metric", "value", "se"]
     kl = [row for row in rows if row["metric"] == "kl_p_pi"]
     assert [row["sequences"] for row in kl] == ["0", "64", "64", "128"]
-    # Self-BLEU of 16 texts on the way says nothing beside that of 32 at both ends.
+    # Self-BLEU of 16 texts during the run cannot be compared with that of 32 at both ends.
     assert [row["sequences"] for row in rows if row["metric"] == "self_bleu_5"] == ["0", "64", "128"]
     run = json.loads((folder / "runs/female/gdc++/seed-0/run.json").read_text())
     reference = json.loads((folder / "references/female/reference.json").read_text())
@@ -161,19 +161,19 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert "&lt;script&gt;alert(1)" in page
     assert "half &lt;b&gt;female&lt;/b&gt; &amp; 50%" in page
     assert page.count("data:image/svg+xml;base64,") >= 6
-    assert "of the first 32 texts of the reference, at the end of up to 128." in page
+    assert "on the first 32 texts of the reference, at the end on up to 128." in page
     assert "https://" not in page.split("<pre>")[0].replace("http://www.w3.org", "")
     assert r"half \textless{}b\textgreater{}female" in (folder / "tables.tex").read_text()
     assert "half &lt;b&gt;female" in (folder / "tables.md").read_text()
     for form in ("pdf", "svg", "png"):
         assert (folder / "figures" / f"kl_p_pi.{form}").stat().st_size > 1000
 
-    # Nothing is done twice, and the grid knows what is left and how long it takes.
+    # No run is repeated, and the dry run estimates the time of the others.
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=3")
     assert "1 runs are done; the other 5 take about" in dry.out
     dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=3", "--only", "*/seed-1", "--only", "female/*")
-    assert "1 runs are done; the 3 left that match take about" in dry.out
+    assert "1 runs are done; the other 3 that match take about" in dry.out
     assert "all runs that match are done" in tiltlm("compare", "study.yaml", "--dry-run", "--only", "female/*").out
     write_config(here / "study.yaml", study)
     again = tiltlm("compare", "study.yaml")
@@ -185,35 +185,35 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert tiltlm("compare", folder).code == 0
     assert sum(row["metric"] == "self_bleu_5" for row in rows_of(folder)) == 4
 
-    # A study that asks for other settings of a run that is there does not mix them with it.
+    # Other settings for an existing run are refused.
     changed = tiltlm("compare", "study.yaml", "methods.gdc++.training.learning_rate=0.1")
     assert changed.code == 1
     assert "training.learning_rate was 0.002 and is 0.1" in changed.err
 
-    # Results can be made anew from what is there, and runs be taken out of the study and compared as runs.
+    # Results can be written again from the runs on disk.
     (folder / "report.html").unlink()
     assert tiltlm("compare", folder).code == 0
     assert (folder / "report.html").exists()
 
-    # Tuned models are not made anew for figures that are there.
+    # A finished run without its tuned model is not repeated.
     shutil.rmtree(folder / "runs/female/gdc++/seed-0/policy")
     assert tiltlm("compare", "study.yaml").code == 0
     assert not (folder / "runs/female/gdc++/seed-0/policy").exists()
-    # What results.csv holds of a run stands for it where its directory is gone, as on another machine.
+    # The rows in results.csv replace a run whose directory is missing, as on another machine.
     whole = {name: (folder / name).read_bytes() for name in ("results.csv", "tables.md", "tables.tex")}
     shutil.rmtree(folder / "runs")
     (folder / "references/female/sample.pt").unlink()
     elsewhere = tiltlm("compare", "study.yaml")
     assert elsewhere.code == 0, elsewhere.err
     assert not (folder / "runs").exists()
-    # How long runs took that are known from elsewhere is not.
+    # The time of runs done on another machine is unknown.
     record = json.loads((folder / "study.json").read_text())
     record["runs"][0]["seconds"] = None
     (folder / "study.json").write_text(json.dumps(record))
     dry = tiltlm("compare", "study.yaml", "--dry-run", "seeds=2")
     assert "1 runs are done; time: unknown" in dry.out
     assert whole == {name: (folder / name).read_bytes() for name in whole}
-    # It is neither lost nor mixed with other settings.
+    # The rows are neither lost nor mixed with other settings.
     lost = tiltlm("compare", "study.yaml", "seeds=[1]")
     assert lost.code == 2
     assert_one_error(lost.err, ["female/gdc++/seed-0", "would lose"])
@@ -221,7 +221,7 @@ def test_a_small_study_from_end_to_end(tiltlm: Command, here: Path, study: dict[
     assert other.code == 2
     assert_one_error(other.err, ["female/gdc++/seed-0", "other settings"])
     assert whole["results.csv"] == (folder / "results.csv").read_bytes()
-    # Not even where the task's reference cannot be drawn for a further seed.
+    # This holds also if the task's reference cannot be drawn for a further seed.
     (folder / "references/female/reference.json").write_text('{"key": "another"}')
     failed = tiltlm("compare", "study.yaml", "seeds=2")
     assert failed.code == 1, failed.err
@@ -260,15 +260,15 @@ def test_a_study_that_was_killed_and_resumed_gives_the_same_tables(here: Path, s
 
     chance = random.Random()
     ends = []
-    for way in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
+    for stop in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
         process = subprocess.Popen([*command, "killed"], env=environment, stderr=subprocess.PIPE, text=True)
-        if way is not None:
+        if stop is not None:
             time.sleep(chance.uniform(6, 16))
-            process.send_signal(way)
+            process.send_signal(stop)
         _, said = process.communicate()
         ends.append(process.returncode)
-        if way == signal.SIGKILL:
-            # Its processes see that it is gone, and stop after the step that they are at.
+        if stop == signal.SIGKILL:
+            # Its worker processes notice, and stop after their current step.
             wait_until(lambda: not is_locked(here / "killed" / ".lock"))
     assert ends[-1] == 0, (ends, said)
     for name in ("results.csv", "tables.md", "tables.tex"):
@@ -278,7 +278,7 @@ def test_a_study_that_was_killed_and_resumed_gives_the_same_tables(here: Path, s
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_task_of_the_papers_study_runs_on_a_gpt2_of_the_same_shape(tiltlm: Command, here: Path) -> None:
-    """Ten steps and a check of the proposal, with fewer and shorter texts, and random weights for the hub's."""
+    """Ten steps and one check of the proposal, with fewer and shorter texts and random weights."""
     study = yaml.safe_load((Path(__file__).parents[2] / "studies" / "paper.yaml").read_text())
     task = study["tasks"]["female"]
     task["model"] = str(save_random_gpt2(here / "gpt2"))
@@ -302,7 +302,7 @@ def test_a_task_of_the_papers_study_runs_on_a_gpt2_of_the_same_shape(tiltlm: Com
 
 
 def save_random_gpt2(folder: Path) -> Path:
-    """GPT-2 small with random weights, whose 50,257 tokens are words; one in fifty says she, one he."""
+    """GPT-2 small with random weights and 50,257 words as tokens; one in fifty has the word she, one he."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 

@@ -65,8 +65,8 @@ def _study(
 ) -> None:
     from tiltlm.config.study import load_study
 
-    stated = load_study(file, overrides)
-    folder = output_dir or Path(stated.output_dir or Path("runs") / file.stem)
+    config = load_study(file, overrides)
+    folder = output_dir or Path(config.output_dir or Path("runs") / file.stem)
     from tiltlm.study.dry_run import show_grid
     from tiltlm.study.execute import Execution, new_record
     from tiltlm.study.grid import expand
@@ -75,23 +75,23 @@ def _study(
     from tiltlm.study.rows import read_study
 
     quiet()
-    grid, directory, console = expand(stated, strict=not dry_run), StudyDirectory(folder), terminal()
-    wanted = grid.matching(only)
+    grid, directory, console = expand(config, strict=not dry_run), StudyDirectory(folder), terminal()
+    selected = grid.matching(only)
     before = directory.read_record() if directory.record_path.exists() else None
     if dry_run:
-        show_grid(terminal(stderr=False), grid, directory, before, jobs, wanted)
+        show_grid(terminal(stderr=False), grid, directory, before, jobs, selected)
         return
     command = ["tiltlm", "compare", str(file), *overrides]
     if output_dir is not None:
         command += ["--output-dir", str(output_dir)]
-    going_on = [*command, *(word for pattern in only for word in ("--only", pattern)), "--jobs", str(jobs)]
-    record = new_record(grid, stated.title or file.stem, before, command)
-    with StudyProgress(console, grid.runs, wanted) as progress:
-        whole = Execution(grid, directory, record, jobs, wanted).go(progress)
+    resume_command = [*command, *(word for pattern in only for word in ("--only", pattern)), "--jobs", str(jobs)]
+    record = new_record(grid, config.title or file.stem, before, command)
+    with StudyProgress(console, grid.runs, selected) as progress:
+        completed = Execution(grid, directory, record, jobs, selected).go(progress)
     _written(read_study(directory), folder)
     failed = sum(one["status"] == "failed" for one in record["runs"])
-    if not whole:
-        console.print(f"stopped; go on with: {shlex.join(going_on)}", soft_wrap=True)
+    if not completed:
+        console.print(f"stopped; go on with: {shlex.join(resume_command)}", soft_wrap=True)
         raise typer.Exit(130)
     if failed:
         console.print(

@@ -43,8 +43,8 @@ class CurveCallback(Callback):
 
     def on_train_begin(self, progress: Progress, roles: Roles, target: Target) -> None:
         self.roles, self.target = roles, target
-        known = [line for line in read_curve(self.run) if line["step"] <= progress.step]
-        storage.write_lines(curve_path(self.run), known)
+        kept = [line for line in read_curve(self.run) if line["step"] <= progress.step]
+        storage.write_lines(curve_path(self.run), kept)
 
     def on_step_end(self, progress: Progress, metrics: StepMetrics) -> None:
         if progress.step in self.steps and progress.step < progress.max_steps:
@@ -98,5 +98,5 @@ def measure_end(
     """Write KL(p‖π) of a tuned model, by ``scored`` samples of the frozen reference, and KL(p‖a) beside it."""
     reference = load_reference(reference_folder, policy, config)
     key = storage.read_object(reference_folder / RECORD)["key"]
-    found = {"kl_p_pi": reference.kl_of(policy, scored), "kl_p_a": reference.kl_p_a}
-    storage.write_object(reference_kl_path(run), {"reference": key, **found})
+    divergences = {"kl_p_pi": reference.kl_of(policy, scored), "kl_p_a": reference.kl_p_a}
+    storage.write_object(reference_kl_path(run), {"reference": key, **divergences})

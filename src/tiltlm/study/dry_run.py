@@ -19,7 +19,7 @@ def show_grid(
     directory: StudyDirectory,
     record: Mapping[str, Any] | None,
     jobs: int,
-    wanted: Collection[str],
+    selected: Collection[str],
 ) -> None:
     """Print the steps of each cell, omitted cells with the reason, and the estimated time."""
     cells = {(run.task, run.method): run for run in grid.runs}
@@ -45,30 +45,30 @@ def show_grid(
         f"into {directory.path}",
         soft_wrap=True,
     )
-    console.print(time_in_words(grid, record, jobs, wanted), soft_wrap=True)
+    console.print(time_in_words(grid, record, jobs, selected), soft_wrap=True)
 
 
-def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, wanted: Collection[str]) -> str:
-    """The estimated time of the remaining runs, from runs of this study done on this machine."""
+def time_in_words(grid: Grid, record: Mapping[str, Any] | None, jobs: int, selected: Collection[str]) -> str:
+    """The estimated time of the remaining runs, from finished runs of this study on this machine."""
     done = {
         (one["task"], one["method"], one["seed"]): one.get("seconds")
         for one in (record or {}).get("runs", [])
         if one["status"] == "done"
     }
     timed = {key: float(seconds) for key, seconds in done.items() if seconds}
-    left = [run for run in grid.runs if run.name in wanted and (run.task, run.method, run.seed) not in done]
-    every = len(wanted) == len(grid.runs)
-    if not left:
+    remaining = [run for run in grid.runs if run.name in selected and (run.task, run.method, run.seed) not in done]
+    every = len(selected) == len(grid.runs)
+    if not remaining:
         return f"all {len(grid.runs)} runs are done" if every else "all runs that match are done"
     if not timed:
         known = f"{len(done)} runs are done; " if done else ""
         return (
-            f"{known}time: unknown, as no run of this study was done here; after the first ones this command says how "
-            f"long the rest will take"
+            f"{known}time: unknown, as no run of this study was done here; after the first runs this command estimates "
+            f"the time of the others"
         )
-    total = sum(_seconds(run, timed, grid) for run in left) / jobs
-    others = f"the other {len(left)}" if every else f"the {len(left)} left that match"
-    return f"{len(done)} runs are done; {others} take about {duration(total)} with --jobs {jobs}, as fast as those were"
+    total = sum(_seconds(run, timed, grid) for run in remaining) / jobs
+    others = f"the other {len(remaining)}" if every else f"the other {len(remaining)} that match"
+    return f"{len(done)} runs are done; {others} take about {duration(total)} with --jobs {jobs}, at the same speed"
 
 
 def _seconds(run: PlannedRun, done: Mapping[tuple[str, str, int], float], grid: Grid) -> float:

@@ -24,51 +24,51 @@ from tiltlm.study.grid import Grid, PlannedRun, run_name, with_fit
 from tiltlm.study.progress import StudyProgress
 from tiltlm.study.record import StudyDirectory
 from tiltlm.study.reference import RECORD, has_reference, reference_key
-from tiltlm.study.rows import kept_rows
+from tiltlm.study.rows import stored_rows
 from tiltlm.training.interrupt import sigterm_interrupts
 
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """The task of one process; ``run`` is None for a reference."""
 
     name: str
-    order: dict[str, Any]
+    settings: dict[str, Any]
     run: PlannedRun | None = None
 
 
 @dataclass
-class Active:
-    """A process at work on a job."""
+class ActiveJob:
+    """A running process and its job."""
 
-    job: Job
+    job: WorkerJob
     process: subprocess.Popen[str]
     log: IO[str]
     began: float
 
 
 class Execution:
-    """One session of a study, for the runs named ``wanted``.
+    """One session of a study, for the runs named ``selected``.
 
     ``record`` is the content of ``study.json``, written after every run.
     """
 
     def __init__(
-        self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int, wanted: Collection[str]
+        self, grid: Grid, directory: StudyDirectory, record: dict[str, Any], jobs: int, selected: Collection[str]
     ) -> None:
-        self.grid, self.directory, self.record, self.jobs, self.wanted = grid, directory, record, jobs, wanted
-        self.places = {run_name(one["task"], one["method"], one["seed"]): one for one in record["runs"]}
+        self.grid, self.directory, self.record, self.jobs, self.selected = grid, directory, record, jobs, selected
+        self.entries = {run_name(one["task"], one["method"], one["seed"]): one for one in record["runs"]}
         self.planned = {run.name: run for run in grid.runs}
-        self.active: list[Active] = []
+        self.active: list[ActiveJob] = []
         self.without_reference: set[str] = set()
-        self.kept = self._kept()
+        self.stored = self._stored_runs()
 
     def go(self, progress: StudyProgress) -> bool:
         """Draw the references, then do the remaining runs; False if interrupted."""
         self.progress = progress
-        with _only_one(self.directory.path) as lock, sigterm_interrupts():
+        with _study_lock(self.directory.path) as lock, sigterm_interrupts():
             self.lock = lock
             self.directory.write_record(self.record)
             try:
@@ -81,10 +81,10 @@ class Execution:
                 self.directory.write_record(self.record)
         return True
 
-    def _references(self) -> Iterator[Job]:
+    def _references(self) -> Iterator[WorkerJob]:
         settings = self.grid.study.reference
         for task in self.grid.study.tasks:
-            runs = [run for run in self.grid.of_task(task) if run.name in self.wanted and run.name not in self.kept]
+            runs = [run for run in self.grid.of_task(task) if run.name in self.selected and run.name not in self.stored]
             folder = self.directory.reference(task)
             if not runs:
                 continue
@@ -94,15 +94,15 @@ class Execution:
             except UsageError as error:
                 self._fail_task(task, str(error))
                 continue
-            order = {"config": runs[0].config.to_json(), "folder": str(folder), "reference": settings.model_dump()}
-            yield Job(f"reference of {task}", {"kind": "reference", **order})
+            job = {"config": runs[0].config.to_json(), "folder": str(folder), "reference": settings.model_dump()}
+            yield WorkerJob(f"reference of {task}", {"kind": "reference", **job})
 
-    def _runs(self) -> Iterator[Job]:
+    def _runs(self) -> Iterator[WorkerJob]:
         fits = {task: _fit_size(self.directory.reference(task)) for task in self.grid.study.tasks}
         for planned in self.grid.runs:
-            place, run, fit = self.places[planned.name], planned, fits[planned.task]
-            if run.name in self.kept:
-                self.progress.already(run)
+            entry, run, fit = self.entries[planned.name], planned, fits[planned.task]
+            if run.name in self.stored:
+                self.progress.skip(run)
                 continue
             folder, reference = self.directory.run(run.task, run.method, run.seed), self.directory.reference(run.task)
             if fit is None or run.task in self.without_reference:
@@ -114,17 +114,17 @@ class Execution:
                     done = has_ended(folder) and is_measured(folder, reference)
                     check_same_config(folder, run.config.to_json(), run.config.non_defaults(), done=done)
                     if done:
-                        self._settle(place, "done")
-                        place["kept"] = settings_key(planned)
-                        self.progress.already(run)
+                        self._settle(entry, "done")
+                        entry["kept"] = settings_key(planned)
+                        self.progress.skip(run)
                         continue
             except TiltError as error:
-                self._settle(place, "failed", str(error))
+                self._settle(entry, "failed", str(error))
                 self.progress.ended(run, "failed", str(error), 0.0)
                 continue
-            if run.name not in self.wanted:
+            if run.name not in self.selected:
                 continue
-            order = {
+            settings = {
                 "kind": "run",
                 "config": run.config.to_json(),
                 "folder": str(folder.path),
@@ -132,31 +132,31 @@ class Execution:
                 "scored": self.grid.study.reference.scored,
                 "curve": self.grid.study.curve.model_dump(),
             }
-            yield Job(run.name, order, run)
+            yield WorkerJob(run.name, settings, run)
 
-    def _kept(self) -> set[str]:
-        """The runs found only in ``results.csv``, e.g. because another machine did them; they are done.
+    def _stored_runs(self) -> set[str]:
+        """The runs found only in ``results.csv``, e.g. because another machine did them. They count as done.
 
         Raises UsageError if the study lacks one of them or has other settings for it: its rows would be lost.
         """
         found = set()
-        for task, method, seed in kept_rows(self.directory):
+        for task, method, seed in stored_rows(self.directory):
             name = run_name(task, method, seed)
             if self.directory.run(task, method, seed).run_path.exists():
                 continue
-            if name not in self.planned or self.places[name]["kept"] != settings_key(self.planned[name]):
+            if name not in self.planned or self.entries[name]["kept"] != settings_key(self.planned[name]):
                 raise UsageError(
-                    f"{self.directory.results_path} alone holds the results of {name}, which this study does not name, "
-                    f"or with other settings, and would lose; give it the same task, method, seed and settings, or "
-                    f"choose another --output-dir"
+                    f"{self.directory.results_path} has results of {name}, whose run directory is missing. This study "
+                    f"does not have that run, or has other settings for it, and would lose them; restore its task, "
+                    f"method, seed and settings, or choose another --output-dir"
                 )
             # At once, so that an interrupted session writes the rows of finished runs too.
-            self._settle(self.places[name], "done")
+            self._settle(self.entries[name], "done")
             found.add(name)
         return found
 
-    def _work(self, jobs: Iterator[Job]) -> None:
-        """Keep ``self.jobs`` processes at work until all is done."""
+    def _work(self, jobs: Iterator[WorkerJob]) -> None:
+        """Run ``self.jobs`` processes at a time until all jobs are done."""
         waiting = deque(jobs)
         while waiting or self.active:
             while waiting and len(self.active) < self.jobs:
@@ -165,9 +165,9 @@ class Execution:
             for one in [one for one in self.active if one.process.poll() is not None]:
                 self.active.remove(one)
                 self._end(one)
-            self.progress.at_work([(one.job.name, one.job.run) for one in self.active], self.directory)
+            self.progress.show_active([(one.job.name, one.job.run) for one in self.active], self.directory)
 
-    def _begin(self, job: Job) -> Active:
+    def _begin(self, job: WorkerJob) -> ActiveJob:
         path = self.directory.log(job.name)
         with storage.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,12 +185,12 @@ class Execution:
             pass_fds=(self.lock,) if self.lock is not None else (),
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(job.order))
+        process.stdin.write(json.dumps(job.settings))
         process.stdin.close()
-        return Active(job, process, log, time.monotonic())
+        return ActiveJob(job, process, log, time.monotonic())
 
-    def _end(self, one: Active) -> None:
-        status, error = _answer(one.process)
+    def _end(self, one: ActiveJob) -> None:
+        status, error = _result_of(one.process)
         one.log.close()
         seconds = time.monotonic() - one.began
         if error is not None:
@@ -200,29 +200,29 @@ class Execution:
                 task = one.job.name.removeprefix("reference of ")
                 self._fail_task(task, f"its reference could not be drawn: {error or 'interrupted'}")
             return
-        place = self.places[one.job.run.name]
-        place["seconds"] = (place.get("seconds") or 0.0) + seconds
-        self._settle(place, status, error)
-        place["kept"] = settings_key(self.planned[one.job.run.name]) if status == "done" else None
+        entry = self.entries[one.job.run.name]
+        entry["seconds"] = (entry.get("seconds") or 0.0) + seconds
+        self._settle(entry, status, error)
+        entry["kept"] = settings_key(self.planned[one.job.run.name]) if status == "done" else None
         self.progress.ended(one.job.run, status, error, seconds)
         self.directory.write_record(self.record)
 
     def _fail_task(self, task: str, error: str) -> None:
         self.without_reference.add(task)
         for run in self.grid.of_task(task):
-            if run.name in self.kept or run.name not in self.wanted:
+            if run.name in self.stored or run.name not in self.selected:
                 continue
-            place = self.places[run.name]
-            self._settle(place, "failed", error)
+            entry = self.entries[run.name]
+            self._settle(entry, "failed", error)
             self.progress.ended(run, "failed", None, 0.0)
-        self.progress.say(f"{task}: {error}")
+        self.progress.note(f"{task}: {error}")
 
-    def _settle(self, place: dict[str, Any], status: str, error: str | None = None) -> None:
-        place["status"], place["error"] = status, error
+    def _settle(self, entry: dict[str, Any], status: str, error: str | None = None) -> None:
+        entry["status"], entry["error"] = status, error
 
     def _stop(self) -> None:
-        """Ask all to finish their step and save; at a second Ctrl-C end them at once."""
-        self.progress.say("stopping: each run finishes its step and saves; Ctrl-C once more ends them at once")
+        """Let all processes finish their step and save; after a second Ctrl-C kill them."""
+        self.progress.note("stopping: each run finishes its step and saves; Ctrl-C again ends them at once")
         try:
             for one in self.active:
                 one.process.send_signal(signal.SIGTERM)
@@ -233,12 +233,12 @@ class Execution:
                 one.process.kill()
                 one.process.wait()
         for one in self.active:
-            status, _ = _answer(one.process)
+            status, _ = _result_of(one.process)
             one.log.close()
             if one.job.run is not None:
-                place = self.places[one.job.run.name]
-                place["seconds"] = (place.get("seconds") or 0.0) + time.monotonic() - one.began
-                self._settle(place, "done" if status == "done" else "interrupted")
+                entry = self.entries[one.job.run.name]
+                entry["seconds"] = (entry.get("seconds") or 0.0) + time.monotonic() - one.began
+                self._settle(entry, "done" if status == "done" else "interrupted")
         self.active = []
 
 
@@ -279,22 +279,22 @@ def _fit_size(reference: Path) -> int | None:
     return int(storage.read_object(record)["target"]["samples"]) if record.exists() else None
 
 
-def _answer(process: subprocess.Popen[str]) -> tuple[str, str | None]:
+def _result_of(process: subprocess.Popen[str]) -> tuple[str, str | None]:
     """The result that a process reported, or how it ended."""
     assert process.stdout is not None
-    said = process.stdout.read().strip()
+    output = process.stdout.read().strip()
     process.stdout.close()
     try:
-        answer = json.loads(said.splitlines()[-1])
+        answer = json.loads(output.splitlines()[-1])
         return answer["status"], answer["error"]
     except (IndexError, ValueError, KeyError):
         code = process.returncode
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return "failed", f"the process ended without an answer, by {how}"
+        return "failed", f"the process ended without a result, by {how}"
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[int | None]:
+def _study_lock(folder: Path) -> Iterator[int | None]:
     """Hold the study's lock, which its processes inherit. Raises UsageError if another session holds it."""
     try:
         import fcntl
@@ -309,7 +309,7 @@ def _only_one(folder: Path) -> Iterator[int | None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(
-                f"{folder}: another `tiltlm compare` is at work on this study; wait for it, or stop it"
+                f"{folder}: another `tiltlm compare` is running this study; wait for it, or stop it"
             ) from error
         yield file
     finally:

@@ -1,4 +1,4 @@
-"""From a study file to its runs: settings merged, steps computed from the budget, impossible cells omitted."""
+"""From a study file to its runs: settings are merged, steps follow from the budget, impossible cells are skipped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tiltlm.errors import ModelError, UsageError
 from tiltlm.targets import TiltedTarget
 from tiltlm.training.proposal_rules import ProposalRule
 
-MERGED = ("training", "evaluation")
+MERGED_SECTIONS = ("training", "evaluation")
 # The placeholder for the task when a method is checked alone, and for the method when a task is.
-ANY_TASK = {"model": "embedded", "target": {"constraints": [{"feature": "length", "moment": 1.0}]}}
+PLACEHOLDER_TASK = {"model": "embedded", "target": {"constraints": [{"feature": "length", "moment": 1.0}]}}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid; ``sequences`` is the number drawn by its end."""
+    """One run of the grid; ``sequences`` is the number that it draws in all."""
 
     task: str
     method: str
@@ -45,7 +45,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Its folder under the runs of the study."""
+        """The name in messages, logs and folders."""
         return run_name(self.task, self.method, self.seed)
 
 
@@ -56,7 +56,7 @@ def run_name(task: str, method: str, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A cell of the grid that its method cannot do, and why."""
+    """A cell of the grid whose method cannot match its target, and the reason."""
 
     task: str
     method: str
@@ -65,9 +65,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs in order (all cells of the first seed first), and the impossible cells.
+    """All runs in order (all cells of the first seed first), and the cells that are skipped.
 
-    ``unchecked`` has the reason for each task whose target was not checked because a model is missing.
+    ``unchecked`` gives the reason for each task whose target was not checked, i.e. the model that is missing.
     """
 
     study: StudyConfig
@@ -85,17 +85,17 @@ class Grid:
 
         Raises UsageError if a pattern matches nothing.
         """
-        found: set[str] = set()
+        matching_runs: set[str] = set()
         for pattern in patterns:
-            fitting = {run.name for run in self.runs if fnmatchcase(run.name, pattern)}
-            if not fitting:
+            matched = {run.name for run in self.runs if fnmatchcase(run.name, pattern)}
+            if not matched:
                 example = f", as '{self.runs[0].name}'" if self.runs else ""
                 raise UsageError(
                     f"--only '{pattern}': no run of this study matches; they are named TASK/METHOD/seed-N{example}, "
                     f"and * stands for anything"
                 )
-            found |= fitting
-        return frozenset(found) if patterns else frozenset(run.name for run in self.runs)
+            matching_runs |= matched
+        return frozenset(matching_runs) if patterns else frozenset(run.name for run in self.runs)
 
 
 def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
@@ -104,12 +104,12 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
     ModelError for a feature's model that cannot be loaded or, unless ``strict``, a note on its task in ``unchecked``.
     """
     shared = dict(study.shared)
-    _checked("shared", {**ANY_TASK, **shared})
+    _checked("shared", {**PLACEHOLDER_TASK, **shared})
     for name, task in study.tasks.items():
         _checked(f"tasks.{name}", _with_task(shared, task))
     variants = tuple(_variants(study))
     for variant in variants:
-        _checked(f"methods.{variant.family}", _with_method({**ANY_TASK, **shared}, variant))
+        _checked(f"methods.{variant.family}", _with_method({**PLACEHOLDER_TASK, **shared}, variant))
     cells: list[tuple[str, Variant, RunConfig, int]] = []
     skipped: list[Skipped] = []
     unchecked: dict[str, str] = {}
@@ -117,7 +117,7 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
         for variant in variants:
             if variant.section.tasks is not None and name not in variant.section.tasks:
                 continue
-            with _at(f"tasks.{name} with methods.{variant.family}"):
+            with _naming_place(f"tasks.{name} with methods.{variant.family}"):
                 config = _cell(study, task, variant)
                 config, sequences = _with_steps(config, study.budget(name), config.target.samples)
                 try:
@@ -139,7 +139,7 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
 
 
 def _checked_names(config: RunConfig) -> str | None:
-    """Why the method cannot match the target; None if it can. Raises UsageError for other errors."""
+    """The reason why the method cannot match the target; None if it can. Raises UsageError for other errors."""
     reason = why_not(config)
     if reason is None:
         plan_run(config)
@@ -147,7 +147,7 @@ def _checked_names(config: RunConfig) -> str | None:
 
 
 def why_not(config: RunConfig) -> str | None:
-    """Why the method of a run cannot match its target; None if it can."""
+    """The reason why the method of a run cannot match its target; None if it can."""
     objective = build_method(config.method).objective
     target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
     try:
@@ -194,8 +194,8 @@ def _variants(study: StudyConfig) -> Iterator[Variant]:
 
 def _with_task(raw: Mapping[str, Any], task: TaskSection) -> dict[str, Any]:
     given = {key: getattr(task, key) for key in ("model", "prompts", "max_completion_length")}
-    stated = {key: value for key, value in given.items() if value is not None}
-    return _merged(raw, {**stated, "target": task.target, "training": task.training, "evaluation": task.evaluation})
+    set_keys = {key: value for key, value in given.items() if value is not None}
+    return _merged(raw, {**set_keys, "target": task.target, "training": task.training, "evaluation": task.evaluation})
 
 
 def _with_method(raw: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
@@ -210,8 +210,10 @@ def _with_method(raw: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
 
 
 def _merged(raw: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Later keys replace earlier ones; in training and evaluation setting by setting."""
-    joined = {key: {**(raw.get(key) or {}), **(more.get(key) or {})} for key in MERGED if key in raw or key in more}
+    """Keys of ``more`` replace those of ``raw``; in training and evaluation, each setting by itself."""
+    joined = {
+        key: {**(raw.get(key) or {}), **(more.get(key) or {})} for key in MERGED_SECTIONS if key in raw or key in more
+    }
     return {**raw, **more, **joined}
 
 
@@ -222,14 +224,14 @@ def _cell(study: StudyConfig, task: TaskSection, variant: Variant) -> RunConfig:
 
 def _checked(where: str, raw: Mapping[str, Any]) -> None:
     training = raw.get("training")
-    with _at(where):
+    with _naming_place(where):
         if isinstance(training, Mapping) and "max_steps" in training:
             raise UsageError("training.max_steps: it follows from sequences, the budget; leave it out")
         parse_config(raw)
 
 
 @contextmanager
-def _at(where: str) -> Iterator[None]:
+def _naming_place(where: str) -> Iterator[None]:
     """Prefix errors raised in the block with the place in the study file."""
     try:
         yield
@@ -247,5 +249,5 @@ def _with_steps(config: RunConfig, budget: int, fit: int) -> tuple[RunConfig, in
             f"raise sequences, or lower target.samples"
         )
     # Parsing the whole config checks it again.
-    stated = config.to_json()
-    return parse_config({**stated, "training": {**stated["training"], "max_steps": steps}}), drawn
+    record = config.to_json()
+    return parse_config({**record, "training": {**record["training"], "max_steps": steps}}), drawn

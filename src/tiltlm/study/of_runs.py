@@ -10,12 +10,12 @@ from typing import Any
 from tiltlm.errors import UsageError
 from tiltlm.reports.summary import plain_number
 from tiltlm.runs.directory import RunDirectory, git_commit, installed_versions
-from tiltlm.study.record import Entry, Method, Study, Task
+from tiltlm.study.record import Entry, Study, StudyMethod, StudyTask
 from tiltlm.study.rows import goals_of, run_rows
 
 # The parts of a config that define a task; the samples of the fit and their seed do not.
-OF_TASK = ("model", "revision", "prompts", "max_completion_length")
-OF_METHOD = ("method", "training", "peft")
+TASK_KEYS = ("model", "revision", "prompts", "max_completion_length")
+METHOD_KEYS = ("method", "training", "peft")
 
 
 def study_of_runs(folders: Sequence[Path]) -> Study:
@@ -38,9 +38,9 @@ def study_of_runs(folders: Sequence[Path]) -> Study:
         if record["status"] == "done":
             rows += run_rows(entry, run)
     return Study(
-        title="Runs side by side",
-        tasks=[Task(name, name, goals[name]) for name in dict.fromkeys(tasks)],
-        methods=[Method(name, name, name) for name in dict.fromkeys(methods)],
+        title="Comparison of runs",
+        tasks=[StudyTask(name, name, goals[name]) for name in dict.fromkeys(tasks)],
+        methods=[StudyMethod(name, name, name) for name in dict.fromkeys(methods)],
         entries=entries,
         rows=rows,
         made={"versions": installed_versions(), "git_commit": git_commit(), "runs": [str(run.path) for run in runs]},
@@ -49,8 +49,8 @@ def study_of_runs(folders: Sequence[Path]) -> Study:
 
 def _task_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for the task of each run, from its features and goals."""
-    stated = [_task_of(record["config"]) for record in records]
-    keys = [json.dumps(one, sort_keys=True) for one in stated]
+    settings = [_task_of(record["config"]) for record in records]
+    keys = [json.dumps(one, sort_keys=True) for one in settings]
     names: dict[str, str] = {}
     for key, record in zip(keys, records, strict=True):
         if key not in names:
@@ -62,7 +62,7 @@ def _task_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _task_of(config: Mapping[str, Any]) -> dict[str, Any]:
     target = {key: value for key, value in (config.get("target") or {}).items() if key not in ("samples", "seed")}
-    return {"target": target, **{key: config.get(key) for key in OF_TASK}}
+    return {"target": target, **{key: config.get(key) for key in TASK_KEYS}}
 
 
 def _in_words(record: Mapping[str, Any]) -> str:
@@ -73,12 +73,12 @@ def _in_words(record: Mapping[str, Any]) -> str:
 
 def _method_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The name of each run's method, with the settings in which others of that name differ."""
-    flat = [_flat({key: record["config"].get(key) for key in OF_METHOD}) for record in records]
+    flat = [_flat({key: record["config"].get(key) for key in METHOD_KEYS}) for record in records]
     named = [str((record["config"].get("method") or {}).get("name")) for record in records]
     result = []
     for own, name in zip(flat, named, strict=True):
-        rivals = [other for other, called in zip(flat, named, strict=True) if called == name]
-        keys = sorted({key for other in rivals for key in own | other if own.get(key) != other.get(key)})
+        same_name = [other for other, called in zip(flat, named, strict=True) if called == name]
+        keys = sorted({key for other in same_name for key in own | other if own.get(key) != other.get(key)})
         differing = [f"{key.split('.')[-1]}={own.get(key)}" for key in keys]
         result.append(f"{name} ({', '.join(differing)})" if differing else name)
     return result

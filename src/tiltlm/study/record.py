@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Task:
+class StudyTask:
     """A task as tables show it: its features with their goals (None: a reward), and the record of its reference."""
 
     name: str
@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Method:
+class StudyMethod:
     """A method as tables show it; ``family`` is common to its variants of several batch sizes."""
 
     name: str
@@ -69,8 +69,8 @@ class Study:
     """The data of all tables, figures and the page."""
 
     title: str
-    tasks: Sequence[Task]
-    methods: Sequence[Method]
+    tasks: Sequence[StudyTask]
+    methods: Sequence[StudyMethod]
     entries: Sequence[Entry]
     rows: Sequence[Row]
     skipped: Sequence[Mapping[str, str]] = ()
@@ -78,7 +78,7 @@ class Study:
 
     @cached_property
     def series(self) -> dict[tuple[str, str, str], list[Row]]:
-        """The known values by task, method and metric, in order."""
+        """The finite values by task, method and metric, in order."""
         found: dict[tuple[str, str, str], list[Row]] = {}
         for row in self.rows:
             if math.isfinite(row.value):
@@ -87,7 +87,7 @@ class Study:
 
     @cached_property
     def ends(self) -> dict[tuple[str, str, str], dict[int, Row]]:
-        """The last row of each seed by task, method and metric, known or not; earlier rows are no substitute."""
+        """The last row of each seed by task, method and metric, also if its value is not finite."""
         found: dict[tuple[str, str, str], dict[int, Row]] = {}
         for row in self.rows:
             found.setdefault((row.task, row.method, row.metric), {})[row.seed] = row

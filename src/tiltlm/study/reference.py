@@ -40,14 +40,14 @@ from tiltlm.training.checkpoint import save_base_sample
 
 # With fewer effective samples than this share of those drawn from the base, the guided base is tried as well.
 ENOUGH_SHARE = 0.25
-ROWS_AT_ONCE = 2048
+ROWS_PER_DRAW = 2048
 TENSORS = ("tokens", "mask", "proposal_logprob", "prompt_index")
 SAMPLE, RECORD = "sample.pt", "reference.json"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """N samples with P > 0 of ``drawn``, their weights [N] (sum 1) under p, and log p and log a of each [N], float64.
+    """The N of ``drawn`` samples with P > 0: weights [N] (sum 1) under p, and log p and log a of each [N], float64.
 
     With several prompts p(x|c) is normalized within each prompt, and all prompts have equal weight.
     """
@@ -81,8 +81,8 @@ class Reference:
         # Influence of a draw with relative weight v on Σ w (log P − log π) − log Z; with P = 0 it is 1, from log Z.
         relative = self.drawn * self.weights
         influence = relative * (gaps - value - 1) + 1
-        spread = float(influence.square().sum()) + self.drawn - len(self)
-        return Estimate(value, math.sqrt(spread) / self.drawn)
+        variance = float(influence.square().sum()) + self.drawn - len(self)
+        return Estimate(value, math.sqrt(variance) / self.drawn)
 
     @torch.no_grad()
     def kl_of(self, policy: LanguageModel, most: int | None = None) -> Estimate:
@@ -93,9 +93,9 @@ class Reference:
 
 def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
     """A hash of everything a reference depends on: the base, the target with its fit, the settings of the sample."""
-    stated = config.to_json()
+    record = config.to_json()
     parts = {
-        name: stated[name] for name in ("model", "revision", "dtype", "prompts", "target", "max_completion_length")
+        name: record[name] for name in ("model", "revision", "dtype", "prompts", "target", "max_completion_length")
     }
     parts |= {
         "samples_per_prompt": config.training.samples_per_prompt,
@@ -110,14 +110,14 @@ def has_reference(folder: Path, key: str) -> bool:
         return False
     if storage.read_object(folder / RECORD)["key"] != key:
         raise UsageError(
-            f"{folder}: this reference was drawn for another base, target or reference section than the study now "
-            f"states; delete it together with the runs of its task, or choose another output_dir"
+            f"{folder}: this reference was drawn for another base, target or reference section than the study has now; "
+            f"delete it together with the runs of its task, or choose another output_dir"
         )
-    return (folder / SAMPLE).exists()  # drawn again if only the results were copied
+    return (folder / SAMPLE).exists()  # The sample is missing if only the results were copied; it is drawn again.
 
 
 def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, display: Display) -> None:
-    """Fit the task's target as all its runs do, draw the sample of p, and keep it; ``reference.json`` comes last.
+    """Fit the task's target as all its runs do, draw the sample of p and save it; ``reference.json`` is written last.
 
     Raises UnreachableTargetError if the base's samples cannot reach the target.
     """
@@ -147,7 +147,7 @@ def make_reference(config: RunConfig, settings: ReferenceSection, folder: Path, 
 
 
 def load_reference(folder: Path, model: LanguageModel, config: RunConfig) -> Reference:
-    """What ``make_reference`` kept, for a model with the same tokenizer. Raises CheckpointError."""
+    """The sample saved by ``make_reference``, for a model with the same tokenizer. Raises CheckpointError."""
     try:
         state = torch.load(folder / SAMPLE, map_location=model.device, weights_only=True)
         prompts = encode_prompts(model, read_prompts(config).training)
@@ -160,14 +160,12 @@ def load_reference(folder: Path, model: LanguageModel, config: RunConfig) -> Ref
         weights, target, base = (state[name].cpu() for name in ("weights", "target_logprob", "base_logprob"))
         return Reference(samples, weights, target, base, state["drawn"])
     except (OSError, KeyError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{folder / SAMPLE} is damaged ({error!r}); delete {folder} to have it drawn anew"
-        ) from error
+        raise CheckpointError(f"{folder / SAMPLE} is damaged ({error!r}); delete {folder} to draw it again") from error
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """N draws of the proposal ``source``, with features [N, K], and log P − log q, log P and log a of each [N]."""
+class WeightedDraws:
+    """N samples of the proposal ``source``, with features [N, K], and log P − log q, log P and log a of each [N]."""
 
     source: str
     samples: Samples
@@ -178,7 +176,7 @@ class Drawn:
 
     @property
     def size(self) -> float:
-        """Effective samples; 0 where none lies in the target's support."""
+        """The effective sample size; 0 if no sample is in the target's support."""
         if not bool(self.log_weights.isfinite().any()):
             return 0.0
         strata = Strata.of(self.samples.prompt_ids, len(self.log_weights))
@@ -186,20 +184,22 @@ class Drawn:
 
 
 def _best(
-    base: LanguageModel, stated: RunTarget, config: RunConfig, settings: ReferenceSection, display: Display
-) -> tuple[Drawn, str]:
+    base: LanguageModel, fitted: RunTarget, config: RunConfig, settings: ReferenceSection, display: Display
+) -> tuple[WeightedDraws, str]:
     """The draws with the larger ESS, and the reason."""
     generator = torch.Generator(base.device).manual_seed(stream(settings.seed, "reference"))
-    plain = _draw(None, base, stated, config, settings, generator, display)
+    plain = _draw(None, base, fitted, config, settings, generator, display)
     if settings.proposal == "base":
         return plain, "asked for"
     if settings.proposal is None and plain.size >= ENOUGH_SHARE * settings.samples:
-        return plain, "the base reaches the target often enough"
-    # A guide made of these draws is better than one of the fewer fit samples, unless the fit drew rare texts. Its draws
-    # are independent of both.
-    known = BaseSample(plain.samples, plain.features, config.max_completion_length)
-    guide = guide_toward(base, stated.target, stated.base_sample if stated.report.ess.value > plain.size else known)
-    mixed = _draw(guide, base, stated, config, settings, generator, display)
+        return plain, "the effective sample size of the base is large enough"
+    # The guide is estimated from the sample with more effective samples: this one, or that of the fit if the fit drew
+    # rare texts. Draws of the guide are independent of both.
+    plain_sample = BaseSample(plain.samples, plain.features, config.max_completion_length)
+    guide = guide_toward(
+        base, fitted.target, fitted.base_sample if fitted.report.ess.value > plain.size else plain_sample
+    )
+    mixed = _draw(guide, base, fitted, config, settings, generator, display)
     if settings.proposal == "guided":
         return mixed, "asked for"
     reason = f"effective samples: {plain.size:.0f} base, {mixed.size:.0f} guided"
@@ -210,22 +210,22 @@ def _best(
 def _draw(
     guide: Guide | None,
     base: LanguageModel,
-    stated: RunTarget,
+    fitted: RunTarget,
     config: RunConfig,
     settings: ReferenceSection,
     generator: torch.Generator,
     display: Display,
-) -> Drawn:
-    """The base's draws or, half and half, those of base and guided base, which count as drawn from their mixture.
+) -> WeightedDraws:
+    """Samples of the base or, with a guide, half of the base and half of the guided base, weighted by their mixture.
 
     The mixture bounds the weights by 2 P/a, however bad the guide is (Owen & Zhou 2000).
     """
-    prompts = stated.base_sample.samples.prompts
+    prompts = fitted.base_sample.samples.prompts
     source, parts, done = "guided" if guide else "base", list[Samples](), 0
     guides = [None] if guide is None else [None, base.placed(guide)]
-    with display.counting(f"drawing the reference: {source}") as told:
+    with display.counting(f"drawing the reference: {source}") as show_progress:
         while done < settings.samples:
-            n = min(ROWS_AT_ONCE, settings.samples - done)
+            n = min(ROWS_PER_DRAW, settings.samples - done)
             for place, of in enumerate(guides):
                 share, first = (n + place) // len(guides), done // len(guides)
                 places = [(first + i) % len(prompts) for i in range(min(share, len(prompts)))]
@@ -236,20 +236,20 @@ def _draw(
                 index = torch.tensor(places, device=part.tokens.device)[part.prompt_index]
                 parts.append(replace(part, prompts=prompts, prompt_index=index, guide=None))
             done += n
-            told(done, settings.samples)
+            show_progress(done, settings.samples)
         samples = Samples.concatenate(parts)
         base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
         proposal = base_logprob
         if guide is not None:
             guided = base.logprob(replace(samples, guide=guide)).double().sum(-1).cpu()
             proposal = torch.logaddexp(base_logprob, guided) - math.log(2)
-        features = measure_samples(stated.target.features, samples)
-    score = stated.target.log_score(base_logprob, features)
-    return Drawn(source, samples, features, log_importance_weights(score, proposal), score, base_logprob)
+        features = measure_samples(fitted.target.features, samples)
+    score = fitted.target.log_score(base_logprob, features)
+    return WeightedDraws(source, samples, features, log_importance_weights(score, proposal), score, base_logprob)
 
 
-def _weighted(drawn: Drawn) -> Reference:
-    """The draws with P > 0 in random order, so that the first few are a fair sample of all."""
+def _weighted(drawn: WeightedDraws) -> Reference:
+    """The samples with P > 0 in random order, so that the first M are a random subset."""
     n = len(drawn.log_weights)
     strata = Strata.of(drawn.samples.prompt_ids, n)
     log_z = strata.logsumexp(drawn.log_weights) - strata.sizes.log()

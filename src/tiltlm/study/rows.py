@@ -14,13 +14,13 @@ from tiltlm.errors import CheckpointError
 from tiltlm.reports.summary import Measured
 from tiltlm.runs import storage
 from tiltlm.runs.directory import RunDirectory
-from tiltlm.study.record import Entry, Method, Row, Study, StudyDirectory, Task
+from tiltlm.study.record import Entry, Row, Study, StudyDirectory, StudyMethod, StudyTask
 
 # Metrics of an evaluation under full sampling and, under the key ``top_p``, under top-p sampling.
 FIGURES = ("kl_pi_a", "distinct_1", "distinct_1_corpus", "self_bleu_5", "entropy", "perplexity_base")
 # Metrics that depend on the number of texts, so that different numbers cannot be compared.
 BY_CORPUS = ("distinct_1_corpus", "self_bleu_5")
-SPREADS = ("gradient_variance", "advantage_variance", "advantage_mean_abs")
+NOISE_METRICS = ("gradient_variance", "advantage_variance", "advantage_mean_abs")
 # The most points from a run's own batches, if it has no curve.
 MOST_POINTS = 24
 
@@ -33,19 +33,19 @@ def read_study(directory: StudyDirectory) -> Study:
     record = directory.read_record()
     entries = [Entry(**{f.name: one.get(f.name) for f in fields(Entry)}) for one in record["runs"]]
     done = [(e, directory.run(e.task, e.method, e.seed)) for e in entries if e.status == "done"]
-    kept = kept_rows(directory)
+    stored = stored_rows(directory)
     rows = [
         row
         for entry, run in done
-        for row in (run_rows(entry, run) if run.run_path.exists() else kept.get(key_of(entry), []))
+        for row in (run_rows(entry, run) if run.run_path.exists() else stored.get(key_of(entry), []))
     ]
     goals = {entry.task: goals_of(run.read_run()) for entry, run in reversed(done) if run.run_path.exists()}
     tasks = []
     for name, label in record["tasks"].items():
         path = directory.reference(name) / "reference.json"
         reference = storage.read_object(path) if path.exists() else None
-        tasks.append(Task(name, label, goals.get(name) or goals_of(reference or {}), reference))
-    methods = [Method(name, **shown) for name, shown in record["methods"].items()]
+        tasks.append(StudyTask(name, label, goals.get(name) or goals_of(reference or {}), reference))
+    methods = [StudyMethod(name, **shown) for name, shown in record["methods"].items()]
     made = {key: record.get(key) for key in ("updated", "versions", "git_commit", "command", "study")}
     return Study(record["title"], tasks, methods, entries, rows, record["skipped"], made)
 
@@ -55,7 +55,7 @@ def key_of(one: Entry | Row) -> tuple[str, str, int]:
     return one.task, one.method, one.seed
 
 
-def kept_rows(directory: StudyDirectory) -> dict[tuple[str, str, int], list[Row]]:
+def stored_rows(directory: StudyDirectory) -> dict[tuple[str, str, int], list[Row]]:
     """The rows of each run in ``results.csv``. Raises CheckpointError for another file."""
     path = directory.results_path
     if not path.is_file():
@@ -68,9 +68,7 @@ def kept_rows(directory: StudyDirectory) -> dict[tuple[str, str, int], list[Row]
                 row = Row(**{name: kind(line[name] or "nan") for name, kind in kinds.items()})
                 found.setdefault(key_of(row), []).append(row)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}); put it back, or delete it to have its runs done anew"
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or delete it to repeat its runs") from error
     return found
 
 
@@ -109,8 +107,8 @@ def run_rows(entry: Entry, run: RunDirectory) -> list[Row]:
         ]
     for group in _groups(lines):
         # The evaluation replaces the estimates of the last batches.
-        spreads_only = bool(curve) or group[-1] is lines[-1]
-        for metric, found in _batches(group, goals, spreads_only=spreads_only):
+        noise_only = bool(curve) or group[-1] is lines[-1]
+        for metric, found in _batches(group, goals, noise_only=noise_only):
             rows.append(row(group[-1], metric, found))
     end = dict(_evaluated(record["evaluation"]["policy"], goals))
     if kl:
@@ -180,7 +178,7 @@ def _moments(
     ]
     if off:
         error = math.sqrt(sum(se**2 for _, se in off)) / len(off)
-        yield f"moment_error{suffix}", Measured(sum(apart for apart, _ in off) / len(off), error)
+        yield f"moment_error{suffix}", Measured(sum(distance for distance, _ in off) / len(off), error)
 
 
 def _curve_point(line: Mapping[str, Any], goals: Mapping[str, float | None]) -> Iterator[tuple[str, Measured]]:
@@ -190,14 +188,14 @@ def _curve_point(line: Mapping[str, Any], goals: Mapping[str, float | None]) -> 
 
 
 def _batches(
-    lines: Sequence[Mapping[str, Any]], goals: Mapping[str, float | None], *, spreads_only: bool
+    lines: Sequence[Mapping[str, Any]], goals: Mapping[str, float | None], *, noise_only: bool
 ) -> Iterator[tuple[str, Measured]]:
     """Means over the batches of some steps."""
-    for name in SPREADS:
+    for name in NOISE_METRICS:
         found = _mean([Measured.read((line.get("spread") or {}).get(name)) for line in lines])
         if found.known:
             yield name, found
-    if spreads_only:
+    if noise_only:
         return
     for name in ("kl_p_pi", "kl_pi_a"):
         yield name, _mean([Measured.read(line[name]) for line in lines])

@@ -34,8 +34,8 @@ def work(job: dict[str, Any]) -> str:
     run, reference = RunDirectory(folder), Path(job["reference"])
     policy = None
     if finished(config, folder) is None:
-        watch = CurveCallback(run, reference, config, CurveSection(**job["curve"]))
-        outcome = tune_config(config, folder, resume=True, console=console, callbacks=[watch], fit_dir=reference)
+        curve = CurveCallback(run, reference, config, CurveSection(**job["curve"]))
+        outcome = tune_config(config, folder, resume=True, console=console, callbacks=[curve], fit_dir=reference)
         if outcome.status == "interrupted":
             return "interrupted"
         policy = outcome.policy
@@ -51,25 +51,25 @@ def work(job: dict[str, Any]) -> str:
 def main() -> None:
     """Read the job, do it, and write the result as JSON."""
     job = json.load(sys.stdin)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-    answer: dict[str, str | None] = {"status": "failed", "error": None}
+    threading.Thread(target=_stop_with, args=(os.getppid(),), daemon=True).start()
+    result: dict[str, str | None] = {"status": "failed", "error": None}
     from tiltlm.app.display import quiet_libraries
 
     quiet_libraries()
     try:
-        answer = {"status": work(job), "error": None}
+        result = {"status": work(job), "error": None}
     except KeyboardInterrupt:
-        answer = {"status": "interrupted", "error": None}
+        result = {"status": "interrupted", "error": None}
     except TiltError as error:
-        answer["error"] = str(error).strip()
+        result["error"] = str(error).strip()
         print(f"error: {error}", file=sys.stderr)
     except Exception as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
+        result["error"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(result), flush=True)
 
 
-def _leave_with(parent: int) -> None:
+def _stop_with(parent: int) -> None:
     """Stop, as Ctrl-C does, if the parent process ends: no one would read the result."""
     while os.getppid() == parent:
         time.sleep(1.0)

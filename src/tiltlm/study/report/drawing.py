@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltlm.reports.plots import compact_count
-from tiltlm.study.record import Method, Study
+from tiltlm.study.record import Study, StudyMethod
 
-# Distinguishable with all common kinds of colour vision: Okabe & Ito (2008) without its yellow, which is too light for
-# lines, then two colours of Tol (2021). Each also has its own marker.
+# Distinguishable with colour blindness: Okabe & Ito (2008) without yellow, which is too light for lines, then two
+# colours of Tol (2021). Each also has its own marker.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", "h", ">", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -35,7 +35,7 @@ class StudyFigure:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of a figure's axes: its title, its drawing function, and the title of its y axis if panels differ in it."""
+    """One of a figure's panels: its title, its drawing function, and the label of its y axis if panels differ in it."""
 
     title: str
     draw: Callable[[Any], None]
@@ -51,18 +51,18 @@ class Style:
     dash: Any
 
 
-def styles(methods: Sequence[Method]) -> dict[str, Style]:
+def method_styles(methods: Sequence[StudyMethod]) -> dict[str, Style]:
     """The look of each method, the same in all figures."""
     families = list(dict.fromkeys(method.family for method in methods))
-    places = {family: FAMILIAR.index(family) for family in families if family in FAMILIAR}
-    free = [place for place in range(len(FAMILIAR) + len(families)) if place not in places.values()]
-    places |= dict(zip((family for family in families if family not in FAMILIAR), free, strict=False))
+    indices = {family: FAMILIAR.index(family) for family in families if family in FAMILIAR}
+    free = [index for index in range(len(FAMILIAR) + len(families)) if index not in indices.values()]
+    indices |= dict(zip((family for family in families if family not in FAMILIAR), free, strict=False))
     found = {}
     for method in methods:
-        place = places[method.family]
+        index = indices[method.family]
         variants = [other.name for other in methods if other.family == method.family]
-        dash = (variants.index(method.name) + place // len(COLORS)) % len(DASHES)
-        found[method.name] = Style(COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)], DASHES[dash])
+        dash = (variants.index(method.name) + index // len(COLORS)) % len(DASHES)
+        found[method.name] = Style(COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)], DASHES[dash])
     return found
 
 
@@ -74,16 +74,17 @@ def draw_figure(
     panels: Sequence[Panel | None],
     x: str,
     columns: int = COLUMNS,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[StudyMethod] | None = None,
 ) -> Iterator[StudyFigure]:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
     shown = [panel for panel in panels if panel is not None]
     if not shown:
         return
-    look = styles(study.methods)
+    style = method_styles(study.methods)
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     ran = {row.method for row in study.rows}
@@ -93,7 +94,8 @@ def draw_figure(
         per_row = max(1, int(columns * PANEL[0] / (0.5 + 0.085 * max(len(m.label) for m in legend))))
         below = 0.35 + 0.22 * math.ceil(len(legend) / per_row)
         width, height = max(columns, 2) * PANEL[0], rows * PANEL[1] + below
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        # The vertical padding separates a panel's title from the axis labels of the panel above.
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.09), facecolor="white")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, panel in zip(grid, shown, strict=False):
             _plain_axes(axes)
@@ -106,7 +108,12 @@ def draw_figure(
             axes.set_xlabel(x, color=INK, fontsize=9)
         handles = [
             Line2D(
-                [], [], color=look[m.name].color, marker=look[m.name].marker, linestyle=look[m.name].dash, markersize=5
+                [],
+                [],
+                color=style[m.name].color,
+                marker=style[m.name].marker,
+                linestyle=style[m.name].dash,
+                markersize=5,
             )
             for m in legend
         ]

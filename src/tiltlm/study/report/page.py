@@ -13,8 +13,8 @@ from tiltlm.study.report.tables import Table
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A figure as the page holds it: an image, so that no text of a user is part of the page."""
+class PageFigure:
+    """A figure of the page, as an image, so that text of a user cannot become part of the page."""
 
     title: str
     explanation: str
@@ -33,7 +33,7 @@ def render_page(study: Study, tables: Sequence[Table], figures: Sequence[StudyFi
         .render(
             title=study.title,
             tables=tables,
-            figures=[_shown(figure) for figure in figures],
+            figures=[_page_figure(figure) for figure in figures],
             runs=len(study.entries),
             done=count["done"],
             failed=count["failed"],
@@ -48,7 +48,7 @@ def render_page(study: Study, tables: Sequence[Table], figures: Sequence[StudyFi
     )
 
 
-def _shown(figure: StudyFigure) -> Shown:
+def _page_figure(figure: StudyFigure) -> PageFigure:
     encoded = base64.b64encode(figure.files["svg"]).decode()
     files = f"figures/{figure.name}.pdf, .svg, .png"
-    return Shown(figure.title, figure.explanation, f"data:image/svg+xml;base64,{encoded}", files)
+    return PageFigure(figure.title, figure.explanation, f"data:image/svg+xml;base64,{encoded}", files)

@@ -70,8 +70,8 @@ class Table:
 
 def study_tables(study: Study) -> list[Table]:
     """All tables with data."""
-    tables: list[Table | None] = [_moments(study, ""), *_by_metric(study, ""), _won(study), _pairs(study)]
-    tables += [_moments(study, "_top_p"), *_by_metric(study, "_top_p"), _references(study), _not_there(study)]
+    tables: list[Table | None] = [_moments(study, ""), *_by_metric(study, ""), _wins(study), _pairs(study)]
+    tables += [_moments(study, "_top_p"), *_by_metric(study, "_top_p"), _references(study), _missing_runs(study)]
     return [_filled(table) for table in tables if table is not None and table.rows]
 
 
@@ -141,18 +141,16 @@ def _by_metric(study: Study, suffix: str) -> Iterator[Table]:
 def _how(study: Study, metric: str) -> str:
     cells = Counter((entry.task, entry.method) for entry in study.entries if entry.status == "done")
     fewest, most = min(cells.values(), default=0), max(cells.values(), default=0)
-    means = "One seed, ± one standard error"
+    means = "One seed ± one standard error"
     if most > 1:
         seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
         means = f"Means over {seeds} seeds ± one standard error over them"
-        means += ", or where there is one seed its estimate’s own" if fewest == 1 else ""
+        means += " (with one seed, of its estimate)" if fewest == 1 else ""
     better = {-1: "lower is better", 1: "higher is better"}.get(BETTER.get(metric, 0), "")
     where = ""
     if metric == "kl_p_pi":
         where = (
-            ", on one frozen sample of p for each task"
-            if study.frozen
-            else ", each on the samples of its own evaluation"
+            ", on one frozen sample of p per task" if study.frozen else ", each on the samples of its own evaluation"
         )
     return f"{means}{where}{'; ' if better else ''}{better}{', best in bold' if better else ''}."
 
@@ -169,10 +167,10 @@ def _moments(study: Study, suffix: str) -> Table:
                 rows.append([Cell(shown), Cell("–" if goal is None else plain_number(goal)), base, *row])
     under = ", top-p sampling" if suffix else ""
     columns = ["task", "goal", "base", *(method.label for method in study.methods)]
-    return Table(f"E_π[φ]{under}", _how(study, ""), columns, rows)
+    return Table(f"Moments, E_π[φ]{under}", _how(study, ""), columns, rows)
 
 
-def _won(study: Study) -> Table:
+def _wins(study: Study) -> Table:
     """The number of tasks on which each method is the best."""
     metrics = [metric for metric in COMPARED if best_of(study, metric)]
     best = {metric: best_of(study, metric) for metric in metrics}
@@ -183,7 +181,7 @@ def _won(study: Study) -> Table:
         ran = [sum((task, method.name) in cells[metric] for task in best[metric]) for metric in metrics]
         if any(ran):
             rows.append([Cell(method.label), *(Cell(f"{a} of {b}") for a, b in zip(won, ran, strict=True))])
-    note = "By the mean over seeds, of the tasks on which the method ran beside another."
+    note = "By the mean over seeds. The total counts tasks on which the method and another one ran."
     return Table("Tasks on which a method is best", note, ["method", *(TITLES[metric] for metric in metrics)], rows)
 
 
@@ -202,12 +200,13 @@ def _pairs(study: Study) -> Table:
         for one in all_pairs(study, metric)
     ]
     note = (
-        "Differences on the same tasks and seeds, mean over tasks ± one standard error over them. Won: tasks on which "
-        "the first is better, to those on which the second is. Clearly: beyond two standard errors over seeds. p: "
-        "Wilcoxon’s signed-rank test over tasks, two-sided (with one task a t-test over its seeds), uncorrected."
+        "Differences on the same tasks and seeds, mean over tasks ± one standard error over tasks. Won: the number of "
+        "tasks on which the first is better, to the number on which the second is. Clearly: tasks whose difference "
+        "exceeds two standard errors over seeds. p: Wilcoxon’s signed-rank test over tasks (with one task, a paired "
+        "t-test over its seeds), two-sided, not corrected for multiple tests."
     )
     return Table(
-        "Differences between methods", note, ["first − second", "of", "difference", "won", "clearly", "p"], rows
+        "Differences between methods", note, ["first − second", "metric", "difference", "won", "clearly", "p"], rows
     )
 
 
@@ -235,16 +234,16 @@ def _references(study: Study) -> Table | None:
             ]
             rows.append([Cell(task.label), *map(Cell, shown)])
     note = (
-        "One weighted sample of p for each task, drawn once, on which KL(p‖π) of all its runs is taken. k̂ is to stay "
-        "below the number in brackets; – where all weights are equal, as a filter’s are, or too few to say."
+        "One weighted sample of p per task, drawn once; KL(p‖π) of all runs of the task is measured on it. k̂ should be "
+        "below the number in brackets; – if all weights are equal, as with filters, or too few."
     )
-    columns = ["task", "goal", "under the base", "drawn from", "inside p’s support", "ESS", "k̂", "KL(p‖a), nats"]
+    columns = ["task", "goal", "under the base", "drawn from", "in p’s support", "ESS", "k̂", "KL(p‖a), nats"]
     return Table("The frozen references", note, columns, rows)
 
 
-def _not_there(study: Study) -> Table:
+def _missing_runs(study: Study) -> Table:
     """One row for all tasks of a method with the same missing runs."""
-    missing = {(one["method"], one["task"], "left out", one["reason"]): ["all"] for one in study.skipped}
+    missing = {(one["method"], one["task"], "skipped", one["reason"]): ["all"] for one in study.skipped}
     for e in study.entries:
         if e.status != "done":
             missing.setdefault((e.method, e.task, e.status, e.error or ""), []).append(str(e.seed))
@@ -264,7 +263,7 @@ def _not_there(study: Study) -> Table:
         ]
         for (method, seeds, state, why), names in sorted(alike.items(), key=lambda one: order.index(one[0][0]))
     ]
-    return Table("Runs that are not there", "", ["method", "tasks", "seeds", "state", "why"], rows)
+    return Table("Missing runs", "", ["method", "tasks", "seeds", "status", "reason"], rows)
 
 
 def _measured(value: Measured, best: bool = False) -> Cell:
@@ -276,7 +275,7 @@ def _short(value: Measured) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text that cannot end a cell of a Markdown table or be read as HTML."""
+    """Text that neither ends a cell of a Markdown table nor is interpreted as HTML."""
     shown = str(text).replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(shown.split())
 
