@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tiltlm._version import __version__
 
 if TYPE_CHECKING:
+    from tiltlm.app.load import load_run
     from tiltlm.app.tune import Run, tune
     from tiltlm.errors import TiltError
     from tiltlm.estimation import Estimate
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tiltlm.targets import FittedTarget, Target, TiltedTarget, constrain
     from tiltlm.training.callbacks import Callback
 
-# Imported on first use, so that `tiltlm --help` need not wait for torch.
+# Imported on first use, so that `tiltlm --help` does not load torch.
 _HOMES = {
     "Callback": "tiltlm.training.callbacks",
     "Estimate": "tiltlm.estimation",
@@ -34,6 +35,7 @@ _HOMES = {
     "TiltedTarget": "tiltlm.targets",
     "constrain": "tiltlm.targets",
     "feature": "tiltlm.features",
+    "load_run": "tiltlm.app.load",
     "sample_target": "tiltlm.sampling",
     "tune": "tiltlm.app.tune",
 }
@@ -54,13 +56,14 @@ __all__ = [
     "__version__",
     "constrain",
     "feature",
+    "load_run",
     "sample_target",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "features":  # the room of the many small functions that are not listed here
+    if name == "features":  # this package has many small functions, which are not listed here
         return importlib.import_module("tiltlm.features")
     if name not in _HOMES:
         raise AttributeError(f"module 'tiltlm' has no attribute '{name}'")

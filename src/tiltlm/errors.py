@@ -23,6 +23,10 @@ class UsageError(TiltError, ValueError):
     exit_code = 2
 
 
+class MethodTargetError(UsageError):
+    """A target that the method cannot match, e.g. one with a filter under a loss that is infinite where P = 0."""
+
+
 class ModelError(TiltError, OSError):
     """A model or tokenizer that cannot be found or loaded."""
 

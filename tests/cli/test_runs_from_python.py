@@ -13,7 +13,7 @@ import torch
 
 import tiltlm
 from command_line import Command, assert_one_error
-from tiltlm.app.load import load_run
+from tiltlm import load_run
 from tiltlm.evaluation.evaluate import evaluate_policy
 
 MEASURES = """

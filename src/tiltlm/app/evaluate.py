@@ -1,4 +1,4 @@
-"""Evaluate a finished run, or any model, on fresh samples."""
+"""`tiltlm eval`: measure the tuned model of a run, or any model, on fresh samples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tiltlm.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How to draw fresh samples; ``prompts`` names a file or is one prompt, None: the default prompts."""
+class EvaluationRequest:
+    """Which fresh samples to draw; ``prompts`` is a file or one prompt, None: the default prompts."""
 
     samples: int
     seed: int
@@ -25,36 +25,36 @@ class Draw:
     progress: Callable[[int, int], None] | None = None
 
 
-def evaluate_source(name: str, draw: Draw) -> Evaluation:
-    """A model without a run: entropy and diversity. Raises ModelError, UsageError."""
-    others = other_prompts(None, draw.prompts) if draw.prompts is not None else None
-    model = LanguageModel.from_pretrained(name, device=draw.device)
+def evaluate_source(name: str, request: EvaluationRequest) -> Evaluation:
+    """Evaluate a model without a run: entropy and diversity. Raises ModelError, UsageError."""
+    others = other_prompts(None, request.prompts) if request.prompts is not None else None
+    model = LanguageModel.from_pretrained(name, device=request.device)
     return evaluate_model(
         model,
-        draw.samples,
+        request.samples,
         prompts=encode_prompts(model, others),
-        seed=draw.seed,
-        prompts_from=draw.prompts or "none",
-        max_completion_length=draw.max_completion_length or 40,
-        progress=draw.progress,
+        seed=request.seed,
+        prompts_from=request.prompts or "none",
+        max_completion_length=request.max_completion_length or 40,
+        progress=request.progress,
     )
 
 
-def evaluate_run(run: RunDirectory, draw: Draw, top_p: float | None) -> Evaluation:
-    """The tuned model of a run, on its held-out prompts if it has any. Raises CheckpointError, UsageError."""
-    config, roles, target = load_run(run, draw.device)
+def evaluate_run(run: RunDirectory, request: EvaluationRequest, top_p: float | None) -> Evaluation:
+    """Evaluate the tuned model of a run, on its held-out prompts if it has any. Raises CheckpointError, UsageError."""
+    config, roles, target = load_run(run, request.device)
     split = read_prompts(config)
     known = (split.held_out, HELD_OUT) if split.held_out is not None else (split.training, TRAINING)
-    data, prompts_from = known if draw.prompts is None else (other_prompts(config, draw.prompts), draw.prompts)
+    data, prompts_from = known if request.prompts is None else (other_prompts(config, request.prompts), request.prompts)
     return evaluate_policy(
         roles,
         target,
-        draw.samples,
+        request.samples,
         prompts=encode_prompts(roles.policy, data),
-        max_completion_length=draw.max_completion_length or config.max_completion_length,
-        # Other samples than those of the run's own evaluation and training.
-        seed=stream(config.seed, "eval") + 1_000_000 * (draw.seed + 1),
+        max_completion_length=request.max_completion_length or config.max_completion_length,
+        # Other samples than those of training and of the evaluation at the end of the run.
+        seed=stream(config.seed, "eval") + 1_000_000 * (request.seed + 1),
         top_p=top_p,
-        progress=draw.progress,
+        progress=request.progress,
         prompts_from=prompts_from,
     )

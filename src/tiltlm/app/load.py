@@ -17,7 +17,7 @@ from tiltlm.targets import Target, TiltedTarget
 
 
 def load_policy(directory: RunDirectory, device: str = "auto") -> tuple[RunConfig, LanguageModel]:
-    """Config and tuned model of a finished run; the target is not built. Raises CheckpointError, UsageError."""
+    """The config and the tuned model of a finished run, without its target. Raises CheckpointError, UsageError."""
     record = directory.read_run()
     if not directory.policy_dir.is_dir():
         raise UsageError(
@@ -32,9 +32,10 @@ def load_policy(directory: RunDirectory, device: str = "auto") -> tuple[RunConfi
 def load_run(
     directory: RunDirectory | str | Path, device: str = "auto", features: Sequence[Feature] = ()
 ) -> tuple[RunConfig, Roles, Target]:
-    """Config, base and tuned model, and fitted target of a finished run. Raises CheckpointError, UsageError.
+    """The config, both models and the fitted target of a finished run.
 
-    ``features`` are objects that the run was given and its record cannot name; their names identify them.
+    Pass again as ``features`` the objects that a run file cannot name; they are matched by name. Raises UsageError for
+    a run that is not finished, CheckpointError for a damaged one or a base that has changed.
     """
     directory = directory if isinstance(directory, RunDirectory) else RunDirectory.open(directory)
     config, policy = load_policy(directory, device)

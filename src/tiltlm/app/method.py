@@ -7,7 +7,7 @@ from typing import Any
 
 from tiltlm.app.objects import build_object
 from tiltlm.config.run import MethodConfig
-from tiltlm.errors import UsageError, nearest
+from tiltlm.errors import MethodTargetError, UsageError, nearest
 from tiltlm.objectives import BUILT_IN, Objective
 from tiltlm.targets import Target
 from tiltlm.training.method import Method
@@ -35,11 +35,11 @@ def build_method(config: MethodConfig) -> Method:
 
 
 def check_expressible(objective: Objective, target: Target) -> None:
-    """Raises UsageError if the method cannot match the target, e.g. if its coefficients are infinite where P = 0."""
+    """Raise MethodTargetError if the method cannot match the target, e.g. if its loss is infinite where P = 0."""
     reason = objective.needs_full_support
     filters = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "filter"]
     if reason and filters:
-        raise UsageError(
+        raise MethodTargetError(
             f"method.name: {objective.name} cannot reach a target with the filter '{filters[0]}': {reason}; or ask for "
             f"a moment below 1"
         )

@@ -1,10 +1,10 @@
-"""A sampler of the target of a run, or of a config that was never tuned."""
+"""`tiltlm sample --sampler`: a sampler of the target of a run, or of a config without a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -14,6 +14,7 @@ from tiltlm.app.fit import fit_run_target
 from tiltlm.app.load import load_run
 from tiltlm.app.plan import plan_run
 from tiltlm.app.prompts import encode_prompts, read_prompts
+from tiltlm.config.prompt_data import PromptData
 from tiltlm.config.run import RunConfig, load_config
 from tiltlm.estimation import Estimate
 from tiltlm.lm import Roles
@@ -21,6 +22,7 @@ from tiltlm.reports.tables import estimate
 from tiltlm.runs.directory import RunDirectory
 from tiltlm.sampling import Forecast, Sampler, TargetSampler, build_proposal
 from tiltlm.sampling.target_proposal import SOURCE_NAMES
+from tiltlm.sampling.target_sampler import MAX_DRAWS, PILOT_DRAWS
 from tiltlm.targets import BaseSample, Target
 from tiltlm.training.checkpoint import load_base_sample
 
@@ -28,62 +30,75 @@ from tiltlm.training.checkpoint import load_base_sample
 SMALL, ROUNDING = 1e-4, 1e-9
 
 
-def sampler_of_run(run: RunDirectory, n: int, device: str, **settings: Any) -> TargetSampler:
-    """A sampler of a finished run's target, with its base, its tuned model and the samples that it was fitted on.
+@dataclass(frozen=True)
+class TextsRequest:
+    """``n`` texts of a target by a ``sampler``; None stands for the default of the run or of the sampler."""
+
+    n: int
+    sampler: Sampler
+    proposal: str | None = None
+    prompt: str | None = None
+    max_completion_length: int | None = None
+    seed: int | None = None
+    pilot: int = PILOT_DRAWS
+    max_draws: int = MAX_DRAWS
+
+
+def sampler_of_run(run: RunDirectory, request: TextsRequest, device: str) -> TargetSampler:
+    """A sampler of a finished run's target, with its base, its tuned model and the samples of its fit.
 
     Raises UsageError, CheckpointError.
     """
     config, roles, target = load_run(run, device)
     with roles.use("base") as base:
         base_sample = load_base_sample(run.checkpoint_dir, base)
-    return _sampler(config, roles, target, base_sample, n, policy=True, **settings)
+    data = read_prompts(config).training if request.prompt is None else None
+    return _sampler(request, config, roles, target, base_sample, data, policy=True)
 
 
 def sampler_of_config(
-    path: Path, overrides: Sequence[str], n: int, device: str, display: Display, **settings: Any
+    path: Path, overrides: Sequence[str], request: TextsRequest, device: str, display: Display
 ) -> TargetSampler:
-    """A sampler of a config's target, fitted on samples of the base now. Raises UsageError, UnreachableTargetError."""
+    """A sampler of a config's target, which is fitted first. Raises UsageError, UnreachableTargetError."""
     config = load_config(path, [*overrides, *([f"device={device}"] if device != "auto" else [])])
     plan = plan_run(config)
     base = build_base(config)
     fitted = fit_run_target(plan, base, display)
     for warning in fitted.report.warnings:
         display.say(f"note: {warning}")
-    return _sampler(config, Roles(base, base=base), fitted.target, fitted.base_sample, n, policy=False, **settings)
+    roles, data = Roles(base, base=base), plan.prompts.training
+    return _sampler(request, config, roles, fitted.target, fitted.base_sample, data, policy=False)
 
 
 def _sampler(
+    request: TextsRequest,
     config: RunConfig,
     roles: Roles,
     target: Target,
     base_sample: BaseSample | None,
-    n: int,
+    data: PromptData | None,
     *,
     policy: bool,
-    rule: Sampler,
-    proposal: str | None,
-    prompt: str | None,
-    max_completion_length: int | None,
-    **settings: Any,
 ) -> TargetSampler:
+    """A sampler on ``request.prompt`` or else the prompts of ``data``; with ``policy`` the tuned model may propose."""
     with roles.use("base") as base:
-        prompts = (
-            base.encode_prompts(prompt) if prompt is not None else encode_prompts(base, read_prompts(config).training)
-        )
+        prompts = base.encode_prompts(request.prompt) if request.prompt is not None else encode_prompts(base, data)
     source = build_proposal(
-        proposal or rule.required_source,
+        request.proposal or request.sampler.required_source,
         roles,
         target,
         policy=policy,
         base_sample=base_sample,
         prompts=prompts,
-        max_completion_length=max_completion_length or config.max_completion_length,
+        max_completion_length=request.max_completion_length or config.max_completion_length,
     )
-    return TargetSampler(source, rule, n, **settings)
+    return TargetSampler(
+        source, request.sampler, request.n, seed=request.seed, pilot=request.pilot, max_draws=request.max_draws
+    )
 
 
 def forecast_table(forecast: Forecast) -> Table:
-    """The forecast for the texts, beside that of all draws of the proposal."""
+    """The forecast for the accepted texts, and for comparison the figures of all draws of the proposal."""
     table = Table(box=None, pad_edge=False)
     for column in ("", "texts", SOURCE_NAMES[forecast.source]):
         table.add_column(column, justify="left" if not column else "right")

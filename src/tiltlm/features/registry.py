@@ -37,7 +37,7 @@ def build_feature(spec: FeatureSpec) -> Feature:
         raise UsageError(
             f"feature: '{spec[OBJECT]}' was given in Python and has no run-file form (it is a lambda, a function of "
             f"__main__ or of a notebook, or an object of your own class). Tune with a function that a module defines, "
-            f"or pass the feature again in Python: tiltlm.app.load.load_run(run_dir, features=[...])"
+            f"or pass the feature again in Python: tiltlm.load_run(run_dir, features=[...])"
         )
     # The key `threshold` beside a classifier is its option, not a kind.
     options_of = {

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tiltlm.app.build import build_own_target, build_terms
-from tiltlm.app.method import build_method, check_expressible
+from tiltlm.app.method import build_method
 from tiltlm.app.plan import plan_run
 from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.config.study import MethodSection, StudyConfig, TaskSection
-from tiltlm.errors import ModelError, UsageError
-from tiltlm.targets import TiltedTarget
+from tiltlm.errors import MethodTargetError, ModelError, UsageError
 from tiltlm.training.proposal_rules import ProposalRule
 
 MERGED_SECTIONS = ("training", "evaluation")
@@ -121,7 +119,7 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
                 config = _cell(study, task, variant)
                 config, sequences = _with_steps(config, study.budget(name), config.target.samples)
                 try:
-                    reason = None if name in unchecked else _checked_names(config)
+                    reason = None if name in unchecked else _why_omitted(config)
                 except ModelError as error:
                     if strict:
                         raise
@@ -138,21 +136,11 @@ def expand(study: StudyConfig, *, strict: bool = True) -> Grid:
     return Grid(study, variants, runs, tuple(skipped), unchecked)
 
 
-def _checked_names(config: RunConfig) -> str | None:
-    """The reason why the method cannot match the target; None if it can. Raises UsageError for other errors."""
-    reason = why_not(config)
-    if reason is None:
-        plan_run(config)
-    return reason
-
-
-def why_not(config: RunConfig) -> str | None:
-    """The reason why the method of a run cannot match its target; None if it can."""
-    objective = build_method(config.method).objective
-    target = build_own_target(config) if config.target.python else TiltedTarget(tuple(build_terms(config)))
+def _why_omitted(config: RunConfig) -> str | None:
+    """The reason why the method cannot match the target; None if it can. Raises UsageError for other mistakes."""
     try:
-        check_expressible(objective, target)
-    except UsageError as error:
+        plan_run(config)
+    except MethodTargetError as error:
         return str(error).removeprefix("method.name: ")
     return None
 

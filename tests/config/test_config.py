@@ -19,12 +19,12 @@ from tiltlm.config.run import (
     RewardConfig,
     RunConfig,
     TargetConfig,
-    apply_override,
     load_config,
     parse_config,
 )
 from tiltlm.config.starter import starter_config
 from tiltlm.config.training import TrainingArguments
+from tiltlm.config.yaml_file import apply_override
 from tiltlm.errors import UsageError
 
 LEAST: dict[str, Any] = {
