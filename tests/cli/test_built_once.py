@@ -1,4 +1,4 @@
-"""A config becomes objects once: prompts are read, and the user's own classes are made, one time in a run."""
+"""A config becomes objects once: each command reads the prompts and makes the user's own objects one time."""
 
 from __future__ import annotations
 
@@ -71,6 +71,21 @@ def test_everything_is_made_once(
     assert answer.code == 0, answer.err
     assert sorted((here / "made.txt").read_text().split()) == ["callback", "feature", "method"]
     assert counts == {"prompts": 1, "accelerator": 1}
+
+    for command in (
+        ("eval", "run", "--samples", 20, "--device", "cpu"),
+        ("sample", "run", "--sampler", "resample", "-n", 2, "--pilot", 64, "--device", "cpu"),
+        ("sample", "run.yaml", "--sampler", "resample", "-n", 2, "--pilot", 64),
+        ("fit", "run.yaml"),
+    ):
+        (here / "made.txt").unlink()
+        counts["prompts"] = 0
+        answer = tiltlm(*command)
+        assert answer.code == 0, answer.err
+        made = (here / "made.txt").read_text().split()
+        assert made.count("feature") == 1, command
+        assert len(made) == len(set(made)), command
+        assert counts["prompts"] == 1, command
 
 
 def test_a_plan_needs_no_model(settings: dict[str, Any]) -> None:
