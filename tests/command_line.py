@@ -70,7 +70,7 @@ def assert_one_error(err: str, said: list[str]) -> None:
     errors = [line for line in err.splitlines() if line.lower().startswith("error:")]
     assert len(errors) == 1, err
     assert "Traceback" not in err
-    assert "not foreseen" not in err
+    assert "not expected" not in err
     for part in said:
         assert part in errors[0], f"{part!r} is not in: {errors[0]}"
 

@@ -56,13 +56,13 @@ class NumericalError(TiltError, ArithmeticError):
 
 
 def why_not_loaded(source: str, error: Exception) -> tuple[str, str]:
-    """Where a model was searched, and the first line of the error of the library that loads it."""
+    """Where a model was looked for, and the first line of the error that the loading library raised."""
     where = "in this folder" if Path(source).exists() else "as a folder here or a name on the hub"
     return where, str(error).strip().splitlines()[0].rstrip(" .:") if str(error).strip() else type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence fragment that names the closest valid spelling, then all of them."""
+    """The closest valid name, if there is one, then all valid names, as the end of a sentence."""
     valid = list(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""

@@ -1,4 +1,4 @@
-"""Every command as a user types it, on a tiny model: what it prints, what it writes, and that a seed fixes both."""
+"""Every command on a tiny model: its output, its files, and that a seed determines both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_estimate(value: Any) -> None:
 
 
 def assert_plain(text: str) -> None:
-    """Lines as they go into a file: no colours, no cursor movements, no line that overwrites another."""
+    """Lines for a file: no colours, no cursor movements, no line that overwrites another."""
     assert "\x1b" not in text
     assert "\r" not in text
 
@@ -72,7 +72,7 @@ def test_fit_prints_one_json_object(tiltlm: Command) -> None:
     assert feature["coefficient"]["value"] == pytest.approx(math.log((1 - base) / base), abs=1e-6)
 
 
-def test_a_seed_fixes_a_fit(tiltlm: Command) -> None:
+def test_a_seed_determines_a_fit(tiltlm: Command) -> None:
     first, again, other = (tiltlm("fit", "run.yaml", f"seed={seed}", "--json") for seed in (7, 7, 8))
     assert first.out == again.out
     assert first.out != other.out
@@ -108,18 +108,18 @@ def test_tune_leaves_a_whole_run(finished: Path, settings: dict[str, Any]) -> No
 
     steps = metrics_of(finished)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
-    # All four batches are samples that the target was fitted on, drawn once and read once more for the guide; then base
-    # and policy read each batch for each of two updates.
+    # All four batches are samples of the fit: drawn once, and one forward pass for the guide. Then come forward passes
+    # of base and policy for each of two updates.
     assert [(step["sequences"], step["forward_passes"]) for step in steps] == [
         (256, 640), (256, 768), (256, 896), (256, 1024)
     ]  # fmt: skip
-    # With its guide the policy is not the base, not even before its first update.
+    # With its guide the policy differs from the base even before its first update.
     assert steps[0]["kl_pi_a"]["value"] > 5 * steps[0]["kl_pi_a"]["se"] > 0
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in (finished / "checkpoints").glob("step-*")) == ["step-000002", "step-000004"]
 
 
-def test_samples_of_a_run_name_their_evidence(finished: Path) -> None:
+def test_samples_of_a_run_show_the_evidence_of_features(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [row["model"] for row in rows] == ["base"] * 4 + ["policy"] * 4
     found = 0
@@ -145,7 +145,7 @@ def test_the_tuned_model_is_a_plain_checkpoint(tiltlm: Command, here: Path, tiny
     tokenizer = AutoTokenizer.from_pretrained(finished / "policy")
     assert tokenizer.decode(tokenizer("she wins .")["input_ids"]) == "she wins ."
     assert not torch.equal(policy.lm_head.weight, base.lm_head.weight)
-    # It writes of women more readily than the base did: that is what it was tuned toward.
+    # It was tuned toward texts about women.
     start = torch.tensor([[tokenizer.bos_token_id]])
     ids = tokenizer.convert_tokens_to_ids(["she", "her"])
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_eval_measures_a_run_on_fresh_samples(tiltlm: Command, here: Path, finis
     then = json.loads((finished / "run.json").read_text())["evaluation"]["policy"]
     for name in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "entropy", "distinct_1", "perplexity_base"):
         assert_estimate(record[name])
-        # The run's own evaluation is of the same model on other samples.
+        # The evaluation of the run is of the same model on other samples.
         spread = math.hypot(record[name]["se"], then[name]["se"])
         assert abs(record[name]["value"] - then[name]["value"]) < 5 * spread, name
         assert record[name]["value"] != then[name]["value"]
@@ -272,7 +272,7 @@ def test_sampling_follows_its_settings(tiltlm: Command, tiny: Path) -> None:
     words = ("sample", tiny, "-n", 4, "--max-completion-length", 6, "--device", "cpu", "--jsonl", "--top-k", 3)
     for setting in (("--top-p", 1e-6), ("--temperature", 1e-4)):
         rows = [json.loads(line) for line in tiltlm(*words, *setting).out.splitlines()]
-        # One token of each law has all the mass, so that every text is the same and certain.
+        # One token has all the probability, so all texts are the same.
         assert len({row["text"] for row in rows}) == 1
         assert all(row["logprob"] == pytest.approx(0, abs=1e-6) for row in rows)
 
@@ -284,7 +284,7 @@ def test_report_is_written_again(tiltlm: Command, finished: Path) -> None:
     assert "female" in (finished / "report.html").read_text()
 
 
-def test_env_says_what_a_bug_report_needs(tiltlm: Command) -> None:
+def test_env_prints_what_a_bug_report_needs(tiltlm: Command) -> None:
     answer = tiltlm("env")
     assert (answer.code, answer.err) == (0, "")
     said = dict(line.split(maxsplit=1) for line in answer.out.splitlines())
@@ -301,7 +301,7 @@ def test_a_lora_run_is_an_adapter_that_others_load(tiltlm: Command, here: Path, 
 
     answer = tiltlm("tune", "run.yaml", "peft={r: 2, target_modules: all-linear}", "method={name: gdc, check_steps: 2}")
     assert answer.code == 0, answer.err
-    # The target was fitted on the very same samples: the adapter is no part of the base.
+    # The target was fitted on the same samples: the adapter is not part of the base.
     lora, full = (json.loads((run / "run.json").read_text()) for run in (here / "runs" / "run", finished_run))
     assert lora["target"] == full["target"]
     policy = here / "runs" / "run" / "policy"
@@ -413,7 +413,7 @@ def test_a_target_of_ones_own(tiltlm: Command, here: Path, settings: dict[str, A
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.serial
-def test_an_interrupted_run_says_how_to_go_on_and_does(
+def test_an_interrupted_run_prints_how_to_resume_and_resumes(
     tiltlm: Command, here: Path, finished_run: Path, name: str
 ) -> None:
     write_stops(here, name)
@@ -440,7 +440,7 @@ PHASES = {"sampling the base": "tiltlm.app.fit.draw_base_sample", "evaluating": 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.serial
-def test_a_run_that_is_stopped_outside_of_training_goes_on_from_there(
+def test_a_run_that_is_stopped_outside_of_training_resumes_there(
     tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: int
 ) -> None:
     def stopped(*arguments: Any, **settings: Any) -> None:
@@ -475,7 +475,7 @@ def test_a_run_that_is_stopped_outside_of_training_goes_on_from_there(
         assert now[field] == then[field], field
 
 
-def test_resuming_a_finished_run_says_that_it_is_done_and_draws_nothing(
+def test_resuming_a_finished_run_draws_nothing(
     tiltlm: Command, here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*arguments: Any, **settings: Any) -> None:
@@ -487,18 +487,18 @@ def test_resuming_a_finished_run_says_that_it_is_done_and_draws_nothing(
     assert answer.code == 0, answer.err
     assert answer.out.split() == ["model", "runs/done/policy", "report", "runs/done/report.html"]
     first, *table = answer.err.splitlines()
-    assert first == "runs/done is done already; `tiltlm eval` measures it on fresh samples"
+    assert first == "runs/done is done; `tiltlm eval` measures it on fresh samples"
     assert re.match(r"female +0\.5 +\S+ ± \S+ +\S+ ± \S+$", table[1])
     assert files_under(here) == before
 
-    # A kill between the end of the run and that of its report.
+    # A kill after the end of the run, before its report is written.
     (finished / "report.html").unlink()
     assert tiltlm("tune", "run.yaml", "--output-dir", "runs/done", "--resume").code == 0
     assert (finished / "report.html").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_checkpoint_before_a_damaged_one_leads_to_the_same_end(tiltlm: Command, finished: Path) -> None:
+def test_an_earlier_checkpoint_leads_to_the_same_result(tiltlm: Command, finished: Path) -> None:
     before = files_under(finished)
     shutil.rmtree(finished / "checkpoints" / "step-000004")
     shutil.rmtree(finished / "policy")
@@ -518,7 +518,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_in_a_shell_of_its_own(tiltlm: Command, here: Path) -> None:
+def test_commands_in_a_shell(tiltlm: Command, here: Path) -> None:
     fitted = shell("tiltlm fit run.yaml --json")
     assert fitted.returncode == 0, fitted.stderr
     assert json.loads(fitted.stdout)["moments"]["female"]["value"] == pytest.approx(0.5)
@@ -536,15 +536,13 @@ def test_in_a_shell_of_its_own(tiltlm: Command, here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_early_is_no_error(here: Path, tiny: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(here: Path, tiny: Path) -> None:
     ended = shell(f"tiltlm sample '{tiny}' -n 20000 --max-completion-length 2 --seed 0 --device cpu | head -n 1")
     assert len(ended.stdout.splitlines()) == 1
     assert ended.stderr == ""
 
 
-def test_fit_finds_what_no_sample_passed_and_says_how_rare_it_is(
-    tiltlm: Command, here: Path, settings: dict[str, Any]
-) -> None:
+def test_fit_estimates_the_rate_of_a_rare_event(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     rare = {
         **settings,
         "target": {"constraints": [{"feature": {"contains": "team good game"}, "moment": 1.0}], "samples": 20},
@@ -560,9 +558,7 @@ def test_fit_finds_what_no_sample_passed_and_says_how_rare_it_is(
     assert int(needed.group(1).replace(",", "")) == pytest.approx(30 / rate, rel=0.1)
 
 
-def test_fit_looks_again_where_a_few_texts_carry_the_weight_and_says_so(
-    tiltlm: Command, here: Path, settings: dict[str, Any]
-) -> None:
+def test_fit_adds_guided_texts_if_the_ess_is_low(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     rare = [{"feature": {"contains": words}, "moment": 0.4} for words in ("a good", "team game")]
     write_config(here / "rare.yaml", {**settings, "target": {"constraints": rare, "samples": 300}})
     answer = tiltlm("fit", "rare.yaml")

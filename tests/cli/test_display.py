@@ -1,4 +1,4 @@
-"""What a running job shows in a terminal, where a bar and the latest estimates stay in place."""
+"""The display of a running job: in a terminal a progress bar and the latest estimates, in a pipe plain lines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_terminal_shows_a_bar_with_estimates_and_goals() -> None:
     assert display.live is None
 
 
-def test_a_failure_gives_the_terminal_back() -> None:
+def test_a_failure_restores_the_terminal() -> None:
     console = terminal()
     display = Display(console)
     with pytest.raises(RuntimeError, match="the step failed"), display.training(0, 4):
@@ -58,7 +58,7 @@ def test_a_failure_gives_the_terminal_back() -> None:
     assert console.file.getvalue().rstrip().endswith("\x1b[?25h")
 
 
-def test_a_pipe_gets_lines_now_and_then_and_always_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_some_lines_and_always_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(plain_console(), {NAME: None})
     with display.training(0, 50):
         for step in range(1, 51):
@@ -68,10 +68,10 @@ def test_a_pipe_gets_lines_now_and_then_and_always_the_last(capsys: pytest.Captu
     assert lines[1] == f"step 50/50  5,000 sequences  KL(p‖π) 0.25 ± 0.01  {NAME} 0.125 ± 0.02  ETA 0:00"
 
 
-def test_a_resumed_run_expects_the_rest_at_its_own_pace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_eta_of_a_resumed_run_counts_its_own_steps(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(plain_console())
     with display.training(90, 100):
         display.began -= 30.0
         display.on_log(Progress(95, 100, 1, 1, 1.0), metrics(0.1))
-    # Five steps took thirty seconds and five are left; the ninety before were another sitting.
+    # Five steps took thirty seconds and five are left; the ninety before them are not counted.
     assert "ETA 0:30" in capsys.readouterr().err

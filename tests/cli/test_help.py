@@ -1,4 +1,4 @@
-"""Help answers at once: it loads nothing that computes."""
+"""Help is fast and complete: it loads no numerical library, and names every command and option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from command_line import Command
 
-PROMISED = {
+DOCUMENTED = {
     "tune": ["CONFIG.yaml", "[KEY=VALUE]...", "--output-dir", "--resume"],
     "fit": ["CONFIG.yaml", "[KEY=VALUE]...", "--json"],
     "eval": ["RUN_DIR|MODEL", "--samples", "--json", "--top-p"],
@@ -26,7 +26,7 @@ PROMISED = {
     "init": ["[NAME]"],
     "env": [],
 }
-# Typer checks the arguments of a command by pydantic, so that is there; the list of commands does without.
+# The help of a command loads pydantic; the list of commands does not.
 HEAVY = ("torch", "transformers", "numpy", "scipy", "peft", "accelerate", "matplotlib", "jinja2", "yaml")
 
 ASK = """
@@ -42,7 +42,7 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in PROMISED)], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in DOCUMENTED)], ids=" ".join)
 @pytest.mark.serial
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,21 +52,21 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     loaded = json.loads(ended.stdout.splitlines()[-1])
     assert "typer" in loaded
     assert not {*HEAVY, *(["pydantic"] if words == ["--help"] else [])} & set(loaded)
-    # Half a second is promised; the processor's time does not depend on what else the machine does.
+    # CPU time, because it does not depend on the load of the machine.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-@pytest.mark.parametrize("command", PROMISED)
-def test_help_names_what_is_promised(tiltlm: Command, command: str) -> None:
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_help_names_the_options(tiltlm: Command, command: str) -> None:
     answer = tiltlm(command, "-h")
     assert (answer.code, answer.err) == (0, "")
-    for promised in PROMISED[command]:
-        assert re.search(rf"(^|[\s,]){re.escape(promised)}($|[\s,])", answer.out, re.MULTILINE), promised
+    for option in DOCUMENTED[command]:
+        assert re.search(rf"(^|[\s,]){re.escape(option)}($|[\s,])", answer.out, re.MULTILINE), option
 
 
 def test_help_lists_every_command(tiltlm: Command) -> None:
     listed = re.findall(r"^  (\w+)  ", tiltlm("--help").out.split("Commands:")[1], re.MULTILINE)
-    assert listed == list(PROMISED)
+    assert listed == list(DOCUMENTED)
 
 
 def test_version_is_printed_without_torch(tiltlm: Command) -> None:

@@ -1,4 +1,4 @@
-"""Runs whose policy keeps its guide: from the run file to the saved model, stopped and resumed on the way."""
+"""Runs whose policy keeps its guide: from the run file to the saved model, also after a stop and a resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def with_kept_guide(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def slowly(settings: dict[str, Any]) -> dict[str, Any]:
-    """With a rate at which a few steps change little: where a run begins is still seen at its end."""
+    """A low learning rate: a few steps change little, so the end of a run shows its beginning."""
     return settings | {"training": settings["training"] | {"learning_rate": 1e-4}}
 
 
@@ -43,9 +43,9 @@ def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
     assert ["guide.safetensors" in cards[name] for name in ("plain", "kept")] == [False, True]
 
     def evaluated(name: str) -> dict[str, float]:
-        told = json.loads(tiltlm("eval", f"runs/{name}", "--samples", 256, "--seed", 5, "--json").out)
-        assert told["mismatch"]["worst"] < 1e-3, told["mismatch"]
-        return {"kl": told["kl_p_pi"]["value"], "mean": next(iter(told["moments"].values()))["value"]}
+        evaluation = json.loads(tiltlm("eval", f"runs/{name}", "--samples", 256, "--seed", 5, "--json").out)
+        assert evaluation["mismatch"]["worst"] < 1e-3, evaluation["mismatch"]
+        return {"kl": evaluation["kl_p_pi"]["value"], "mean": next(iter(evaluation["moments"].values()))["value"]}
 
     plain_found, found = evaluated("plain"), evaluated("kept")
     assert found["kl"] < plain_found["kl"]
@@ -55,7 +55,7 @@ def test_a_run_begins_at_the_guide_and_its_model_is_saved_with_it(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_that_names_no_method_is_taught_by_the_guide_that_it_keeps(
+def test_the_default_method_distills_the_guide_that_it_keeps(
     tiltlm: Command, here: Path, settings: dict[str, Any]
 ) -> None:
     assert "method" not in settings
@@ -76,7 +76,7 @@ def test_a_run_that_names_no_method_is_taught_by_the_guide_that_it_keeps(
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("changes", [{}, {"peft": LORA, "method": {"name": "gdc", "proposal": "kl"}}])
 @pytest.mark.serial
-def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
+def test_a_stopped_run_resumes_with_the_same_guide(
     tiltlm: Command, here: Path, settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     write_stops(here)
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_guide(
     assert math.isfinite(metrics_of(here / "runs/whole")[-1]["kl_p_pi"]["value"])
 
 
-def test_a_model_with_a_guide_is_no_base(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
+def test_a_model_with_a_guide_cannot_be_a_base(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     write_config(here / "kept.yaml", with_kept_guide(settings))
     assert tiltlm("tune", "kept.yaml", "--output-dir", "runs/kept").code == 0
     write_config(here / "next.yaml", settings | {"model": str(here / "runs/kept/policy")})

@@ -1,4 +1,4 @@
-"""Wrong commands, folders and files, and failures on the way: one message, the right exit code, nothing lost."""
+"""Wrong commands, folders and files, and failures during a run: one message, the right exit code, nothing lost."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MISTYPED: dict[str, tuple[tuple[Any, ...], list[str]]] = {
     "output of a run": (TUNE_AGAIN, ["runs/done", "already holds a run", "--resume", "--output-dir"]),
     "output among other files": (
         ("tune", "run.yaml", "--output-dir", "notes"),
-        ["notes", "files that are no run", "--output-dir"],
+        ["notes", "files that are not a run", "--output-dir"],
     ),
     "output that is a file": (
         ("tune", "run.yaml", "--output-dir", "run.yaml"),
@@ -201,7 +201,7 @@ def broken_file(name: str, content: bytes | None = None) -> Callable[[Path], Non
 
 
 def unfinished(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """The same in a run that was interrupted: of a finished one no checkpoint is read."""
+    """The same damage in an interrupted run; the checkpoints of a finished run are not read."""
 
     def interrupt(run: Path) -> None:
         record = json.loads((run / "run.json").read_text())
@@ -222,9 +222,9 @@ RESUME = (*TUNE_AGAIN, "--resume")
 @pytest.mark.parametrize(
     ("damage", "words", "said"),
     [
-        (broken_file("run.json"), RESUME, ["run.json", "broken", "put back a copy"]),
-        (broken_file("run.json"), ("eval", "runs/done"), ["run.json", "broken", "put back a copy"]),
-        (broken_file("run.json", b"[]"), ("report", "runs/done"), ["run.json", "no JSON object"]),
+        (broken_file("run.json"), RESUME, ["run.json", "broken", "restore a copy"]),
+        (broken_file("run.json"), ("eval", "runs/done"), ["run.json", "broken", "restore a copy"]),
+        (broken_file("run.json", b"[]"), ("report", "runs/done"), ["run.json", "not a JSON object"]),
         (broken_file("run.json", b"{}"), ("report", "runs/done"), ["run.json", "not written by tiltlm"]),
         (newer, ("sample", "runs/done"), ["run.json", "99", "Upgrade"]),
         (broken_file("metrics.jsonl", b"{\n{}\n"), ("report", "runs/done"), ["metrics.jsonl, line 1", "broken"]),
@@ -307,11 +307,11 @@ def later(texts, seen=[]):
         ([({"pronouns": "female"}, 0.3), ({"not": {"pronouns": "female"}}, 0.4)], ["female", "Remove one"]),
     ],
 )
-def test_what_fitting_shows_to_be_wrong_leaves_nothing(
+def test_a_failed_fit_writes_nothing(
     tiltlm: Command, here: Path, settings: dict[str, Any], constraints: list[tuple[Any, float]], said: list[str]
 ) -> None:
-    stated = [{"feature": feature, "moment": moment} for feature, moment in constraints]
-    write_config(here / "run.yaml", settings | {"target": {"constraints": stated, "samples": 256}})
+    listed = [{"feature": feature, "moment": moment} for feature, moment in constraints]
+    write_config(here / "run.yaml", settings | {"target": {"constraints": listed, "samples": 256}})
     (here / "measures.py").write_text(MEASURES)
     (here / "broken.py").write_text("def f(:\n")
     before = files_under(here)
@@ -329,9 +329,7 @@ def failed_record(run: Path) -> dict[str, Any]:
     return record
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(
-    tiltlm: Command, here: Path, settings: dict[str, Any]
-) -> None:
+def test_a_diverging_run_keeps_its_checkpoints(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     answer = tiltlm(
         "tune", "run.yaml", "method=gdc++", "training.learning_rate=1e30", "training.optim=sgd", "training.save_steps=1"
     )
@@ -348,8 +346,8 @@ def test_a_feature_that_fails_in_training_leaves_a_failed_run(
     tiltlm: Command, here: Path, settings: dict[str, Any]
 ) -> None:
     (here / "measures.py").write_text(MEASURES)
-    stated = {"constraints": [{"feature": {"python": "measures:later"}, "moment": 0.4}], "samples": 256}
-    write_config(here / "run.yaml", settings | {"target": stated})
+    section = {"constraints": [{"feature": {"python": "measures:later"}, "moment": 0.4}], "samples": 256}
+    write_config(here / "run.yaml", settings | {"target": section})
     answer = tiltlm("tune", "run.yaml", "training.reuse_fit_samples=false")
     print(answer.err)
     assert_one_error(answer.err, ["'later' raised ZeroDivisionError"])
@@ -359,7 +357,7 @@ def test_a_feature_that_fails_in_training_leaves_a_failed_run(
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.serial
-def test_a_full_disk_loses_nothing_and_the_run_goes_on(
+def test_a_full_disk_loses_nothing_and_the_run_resumes(
     tiltlm: Command, here: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync = os.fsync

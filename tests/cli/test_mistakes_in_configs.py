@@ -1,4 +1,4 @@
-"""Wrong run files: one message that names field, value and remedy, exit code 2, and nothing written."""
+"""Wrong run files: one message that names field, value and fix, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"method": {"name": "f_dpg", "args": {"divergence": "reverse_kl"}}, **constraint(FEMALE, 1.0)},
         ["method.name", "choose kl, js, tv or chi2"],
     ),
-    "clipping around another law": (
+    "off-policy proposal of an on-policy method": (
         {"method": {"name": "grpo", "proposal": "kl"}},
         ["method.proposal", "grpo trains on the policy's own samples"],
     ),
@@ -230,7 +230,7 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_config_is_told_before_anything_is_written(
+def test_a_wrong_config_is_refused_before_anything_is_written(
     tiltlm: Command, here: Path, settings: dict[str, Any], mistake: str
 ) -> None:
     changes, said = MISTAKES[mistake]

@@ -1,4 +1,4 @@
-"""Commands on a pretended GPU: every method runs by its name, and no tensor on the GPU meets one on the CPU."""
+"""Commands on a simulated GPU: every method runs, and no operation mixes tensors of GPU and CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gpu() -> Iterator[PretendedGPU]:
         yield mode
 
 
-def test_what_is_mixed_fails(gpu: PretendedGPU) -> None:
+def test_mixed_devices_fail(gpu: PretendedGPU) -> None:
     there, here = torch.ones(3, device="cuda"), torch.ones(3)
     assert (there.device.type, there[1:].is_cuda, there.cpu().device.type) == ("cuda", True, "cpu")
     assert gpu.is_there((there.view(3, 1) * 2).to(torch.float64))
@@ -67,7 +67,7 @@ def test_every_method_runs(tiltlm: Command, tiny: Path, here: Path, gpu: Pretend
 
 
 @pytest.mark.serial
-def test_a_run_goes_on_from_a_checkpoint(
+def test_a_run_resumes_from_a_checkpoint(
     tiltlm: Command, here: Path, settings: dict[str, Any], gpu: PretendedGPU
 ) -> None:
     write_stops(here)

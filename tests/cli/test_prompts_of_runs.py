@@ -1,4 +1,4 @@
-"""Runs with prompts from files: their columns reach the features, and those that are held out are never trained on."""
+"""Runs with prompts from files: features read their columns, and held-out prompts are never trained on."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_trains_on_some_prompts_and_is_evaluated_on_the_others(
     assert all(str(prompt) in html for prompt in split.held_out.prompts)
     assert "on 3 held-out prompts" in (here / "out" / "policy" / "README.md").read_text()
 
-    # The same split in another process, by the run's own record.
+    # The same split, read from the record of the run.
     answer = tiltlm("eval", "out", "--samples", 30, "--device", "cpu", "--json")
     found = json.loads(answer.out)
     assert (found["prompts"], found["prompts_from"]) == (3, "held out")
@@ -103,7 +103,7 @@ def test_eval_takes_other_prompts(tiltlm: Command, here: Path, held: dict[str, A
     missing = tiltlm("eval", "out", "--device", "cpu", "--prompts", "none.csv")
     assert_one_error(missing.err, ["prompts", "none.csv", "No such file"])
     one = tiltlm("eval", "out", "--device", "cpu", "--samples", 20, "--prompts", "the team")
-    assert_one_error(one.err, ["'word'", "not given"])
+    assert_one_error(one.err, ["'word'", "not available"])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_eval_takes_other_prompts(tiltlm: Command, here: Path, held: dict[str, A
         ({"rows": ["a"], "path": "rows.jsonl"}, ["path", "dataset", "rows"]),
     ],
 )
-def test_a_split_that_cannot_be_is_told_before_any_work(
+def test_an_impossible_split_is_refused_before_any_work(
     tiltlm: Command, here: Path, held: dict[str, Any], prompts: dict[str, Any], said: list[str]
 ) -> None:
     write_config(here / "run.yaml", held | {"prompts": prompts})
@@ -126,7 +126,7 @@ def test_a_split_that_cannot_be_is_told_before_any_work(
     assert "sampling" not in answer.err
 
 
-def test_a_held_out_prompt_that_is_too_long_is_told_before_training(
+def test_a_held_out_prompt_that_is_too_long_is_refused_before_training(
     tiltlm: Command, here: Path, held: dict[str, Any]
 ) -> None:
     long = [{"prompt": "he", "word": "a"}, {"prompt": "she " * 60, "word": "a"}]
@@ -145,7 +145,7 @@ def test_samples_per_prompt_must_divide_the_batch(
     assert_one_error(answer.err, said)
 
 
-def test_python_states_the_same(tiny: Path, here: Path, tiltlm: Command, no_pictures: None) -> None:
+def test_held_out_prompts_given_in_python(tiny: Path, here: Path, tiltlm: Command, no_pictures: None) -> None:
     base = package.LanguageModel.from_pretrained(tiny, device="cpu")
     prompts = base.encode_prompts(["she", "he", "the team"], {"word": ["wins", "is", "a"]})
     (here / "measures.py").write_text(MEASURES)

@@ -1,4 +1,4 @@
-"""A run stated in Python is a run like any other: the command line measures it, whatever its features were made of."""
+"""Runs made in Python: the command line evaluates them, with features that were given as objects too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tuned(base: tiltlm.LanguageModel, constraints: Any, folder: str, **further: 
     return target, tiltlm.tune(base, target, output_dir=folder, max_steps=2, batch_size=20, evaluation_samples=30)
 
 
-def test_features_given_as_objects_are_found_again(
+def test_features_given_as_objects_are_loaded_again(
     tiltlm: Command, here: Path, base: tiltlm.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "measures.py").write_text(MEASURES)
@@ -55,7 +55,7 @@ def test_features_given_as_objects_are_found_again(
         pronouns("female").renamed("about women"): 0.5,
         measures.about_games | wordlist(["team"]): 0.6,
     }
-    stated, run = tuned(base, constraints, "from-python", reward=callable_feature(measures.words), beta=3.0)
+    target, run = tuned(base, constraints, "from-python", reward=callable_feature(measures.words), beta=3.0)
     del sys.modules["measures"]
     record = run.directory.read_run()
     assert [entry["feature"] for entry in record["config"]["target"]["constraints"]] == [
@@ -68,20 +68,20 @@ def test_features_given_as_objects_are_found_again(
     found = json.loads(answer.out)
     assert [*found["moments"]] == [*record["evaluation"]["policy"]["moments"]]
 
-    # The very model, target, prompts and dtype that the run had: the same seed gives the same figures.
-    config, roles, target = load_run("from-python", "cpu")
+    # The same model, target, prompts and dtype as in the run: the same seed gives the same figures.
+    config, roles, loaded = load_run("from-python", "cpu")
     assert (config.prompts, config.dtype) == (PROMPTS, "float64")
     assert roles.policy.model.dtype == torch.float64
     same = [
         evaluate_policy(one, aim, 60, prompts=PROMPTS, max_completion_length=10, seed=1).to_json()
-        for one, aim in ((roles, target), (run.roles, stated))
+        for one, aim in ((roles, loaded), (run.roles, target))
     ]
     assert same[0]["moments"] == same[1]["moments"]
     for figure in ("kl_p_pi", "kl_pi_a", "log_z"):
         assert same[0][figure]["value"] == pytest.approx(same[1][figure]["value"], abs=1e-9)
 
 
-def test_an_object_that_has_no_name_is_recorded_as_such(
+def test_a_feature_that_no_run_file_can_name_is_recorded_by_its_name(
     tiltlm: Command, here: Path, base: tiltlm.LanguageModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tiltlm.features import Feature, callable_feature
@@ -95,7 +95,7 @@ def test_an_object_that_has_no_name_is_recorded_as_such(
     answer = tiltlm("eval", "unnamed", "--samples", 20, "--device", "cpu")
     assert_one_error(answer.err, ["target.constraints.0.feature: 'wordy'", "a module defines", "features=[...]"])
     assert answer.code == 2
-    # Neither the texts nor the report need the feature.
+    # Sampling and the report do not need the feature.
     assert tiltlm("sample", "unnamed", "-n", 2, "--device", "cpu").code == 0
     assert tiltlm("report", "unnamed").code == 0
 

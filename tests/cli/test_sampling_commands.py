@@ -1,4 +1,4 @@
-"""`tiltlm sample --sampler`: texts of a target without tuning, as a user types it, and what is said of them first."""
+"""`tiltlm sample --sampler`: texts of a target without tuning, after a forecast."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(answer: Answer) -> list[dict[str, Any]]:
         ("guided", (), r"^guided: all draws of the guided base$"),
     ],
 )
-def test_texts_come_after_what_they_will_be_like(
+def test_texts_follow_their_forecast(
     tiltlm: Command, here: Path, finished: Path, sampler: str, words: tuple[Any, ...], said: str
 ) -> None:
     before = files_under(here)
@@ -62,7 +62,7 @@ def test_texts_come_after_what_they_will_be_like(
     assert files_under(here) == before
 
 
-def test_lines_of_json_tell_what_a_text_weighs(tiltlm: Command, finished: Path) -> None:
+def test_lines_of_json_have_log_weights(tiltlm: Command, finished: Path) -> None:
     rows = rows_of(tiltlm("sample", "runs/done", "--sampler", "rejection", "-n", 200, "--jsonl", *SEEDED))
     fitted = json.loads((finished / "run.json").read_text())["target"]["features"][0]["coefficient"]["value"]
     women = 0
@@ -73,7 +73,7 @@ def test_lines_of_json_tell_what_a_text_weighs(tiltlm: Command, finished: Path) 
         assert row["log_weight"] == pytest.approx(fitted if female else 0.0, abs=1e-5)
         women += female
     assert women / 200 == pytest.approx(0.5, abs=0.15)
-    # Guided texts may lie outside of the support, of which JSON has no number; here no automaton keeps them inside.
+    # A regex has no automaton, so guided texts may lie outside of the support; JSON has null for their log-weight.
     config = (
         "target.constraints.0.feature={regex: she}",
         "target.constraints.0.moment=1.0",
@@ -105,13 +105,13 @@ def test_a_config_that_was_never_tuned_is_enough(tiltlm: Command, here: Path) ->
     assert "draws of the guided base" in answer.err
 
 
-def test_the_nearest_proposal_is_said(tiltlm: Command, finished: Path) -> None:
+def test_the_chosen_proposal_is_printed(tiltlm: Command, finished: Path) -> None:
     answer = tiltlm("sample", "runs/done", "--sampler", "mcmc", "-n", 2, *SEEDED)
     said = r"^note: draws come from the (guided base|policy): the ESS of 256 trial draws is"
     assert re.search(said, answer.err, re.MULTILINE)
 
 
-def test_prompts_are_the_runs_own_or_one_that_is_typed(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
+def test_prompts_are_those_of_the_run_or_the_given_one(tiltlm: Command, here: Path, settings: dict[str, Any]) -> None:
     write_config(here / "asked.yaml", settings | {"prompts": ["she", "the team", "he was"]})
     command = ("sample", "asked.yaml", "--sampler", "mcmc", "-n", 6, "--jsonl", *SEEDED)
     rows = rows_of(tiltlm(*command))
@@ -131,7 +131,7 @@ def test_a_run_with_an_adapter(tiltlm: Command, here: Path, settings: dict[str, 
         assert len(answer.out.splitlines()) == 4, answer.err
 
 
-def test_the_curve_as_numbers_and_as_a_picture(tiltlm: Command, here: Path, finished: Path) -> None:
+def test_the_curve_as_table_and_figure(tiltlm: Command, here: Path, finished: Path) -> None:
     command = ("sample", "runs/done", "--sampler", "qrs", "--proposal", "policy", "-n", 1, *SEEDED, "--qrs-curve")
     answer = tiltlm(*command, "curve.png")
     assert answer.code == 0, answer.err
@@ -145,7 +145,7 @@ def test_the_curve_as_numbers_and_as_a_picture(tiltlm: Command, here: Path, fini
         assert before["acceptance"] > after["acceptance"]
         assert before["kl"] > after["kl"]
     assert table[-1]["kl"] == pytest.approx(0, abs=1e-9)
-    # The β of a row gives what the row says.
+    # The β of a row gives the acceptance rate of the row.
     row = table[len(table) // 2]
     exact = tiltlm("sample", "runs/done", "--sampler", "qrs", "--proposal", "policy", "-n", 1, *SEEDED,
                    "--log-beta", row["log_beta"])  # fmt: skip
@@ -159,18 +159,18 @@ def test_the_curve_as_numbers_and_as_a_picture(tiltlm: Command, here: Path, fini
     assert "<svg" in (here / "drawn.svg").read_text()
 
 
-def test_too_few_hits_are_refused_with_a_count(tiltlm: Command, finished: Path) -> None:
+def test_too_few_accepted_draws_are_an_error_with_a_count(tiltlm: Command, finished: Path) -> None:
     answer = tiltlm("sample", "runs/done", "--sampler", "rejection", "-n", 400, "--max-draws", 500, *SEEDED)
     assert answer.code == 1
     assert answer.out == ""
     assert_one_error(answer.err, ["max_draws", "500 draws", "400 texts take about"])
-    # What is to be expected was said before.
+    # The forecast was printed before.
     assert "KL(p‖·)" in answer.err
     never = ("target.constraints=[{feature: {contains: her her her}, moment: 0.5}]",)
     assert tiltlm("sample", "run.yaml", *never, "--sampler", "qrs", *SEEDED).code == 1
 
 
-def test_ctrl_c_leaves_what_was_found(tiltlm: Command, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_texts_found_so_far(tiltlm: Command, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, calls = TargetProposal.draw, []
 
     def until_stopped(self: TargetProposal, n: int, places: Any, generator: torch.Generator) -> Draws:

@@ -1,4 +1,4 @@
-"""The run file: every key documented, overrides, defaults, and a form in JSON that reads back as the same config."""
+"""The run file: descriptions, defaults and overrides; its JSON is read back as the same config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECTIONS = (RunConfig, TargetConfig, ConstraintConfig, RewardConfig, MethodConfi
 
 
 def fields_of(section: type[Any]) -> dict[str, str | None]:
-    """Every key of a section with its description; that of a key which is a section is the section's docstring."""
+    """Every key of a section with its description; a key that is a section has the docstring of the section."""
     if dataclasses.is_dataclass(section):
         hints = get_type_hints(section, include_extras=True)
         return {
@@ -49,10 +49,10 @@ def fields_of(section: type[Any]) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_key_says_what_it_means(section: type[Any]) -> None:
+def test_every_key_has_a_description(section: type[Any]) -> None:
     for name, description in fields_of(section).items():
         assert description, f"{section.__name__}.{name} has no description"
-        assert len(description.split()) >= 2, f"{section.__name__}.{name}: '{description}' says too little"
+        assert len(description.split()) >= 2, f"{section.__name__}.{name}: '{description}' is too short"
 
 
 def test_only_model_and_target_have_no_default() -> None:
@@ -76,7 +76,7 @@ def test_only_model_and_target_have_no_default() -> None:
         {"target": {"python": "mine:Target", "args": {"x": {"y": 1}}}, "training": {"max_grad_norm": 0}},
     ],
 )
-def test_what_a_run_stores_reads_back_as_the_same_config(changes: dict[str, Any]) -> None:
+def test_a_stored_config_is_read_back_unchanged(changes: dict[str, Any]) -> None:
     config = parse_config(LEAST | changes)
     stored = json.loads(json.dumps(config.model_dump(mode="json"), allow_nan=False))
     assert parse_config(stored) == config
@@ -107,7 +107,7 @@ def test_an_override_sets_one_key(override: str, expected: dict[str, Any]) -> No
     assert raw == expected
 
 
-def test_overrides_reach_into_what_is_there() -> None:
+def test_overrides_change_nested_keys() -> None:
     raw: dict[str, Any] = {
         "method": "gdc",
         "peft": {"r": 8},
@@ -133,13 +133,13 @@ def test_overrides_reach_into_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "'seed': an override reads key=value"),
-        ("=1", "'=1': an override reads key=value"),
+        ("seed", "'seed': an override has the form key=value"),
+        ("=1", "'=1': an override has the form key=value"),
         ("seed={", r"'seed=\{': the value is not valid YAML: .*line 1"),
-        ("training=3", r"training holds keys of its own \(max_steps\)"),
-        ("target.constraints.1.moment=0.3", "'1' is no place in a list of 1"),
-        ("target.constraints.-1.moment=0.3", "'-1' is no place in a list of 1"),
-        ("target.constraints.first=0.3", "'first' is no place in a list of 1"),
+        ("training=3", r"training has keys of its own \(max_steps\)"),
+        ("target.constraints.1.moment=0.3", "'1' is not an index of a list of 1"),
+        ("target.constraints.-1.moment=0.3", "'-1' is not an index of a list of 1"),
+        ("target.constraints.first=0.3", "'first' is not an index of a list of 1"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, message: str) -> None:
@@ -160,7 +160,7 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "training: {max_steps: 1, max_steps: 2}\n"])
-def test_a_key_that_stands_twice_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_repeated_key_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"not valid YAML: the key '(seed|max_steps)' appears twice \(line"):
@@ -168,14 +168,14 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["seed", "training.learning_rate", "target.constraints.0.moment", "evaluation.top_p"])
-def test_yes_is_no_number(key: str) -> None:
+def test_true_is_not_a_number(key: str) -> None:
     raw = json.loads(json.dumps(LEAST))
     apply_override(raw, f"{key}=true")
     with pytest.raises(UsageError, match=re.escape(f"{key}: must be a number (it is True)")):
         parse_config(raw)
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     with pytest.raises(UsageError) as raised:
         parse_config({"modle": "x", "target": {"constraints": [{"momnt": 1}]}, "training": {"optm": 1}})
     message = str(raised.value)
@@ -185,7 +185,7 @@ def test_every_problem_is_told_at_once() -> None:
     assert "'training.optm'; did you mean 'optim'" in message
 
 
-def test_the_starter_is_valid_and_states_every_default() -> None:
+def test_the_starter_is_valid_and_shows_every_default() -> None:
     text = starter_config()
     as_it_is = parse_config(yaml.safe_load(text))
     assert as_it_is == parse_config(LEAST)
@@ -212,5 +212,5 @@ def test_the_examples_in_the_starter_are_valid_too(tmp_path: Path, monkeypatch: 
     assert raw["target"]["samples"] == TargetConfig.model_fields["samples"].default
 
 
-def test_each_line_of_the_starter_is_short_enough_to_read() -> None:
+def test_lines_of_the_starter_are_short() -> None:
     assert all(len(line) <= 120 for line in starter_config().splitlines())

@@ -1,4 +1,4 @@
-"""Prompts from files, lists and data sets, with their columns, on their way to the model and to the features."""
+"""Prompts with columns from files, lists and data sets, as the model and the features get them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ TEMPLATE = (
 )
 
 
-def stated(**prompts: Any) -> PromptData:
-    """What a config with this mapping of prompts trains on."""
+def training_prompts(**prompts: Any) -> PromptData:
+    """The training prompts of a config with this ``prompts`` section."""
     target = {"constraints": [{"feature": {"contains": "a"}, "moment": 0.5}]}
     found = read_prompts(parse_config({"model": "embedded", "target": target, "prompts": prompts})).training
     assert found is not None
@@ -43,14 +43,14 @@ def stated(**prompts: Any) -> PromptData:
 
 
 def chat_model() -> LanguageModel:
-    """A tiny model whose template writes d before what a user says, and c before what the model does."""
+    """A tiny model whose chat template writes d before a user's message and c before the model's."""
     tokenizer = copy.deepcopy(tiny_model().tokenizer)
     tokenizer.chat_template = TEMPLATE
     return LanguageModel(tiny_model().model, tokenizer)
 
 
 def written(folder: Path, ending: str) -> Path:
-    """The rows in a file of this kind."""
+    """A file of this kind with the rows."""
     path = folder / f"rows{ending}"
     if ending == ".jsonl":
         path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def test_each_kind_of_file_gives_the_prompts_and_the_columns(tmp_path: Path, end
     assert found.columns["word"] == tuple(row["word"] for row in ROWS)
     weights = tuple(str(row["weight"]) if ending == ".csv" else row["weight"] for row in ROWS)
     assert found.columns == {"word": found.columns["word"], "weight": weights}
-    swapped = stated(path=str(tmp_path / f"rows{ending}"), column="word", samples=2)
+    swapped = training_prompts(path=str(tmp_path / f"rows{ending}"), column="word", samples=2)
     assert swapped.prompts == ("b", "ä, “c”")
     assert swapped.columns["prompt"] == ("a b", "d")
 
@@ -89,16 +89,16 @@ def test_a_data_set_in_a_folder_is_read_by_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "rows_of_ours"
     folder.mkdir()
     written(folder, ".parquet").rename(folder / "test.parquet")
-    found = stated(dataset=str(folder), split="test")
+    found = training_prompts(dataset=str(folder), split="test")
     assert found.prompts == tuple(row["prompt"] for row in ROWS)
     assert found.columns["weight"] == (2, -1, 0)
     with pytest.raises(UsageError, match=r"^prompts.dataset: '.*rows_of_ours', split 'train' cannot be loaded: \w+"):
-        stated(dataset=str(folder))
+        training_prompts(dataset=str(folder))
     with pytest.raises(UsageError, match=r"^prompts.dataset: 'us/not-there', subset 'all', split 'train' cannot"):
-        stated(dataset="us/not-there", subset="all")
+        training_prompts(dataset="us/not-there", subset="all")
 
 
-def test_a_text_file_has_a_prompt_a_line_and_a_string_is_one_itself(tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line_and_a_string_is_one_prompt(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("a b\n\n  \nd\n")
     (tmp_path / "no ending").write_text("d")
     assert parse_prompts(str(tmp_path / "lines.txt")) == PromptData(("a b", "d"), {})
@@ -107,7 +107,7 @@ def test_a_text_file_has_a_prompt_a_line_and_a_string_is_one_itself(tmp_path: Pa
     assert parse_prompts(["a", "b"]).prompts == ("a", "b")
 
 
-def test_rows_may_lack_a_column_and_what_is_not_plain_is_left_out() -> None:
+def test_rows_may_lack_a_column_and_values_that_are_not_plain_are_dropped() -> None:
     rows = [{"prompt": "a", "x": 1, "image": b"\0", "prompts": 3}, {"prompt": "b", "image": None}, "c"]
     found = prompt_rows(rows, "prompt", "the list")
     assert found.prompts == ("a", "b", "c")
@@ -118,22 +118,22 @@ def test_rows_may_lack_a_column_and_what_is_not_plain_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 of .*a.jsonl is no JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 of .*a.jsonl is not valid JSON"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "row 2 of the file .* has no column 'prompt'; .*valid: text"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": null}\n', "row 2 of the file .* is None; expected text, or a list"),
         ("a.jsonl", "[]\n", r"row 1 of the file .* is \[\]; expected text"),
         ("a.jsonl", '[{"role": "user"}]\n', "row 1 of the file .*: a message has content None"),
-        ("a.json", '{"prompt": "a"}', "a.json holds no list"),
-        ("a.json", "[1", "a.json is no JSON"),
+        ("a.json", '{"prompt": "a"}', "a.json is not a list"),
+        ("a.json", "[1", "a.json is not valid JSON"),
         ("a.csv", "prompt,word\na,b\nc,d,e\n", "line 3 of .*a.csv has more or fewer fields"),
         ("a.csv", "prompt,word\na\n", "line 2 of .*a.csv has more or fewer fields"),
-        ("a.csv", 'prompt,word\na,"b\n', "a.csv is no CSV"),
-        ("a.csv", "prompt,word\n", "the file .*a.csv holds none"),
+        ("a.csv", 'prompt,word\na,"b\n', "a.csv is not valid CSV"),
+        ("a.csv", "prompt,word\n", "the file .*a.csv has no prompts"),
         ("a.parquet", "no such thing", "a.parquet cannot be read as Parquet"),
-        ("a.txt", "\n", "the file .*a.txt holds none"),
+        ("a.txt", "\n", "the file .*a.txt has no prompts"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_by_its_place(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_an_error_in_a_file_names_its_place(tmp_path: Path, name: str, content: str, said: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=f"^prompts: .*{said}"):
         parse_prompts(str(tmp_path / name))

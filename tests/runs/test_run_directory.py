@@ -78,7 +78,7 @@ def test_create_takes_a_directory_in_which_a_run_was_killed_before_its_first_fil
 @pytest.mark.parametrize("name", [".run.json.tmp", "run.json.4711.tmp", ".notes.4711.tmp", ".run.json.4711.tmp.txt"])
 def test_a_file_that_only_looks_like_ours_is_someone_elses(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(RunExistsError, match="files that are no run"):
+    with pytest.raises(RunExistsError, match="files that are not a run"):
         RunDirectory.create(tmp_path, {}, seed=0)
     assert (tmp_path / name).read_text() == "mine"
 
@@ -99,10 +99,10 @@ def test_overwrite_replaces_the_run_and_nothing_else(run: RunDirectory) -> None:
     assert notes.read_text() == "mine"
 
 
-def test_overwrite_never_deletes_what_is_no_run(tmp_path: Path) -> None:
+def test_overwrite_never_deletes_other_files(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "thesis.tex").write_text("years")
-    with pytest.raises(RunExistsError, match="files that are no run"):
+    with pytest.raises(RunExistsError, match="files that are not a run"):
         RunDirectory.create(tmp_path, {}, seed=0, overwrite=True)
     assert (tmp_path / "policy" / "thesis.tex").read_text() == "years"
 
@@ -118,7 +118,7 @@ def test_create_at_a_file_is_a_usage_error(tmp_path: Path) -> None:
     [
         (None, UsageError, "no run.json"),
         ('{"schema_version": 1, "sta', CheckpointError, "broken"),
-        ("[1, 2]", CheckpointError, "no JSON object"),
+        ("[1, 2]", CheckpointError, "not a JSON object"),
         ("{}", CheckpointError, "not written by tiltlm"),
         ('{"schema_version": 99}', CheckpointError, "Upgrade tiltlm"),
     ],

@@ -169,7 +169,7 @@ def test_a_run_killed_while_it_was_evaluated_is_finished(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tiltlm.app.tune.evaluate", interrupted)
+    monkeypatch.setattr("tiltlm.app.tune.evaluate_both", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(settings, folder)
     assert record(folder)["status"] == "interrupted"

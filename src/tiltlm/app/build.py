@@ -1,4 +1,4 @@
-"""Models and targets from a config."""
+"""Build the models and the target of a config."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def build_base(config: RunConfig) -> LanguageModel:
     if base.guide is not None:
         raise UsageError(
             f"model: '{config.model}' keeps a guide (method kept_guide, or training.keep_guide) and cannot be a base; "
-            f"tune the model that it was tuned from toward both targets at once, or choose another method for it"
+            f"tune its own base toward both targets at once, or choose another method for it"
         )
     return base
 
 
 def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
-    """Base and policy: one set of weights with ``peft``, else the base and a copy to tune."""
+    """Base and policy: one set of weights with an adapter for ``peft``, else the base and a copy of it."""
     if config.peft is not None:
         check_peft(config.peft)
         return Roles(base.with_lora(seed=config.seed, **config.peft))
@@ -43,20 +43,20 @@ def build_roles(config: RunConfig, base: LanguageModel) -> Roles:
 def build_terms(config: RunConfig, objects: Sequence[Feature] = ()) -> list[Term]:
     """The features and moments of the target, not yet fitted. Raises UsageError for a wrong constraint.
 
-    ``objects`` are features that a run file cannot name; their names identify them.
+    ``objects`` are features that a run file cannot name; they are matched by name.
     """
     constraints = [
-        (_named(f"target.constraints.{i}", constraint, objects), constraint.moment)
+        (_feature(f"target.constraints.{i}", constraint, objects), constraint.moment)
         for i, constraint in enumerate(config.target.constraints)
     ]
     reward = config.target.reward
     if reward is None:
         return target_terms(constraints)
-    return target_terms(constraints, reward=_named("target.reward", reward, objects), beta=reward.beta)
+    return target_terms(constraints, reward=_feature("target.reward", reward, objects), beta=reward.beta)
 
 
 def build_own_target(config: RunConfig) -> Target:
-    """The user's own target, ``target.python``. Raises UsageError when it is none."""
+    """The user's own target, ``target.python``. Raises UsageError if it is not a target."""
     target = build_object("target.python", str(config.target.python), config.target.args)
     if not isinstance(target, Target):
         raise UsageError(
@@ -65,7 +65,7 @@ def build_own_target(config: RunConfig) -> Target:
     return target
 
 
-def _named(field: str, section: ConstraintConfig | RewardConfig, objects: Sequence[Feature]) -> Feature:
+def _feature(field: str, section: ConstraintConfig | RewardConfig, objects: Sequence[Feature]) -> Feature:
     with at_field(f"{field}.feature"):
         known = [feature for feature in objects if section.feature == {OBJECT: feature.name}]
         feature = build_feature(known[0] if known else section.feature)
@@ -73,7 +73,7 @@ def _named(field: str, section: ConstraintConfig | RewardConfig, objects: Sequen
 
 
 def check_peft(settings: dict[str, Any]) -> None:
-    """Raise UsageError for settings that peft.LoraConfig does not have, or that tiltlm sets itself."""
+    """Raise UsageError for settings that peft.LoraConfig does not have or that tiltlm sets itself."""
     from peft import LoraConfig
 
     own = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode")

@@ -1,4 +1,4 @@
-"""The display of a running job: live in a terminal, plain lines if output is piped."""
+"""The display of a running job: live in a terminal, plain lines in a file or pipe."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from tiltlm.training.metrics import StepMetrics
 
 PLAIN_LINE_EVERY = 5.0
-# Wide enough to keep each row of a table on one line in a file or a pipe.
+# Wide enough for each row of a table in a file or pipe.
 PIPED_WIDTH = 200
 
 
 def plain_console(*, stderr: bool = True) -> Console:
-    """A console without markup: names of features and files may look like rich's markup."""
+    """A console that prints markup as it is: names of features and files may look like markup of rich."""
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
@@ -47,7 +47,7 @@ class Display(Callback):
         self.warned = False
 
     def say(self, text: str) -> None:
-        """Print one line, above the live part if there is one."""
+        """Print one line, above the live display if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def note_mismatch(self, mismatch: Mismatch | None) -> None:
@@ -95,7 +95,7 @@ class Display(Callback):
             self.live.update(table)
         elif time.monotonic() - self.last_line > PLAIN_LINE_EVERY or progress.step == progress.max_steps:
             self.last_line = time.monotonic()
-            moments = "  ".join(f"{name} {self._against(name, m)}" for name, m in metrics.moments.items())
+            moments = "  ".join(f"{name} {self._with_goal(name, m)}" for name, m in metrics.moments.items())
             self.say(
                 f"step {progress.step}/{progress.max_steps}  {progress.sequences:,} sequences  "
                 f"KL(p‖π) {_short(metrics.kl_p_pi)}  {moments}  ETA {self._eta(progress)}"
@@ -106,7 +106,7 @@ class Display(Callback):
         left = (time.monotonic() - self.began) / max(done, 1) * (progress.max_steps - progress.step)
         return f"{int(left) // 60}:{int(left) % 60:02d}"
 
-    def _against(self, name: str, value: Estimate) -> str:
+    def _with_goal(self, name: str, value: Estimate) -> str:
         goal = self.goals.get(name)
         return _short(value) + (f" (goal {goal:g})" if goal is not None else "")
 
@@ -120,7 +120,7 @@ class Display(Callback):
         ):
             table.add_row(Text(title, style="dim"), _short(value))
         for name, value in metrics.moments.items():
-            table.add_row(name, self._against(name, value))
+            table.add_row(name, self._with_goal(name, value))
         return table
 
 

@@ -53,7 +53,7 @@ def evaluate_run(run: RunDirectory, request: EvaluationRequest, top_p: float | N
         prompts=encode_prompts(roles.policy, data),
         max_completion_length=request.max_completion_length or config.max_completion_length,
         # Other samples than those of training and of the evaluation at the end of the run.
-        seed=stream(config.seed, "eval") + 1_000_000 * (request.seed + 1),
+        seed=stream(config.seed, "eval_command") + 1_000_000 * (request.seed + 1),
         top_p=top_p,
         progress=request.progress,
         prompts_from=prompts_from,

@@ -1,4 +1,4 @@
-"""The end of a run: evaluate both models, keep texts, and write the tuned model for others to load."""
+"""The end of a run: evaluate both models, and write the texts and the tuned model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiltlm.runs.directory import RunDirectory
 from tiltlm.targets import BaseSample, FitReport, Target
 
 
-def evaluate(
+def evaluate_both(
     config: RunConfig,
     roles: Roles,
     target: Target,
@@ -33,9 +33,9 @@ def evaluate(
     seed: int,
     display: Display,
 ) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the base on the samples of the fit and the tuned model on fresh samples.
+    """Evaluate the base on the samples of the fit, and the tuned model on fresh samples.
 
-    With ``held_out`` prompts both are evaluated on samples of these.
+    With ``held_out`` prompts both are evaluated on fresh samples of these.
     """
     wanted, length, control = config.evaluation, base_sample.max_completion_length, None
     if held_out is not None:
@@ -68,7 +68,7 @@ def evaluate(
 def write_result(
     directory: RunDirectory, config: RunConfig, roles: Roles, report: FitReport, before: Evaluation, after: Evaluation
 ) -> None:
-    """Write the texts and the tuned model, the latter whole or not at all. Raises TiltError when the disk is full."""
+    """Write the texts, and the tuned model whole or not at all. Raises TiltError on a full disk."""
     directory.write_samples([*before.texts, *after.texts])
     partial = directory.path / "policy.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -26,13 +26,13 @@ from tiltlm.targets import (
 )
 from tiltlm.training.checkpoint import load_base_sample
 
-# Each use of randomness has its own stream, so that no two draw the same numbers.
-STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval": 5, "foresight": 6, "reference": 7, "curve": 8}
+# Each use of randomness has its own seeds, so that no two draw the same numbers.
+STREAMS = {"fit": 1, "train": 2, "evaluate": 3, "eval_command": 5, "guided_fit": 6, "reference": 7, "curve": 8}
 
 
 @dataclass(frozen=True)
 class RunTarget:
-    """A target, fitted or the user's own, with the base samples and the report of its fit."""
+    """The target of a run, fitted or the user's own, with its base samples and the report of its fit."""
 
     target: Target
     base_sample: BaseSample
@@ -52,7 +52,10 @@ def goals(report: FitReport) -> dict[str, float | None]:
 def fit_run_target(
     plan: RunPlan, base: LanguageModel, display: Display, checkpoint_dir: Path | None = None
 ) -> RunTarget:
-    """Fit the target of a run on samples of the base, drawn now or, on resuming, read back."""
+    """Fit the target of a run on samples of the base, drawn now or loaded from ``checkpoint_dir``.
+
+    Raises UnreachableTargetError if the samples cannot reach the moments.
+    """
     config = plan.config
     sample = load_base_sample(checkpoint_dir, base) if checkpoint_dir is not None else None
     if sample is None:
@@ -83,9 +86,9 @@ def fit_run_target(
 
 
 def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, display: Display) -> FittedTarget:
-    """The target refitted with guided texts; a note shows what this changed."""
+    """The target, fitted again with guided texts; prints a note on the change."""
     with display.counting("refitting with guided texts") as progress:
-        again = refit(base, fitted, seed=stream(config.fit_seed, "foresight"), progress=progress)
+        again = refit(base, fitted, seed=stream(config.fit_seed, "guided_fit"), progress=progress)
     before, after = fitted.report, again.report
     display.say(
         f"note: {before.ess.value:.0f} of {before.samples:,} texts of the base carry the target's weight (ESS), so "
@@ -98,7 +101,7 @@ def _refitted(config: RunConfig, base: LanguageModel, fitted: FittedTarget, disp
 def _rare_events(
     config: RunConfig, base: LanguageModel, terms: Sequence[Term], sample: BaseSample, display: Display
 ) -> RareEventEstimate | None:
-    """The rare-event estimate of the filters; None where enough samples pass them."""
+    """The rare-event estimate of the filters; None if enough samples pass them."""
     filters = rare_filters(terms, sample)
     if not filters:
         return None
@@ -108,7 +111,7 @@ def _rare_events(
             filters,
             [term.feature for term in terms],
             sample,
-            seed=stream(config.fit_seed, "foresight"),
+            seed=stream(config.fit_seed, "guided_fit"),
             progress=progress,
         )
     names = " and ".join(f"'{feature.name}'" for feature in filters)

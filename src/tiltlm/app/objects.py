@@ -1,4 +1,4 @@
-"""Objects that a config names as ``package.module:name``, with errors that begin with the field."""
+"""Objects that a config names as ``package.module:name``; errors name the field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def at_field(field: str) -> Iterator[None]:
 
 
 def build_object(field: str, name: str, args: dict[str, Any]) -> Any:
-    """The object that ``package.module:name`` names, called with ``args`` when it is a class or a function."""
+    """The object that ``package.module:name`` names, called with ``args`` if it is a class or a function."""
     with at_field(field):
         found: Callable[..., Any] = load_object(name)
     if not (inspect.isclass(found) or inspect.isfunction(found)):

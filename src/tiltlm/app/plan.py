@@ -1,4 +1,4 @@
-"""The plan of a run: everything in its config that needs no model, built once and in one order."""
+"""The plan of a run: the parts of its config that need no model, built once and in one order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tiltlm.training.surrogate import updates_per_batch
 class RunPlan:
     """The parts of a run before any model is loaded.
 
-    ``terms`` are the target's features and moments, not yet fitted; empty where ``own_target`` is the user's own.
+    ``terms`` are the features and moments of the target, not yet fitted; empty if the user gave an ``own_target``.
     """
 
     config: RunConfig
@@ -44,7 +44,7 @@ class RunPlan:
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """Build the parts of a config. Raises UsageError for anything wrong in it, before any work begins."""
+    """Build the parts of a config, before any model is loaded. Raises UsageError for a mistake in it."""
     # The run's optimizer needs the model's parameters; this one only checks its settings.
     build_scheduler(build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training), config.training)
     method = build_method(config.method)
@@ -60,9 +60,9 @@ def plan_run(config: RunConfig) -> RunPlan:
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
-    """The user's own callbacks."""
+    """The callbacks that the config names. Raises UsageError."""
     built = [build_object("callbacks", name, {}) for name in config.callbacks]
     for name, callback in zip(config.callbacks, built, strict=True):
         if not isinstance(callback, Callback):
-            raise UsageError(f"callbacks: '{name}' is no tiltlm.Callback; derive it from that class")
+            raise UsageError(f"callbacks: '{name}' is not a tiltlm.Callback; derive it from that class")
     return built

@@ -12,14 +12,14 @@ from tiltlm.lm import LanguageModel, Prompts
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """The prompts for training (None: texts start at BOS), and held-out ones for evaluation, if any."""
+    """The prompts for training (None: samples start at BOS) and the held-out prompts for evaluation, if any."""
 
     training: PromptData | None
     held_out: PromptData | None = None
 
 
 def read_prompts(config: RunConfig) -> PromptSplit:
-    """The prompts of a config with their columns. Raises UsageError."""
+    """The prompts of a config, with their columns. Raises UsageError."""
     section = config.prompts
     if section is None:
         return PromptSplit(None)
@@ -41,11 +41,11 @@ def read_prompts(config: RunConfig) -> PromptSplit:
 
 
 def other_prompts(config: RunConfig | None, given: str | list[Any]) -> PromptData:
-    """Other prompts than a config's, read from the same column: a list, a file, or one prompt. Raises UsageError."""
+    """Prompts in place of those of a config: a list, a file with the same column, or one prompt. Raises UsageError."""
     section = config.prompts if config is not None else None
     return parse_prompts(given, section.column if isinstance(section, PromptsConfig) else "prompt")
 
 
 def encode_prompts(model: LanguageModel, data: PromptData | None) -> Prompts:
-    """The prompts as tokens of a model, with their columns; without prompts just BOS."""
+    """The prompts as tokens of a model, with their columns; None gives BOS alone."""
     return model.encode_prompts(None) if data is None else model.encode_prompts(data.prompts, data.columns)

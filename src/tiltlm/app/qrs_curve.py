@@ -1,4 +1,4 @@
-"""Divergence against acceptance of quasi-rejection sampling, as numbers and as a picture."""
+"""Divergence against acceptance rate of quasi-rejection sampling, as a table and a figure."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ INK, GRID, LINE = "#444444", "#dddddd", "#2a6fb0"
 
 
 def check_path(path: Path) -> None:
-    """Raise UsageError, before any work, for a file that cannot be written."""
+    """Raise UsageError for a file that cannot be written."""
     if path.suffix not in (".csv", *PICTURES):
         raise UsageError(f"--qrs-curve: '{path}' must end with .csv, .png or .svg")
     if not path.parent.is_dir():
-        raise UsageError(f"--qrs-curve: there is no folder '{path.parent}'")
+        raise UsageError(f"--qrs-curve: there is no folder '{path.parent}'; make it first")
 
 
 def write_curve(path: Path, points: Sequence[CurvePoint], chosen: float) -> list[Path]:
-    """Write the numbers and, for .png and .svg, the picture, with a dot at the ``chosen`` acceptance.
+    """Write the table and, for .png and .svg, the figure, with a dot at the ``chosen`` acceptance rate.
 
-    Returns the files that were written. Raises CheckpointError where one cannot be.
+    Returns the files that were written. Raises CheckpointError if one cannot be written.
     """
     numbers = path.with_suffix(".csv")
     storage.write_atomically(numbers, _table(points).encode())

@@ -12,15 +12,15 @@ from rich.console import Console
 
 from tiltlm.app.build import build_base, build_roles
 from tiltlm.app.display import Display, plain_console
-from tiltlm.app.finish import evaluate, write_result
+from tiltlm.app.finish import evaluate_both, write_result
 from tiltlm.app.fit import RunTarget, fit_run_target, goals, stream
 from tiltlm.app.method import build_method, check_expressible, method_notes
 from tiltlm.app.plan import RunPlan, plan_run
 from tiltlm.app.prompts import encode_prompts, read_prompts
-from tiltlm.config.run import ConstraintConfig, RewardConfig, RunConfig, TargetConfig, parse_config
+from tiltlm.app.python_target import prompts_section, target_section
+from tiltlm.config.run import RunConfig, parse_config
 from tiltlm.evaluation.evaluate import Evaluation
 from tiltlm.features import run_file_form
-from tiltlm.features.registry import OBJECT
 from tiltlm.lm import LanguageModel, Prompts, Roles
 from tiltlm.reports.report import write_report
 from tiltlm.runs.directory import RunDirectory
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """The result of a run: its directory, the models in their roles, and both evaluations (None if interrupted)."""
+    """The result of a run: its directory, both models, and both evaluations (None if interrupted)."""
 
     directory: RunDirectory
     status: Literal["done", "interrupted"]
@@ -82,22 +82,20 @@ def tune(
     callbacks: Sequence[Callback] = (),
     **training: Any,
 ) -> Run:
-    """Tune a copy of ``base`` toward ``target``; ``training`` are fields of ``TrainingArguments``.
+    """Tune a copy of ``base`` toward ``target``, and write the run to ``output_dir``.
 
     ``method`` is a name, or a mapping as in the run file, such as ``{"name": "guided", "args": {"correction": 0}}``.
-
-    The run is evaluated on the prompts of the target or, if given, on ``held_out``: texts, chat messages, or mappings
-    with one of these as ``prompt`` and further columns.
-
-    With ``peft`` (LoRA settings) the weights of ``base`` are shared, not copied: it carries the adapter afterwards.
-    Raises UsageError for wrong settings, RunExistsError if ``output_dir`` is in use.
+    ``training`` are fields of ``TrainingArguments``. The run is evaluated on the prompts of the target or, if given, on
+    ``held_out``: texts, chat messages, or mappings with one of these as ``prompt`` and further columns. With ``peft``
+    (LoRA settings) the weights of ``base`` are shared, not copied, and ``base`` has the adapter afterwards. Raises
+    UsageError for wrong settings, RunExistsError if ``output_dir`` is in use.
     """
     config = parse_config(
         {
             "model": base.name,
             "dtype": "auto" if base.compute_dtype else str(base.model.dtype).removeprefix("torch."),
-            "prompts": _prompts_section(target.base_sample.samples.prompts, held_out),
-            "target": _target_section(target),
+            "prompts": prompts_section(target.base_sample.samples.prompts, held_out),
+            "target": target_section(target),
             "method": {"proposal": proposal, **({"name": method} if isinstance(method, str) else method)},
             "training": training,
             "peft": peft,
@@ -120,39 +118,11 @@ def tune(
             )
     with sigterm_interrupts():
         accelerator = build_accelerator(config.training, base.device)
-        return Job(plan, directory, roles, fitted, display, accelerator, tuple(callbacks)).run(resume=False)
-
-
-def _prompts_section(prompts: Prompts, held_out: Sequence[Any] | None) -> list[Any] | dict[str, Any] | None:
-    """Prompts given in Python as a run file writes them, in their original order."""
-    if held_out is not None:
-        return {"rows": _rows(prompts), "held_out": list(held_out)}
-    return _rows(prompts) if any(prompts.texts) or prompts.columns else None
-
-
-def _rows(prompts: Prompts) -> list[Any]:
-    chats = prompts.messages or [None] * len(prompts)
-    given = [list(chat) if chat else text or "" for chat, text in zip(chats, prompts.texts, strict=True)]
-    columns = [dict(zip(prompts.columns, row, strict=True)) for row in zip(*prompts.columns.values(), strict=True)]
-    rows = [{**row, "prompt": prompt} for prompt, row in zip(given, columns, strict=True)] if columns else given
-    return [rows[place] for place in sorted(range(len(rows)), key=prompts.ids.__getitem__)]
-
-
-def _target_section(target: FittedTarget) -> TargetConfig:
-    """A target made in Python as a run file writes it; a feature without such a form is recorded by its name."""
-    forms = [(run_file_form(term.feature) or {OBJECT: term.feature.name}, term) for term in target.terms]
-    rewards = [RewardConfig(feature=f, beta=1 / term.coefficient) for f, term in forms if term.kind == "reward"]
-    return TargetConfig(
-        constraints=[
-            ConstraintConfig(feature=f, moment=term.goal or 0.0) for f, term in forms if term.kind != "reward"
-        ],
-        reward=rewards[0] if rewards else None,
-        samples=len(target.base_sample.samples),
-    )
+        return TuneJob(plan, directory, roles, fitted, display, accelerator, tuple(callbacks)).run(resume=False)
 
 
 def finished(config: RunConfig, output_dir: Path) -> RunDirectory | None:
-    """The run of this config in ``output_dir`` if it is done, so that there is nothing to resume; else None."""
+    """The run in ``output_dir`` if it is done, else None. Raises UsageError if it is done with another config."""
     directory = RunDirectory(output_dir)
     if not directory.run_path.exists() or not is_done(directory):
         return None
@@ -173,8 +143,8 @@ def tune_config(
 ) -> Run:
     """The job of ``tiltlm tune``; with ``resume`` it continues the run in ``output_dir`` bit for bit.
 
-    ``callbacks`` are added to those of the config. A folder ``fit_dir`` may hold the samples of the fit, drawn earlier
-    with the same settings and seed; they are not drawn again, but count as drawn.
+    ``callbacks`` are added to those of the config. ``fit_dir`` is a folder with samples of the fit that were drawn
+    earlier with the same settings and seed; they are not drawn again, but count as drawn.
 
     Call ``finished`` first: a run that is done would be evaluated and written again. Raises KeyboardInterrupt on Ctrl-C
     and SIGTERM outside the training loop, after marking the run as interrupted.
@@ -194,7 +164,7 @@ def tune_config(
         accelerator = build_accelerator(config.training, base.device)
         roles = build_roles(config, base)
         if not roles.shared:
-            base.freeze()  # no one else uses it
+            base.freeze()  # nothing else uses it
         try:
             with roles.use("base") as model:
                 fitted = fit_run_target(plan, model, display, directory.checkpoint_dir if resume else fit_dir)
@@ -206,13 +176,13 @@ def tune_config(
         display.goals = goals(fitted.report)
         for warning in fitted.report.warnings:
             display.say(f"note: {warning}")
-        job = Job(plan, directory, roles, fitted, display, accelerator, (*plan.callbacks, *callbacks))
-        return job.run(resume=resume)
+        callbacks = (*plan.callbacks, *callbacks)
+        return TuneJob(plan, directory, roles, fitted, display, accelerator, callbacks).run(resume=resume)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run from its fitted target to its report."""
+class TuneJob:
+    """The rest of a run once its target is fitted: training, evaluation, the tuned model and the report."""
 
     plan: RunPlan
     directory: RunDirectory
@@ -223,7 +193,7 @@ class Job:
     callbacks: tuple[Callback, ...] = ()
 
     def run(self, *, resume: bool) -> Run:
-        """Train, evaluate, write the tuned model and the report; with ``resume`` from the latest checkpoint."""
+        """Do the job; with ``resume`` from the latest checkpoint."""
         config, method, target = self.plan.config, self.plan.method, self.target.target
         check_expressible(method.objective, target)
         for note in method_notes(method.objective, target):
@@ -273,7 +243,7 @@ class Job:
         return trainer
 
     def _held_out(self, base: LanguageModel) -> Prompts | None:
-        """The prompts for evaluation alone. Raises UsageError, before training, for one that is too long."""
+        """The held-out prompts, if any. Raises UsageError, before training, if one is too long."""
         data = self.plan.prompts.held_out
         if data is None:
             return None
@@ -282,7 +252,7 @@ class Job:
         return prompts
 
     def _open_directory(self, trainer: Trainer, weights: str, *, resume: bool) -> None:
-        """Create the run directory, or resume the trainer from it if its base is the same."""
+        """Create the run directory or, with ``resume``, load the trainer from it. Raises CheckpointError."""
         if not resume:
             config = self.plan.config
             RunDirectory.create(self.directory.path, config.to_json(), config.seed)
@@ -293,7 +263,7 @@ class Job:
         self.directory.mark_running()
 
     def _train_and_finish(self, trainer: Trainer, held_out: Prompts | None) -> Run:
-        """The steps that are left, then both evaluations and the tuned model on disk."""
+        """Do the remaining steps, evaluate both models, and write the tuned model."""
         config, target, directory = self.plan.config, self.target, self.directory
         for callback in trainer.callbacks:
             callback.on_train_begin(trainer.progress, self.roles, target.target)
@@ -305,9 +275,11 @@ class Job:
             directory.mark_interrupted(**final)
             return Run(directory, "interrupted", self.roles, target.report, None, None)
         if trainer.step > began and not (every and trainer.step % every == 0):
-            trainer.save()  # so that no step is repeated if the evaluation is cut short
+            trainer.save()  # so that no step is repeated if the evaluation is interrupted
         seed = stream(config.seed, "evaluate")
-        before, after = evaluate(config, self.roles, target.target, target.base_sample, held_out, seed, self.display)
+        before, after = evaluate_both(
+            config, self.roles, target.target, target.base_sample, held_out, seed, self.display
+        )
         write_result(directory, config, self.roles, target.report, before, after)
         directory.mark_done(evaluation={"base": before.to_json(), "policy": after.to_json()}, **final)
         return Run(directory, "done", self.roles, target.report, before, after)

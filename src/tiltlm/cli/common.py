@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from tiltlm.runs.directory import RunDirectory
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the run file; `tiltlm init` writes one")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run file; `tiltlm init` writes one")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.max_steps=100")]
 Source = Annotated[str, typer.Argument(metavar="RUN_DIR|MODEL", help="a run, or embedded, a model folder, a hub name")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output and nothing else there")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else to standard output")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 
 
@@ -36,7 +36,7 @@ def quiet() -> None:
 
 
 def run_of(source: str) -> RunDirectory | None:
-    """The run directory that ``source`` names, or None when it names a model."""
+    """The run directory that ``source`` names, or None if it names a model. Raises UsageError."""
     from tiltlm.runs.directory import RunDirectory
 
     folder = Path(source)

@@ -1,4 +1,4 @@
-"""`tiltlm compare`: a study of tasks × methods × seeds, or runs that exist already, side by side."""
+"""`tiltlm compare`: a study of tasks × methods × seeds, or existing runs side by side."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ Sources = Annotated[
 def compare(
     sources: Sources,
     output_dir: Annotated[
-        Path | None, typer.Option(help="where results go; default: runs/NAME of the study, or comparison for runs")
+        Path | None, typer.Option(help="where results go; default: runs/NAME of the study; for runs: comparison")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes at a time; each has its share of the cores")] = 1,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="run only what matches, as 'TASK/*/seed-0'; may be given more than once"),
+        typer.Option(metavar="PATTERN", help="run only what matches, e.g. 'TASK/*/seed-0'; may be repeated"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the grid, and how long it would take")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the grid and an estimate of the time")] = False,
 ) -> None:
-    """Compare methods: run all of a study that is not done yet, and write tables and figures."""
+    """Compare methods: do the remaining runs of a study, and write tables and figures."""
     first, rest = Path(sources[0]), sources[1:]
     if first.is_dir():
         if dry_run or only:
-            raise UsageError(f"--{'dry-run' if dry_run else 'only'}: it is for a study file; these are directories")
+            raise UsageError(f"--{'dry-run' if dry_run else 'only'}: needs a study file; these are directories")
         for given in rest:
             if not Path(given).is_dir():
-                raise UsageError(f"'{given}' is no directory of a run; after directories come directories only")
+                raise UsageError(f"'{given}' is not the directory of a run; only directories may follow a directory")
         _written(*_existing([first, *map(Path, rest)], output_dir))
         return
     if not first.is_file():

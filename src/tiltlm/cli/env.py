@@ -1,4 +1,4 @@
-"""`tiltlm env`: versions and devices."""
+"""`tiltlm env`: versions and devices, for bug reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 def env() -> None:
-    """Versions and devices, for a bug report."""
+    """Print versions and devices, for a bug report."""
     import platform
 
     import torch

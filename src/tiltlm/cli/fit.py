@@ -1,4 +1,4 @@
-"""`tiltlm fit`: the target alone."""
+"""`tiltlm fit`: fit the target of a config, without tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiltlm.cli.common import AsJson, ConfigFile, Overrides, quiet, terminal
 
 
 def fit(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Fit the target only: coefficients, moments, ESS, and what will be hard, before any tuning."""
+    """Fit the target without tuning: coefficients, moments, ESS, and notes on what will be hard."""
     from tiltlm.config.run import load_config
 
     parsed = load_config(config, overrides or [])

@@ -1,4 +1,4 @@
-"""`tiltlm init`: a commented config to start from."""
+"""`tiltlm init`: write a commented config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def init(name: Annotated[str, typer.Argument(metavar="[NAME]", help="name of the
         with path.open("x", encoding="utf-8") as file:
             file.write(starter_config())
     except FileExistsError as error:
-        raise UsageError(f"{path} exists already; choose another NAME or delete it") from error
+        raise UsageError(f"{path} exists; choose another NAME or delete it") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}") from error
     typer.echo(f"wrote {path}; edit it, then: tiltlm fit {path}, and tiltlm tune {path}")

@@ -1,4 +1,4 @@
-"""The command line: its commands and its errors. Commands import only what they need."""
+"""The command line: its commands, and how their errors become exit codes. Commands import what they need on use."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def main() -> None:
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output closed it, as `head` does.
+        # The reader of the output closed the pipe, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -75,5 +75,5 @@ def _fail(error: Exception, code: int, kind: str = "") -> None:
         raise error
     typer.echo(f"error: {kind}{str(error).strip()}", err=True)
     if kind:
-        typer.echo("This was not foreseen; set TILTLM_TRACEBACK=1 to see where it happened.", err=True)
+        typer.echo("This error was not expected; set TILTLM_TRACEBACK=1 to see the traceback.", err=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`tiltlm report`: report.html of a run."""
+"""`tiltlm report`: write report.html of a run again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a run's directory")]) -> None:
-    """Write report.html of a run; no model is loaded."""
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the directory of a run")]) -> None:
+    """Write report.html of a run again; loads no model."""
     from tiltlm.reports.report import write_report
 
     typer.echo(str(write_report(run_dir)))

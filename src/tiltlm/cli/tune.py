@@ -1,4 +1,4 @@
-"""`tiltlm tune`: the main job."""
+"""`tiltlm tune`: tune a model toward the target of a config."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from tiltlm.cli.common import ConfigFile, Overrides, quiet, terminal
 def tune(
     config: ConfigFile,
     overrides: Overrides = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="where the run goes; default: runs/NAME of the config")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on where the run in the output directory stopped")
-    ] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="the run directory; default: runs/NAME of the config")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the output directory")] = False,
 ) -> None:
-    """Tune a model toward the target of a config: the main job."""
+    """Tune a model toward the target of a config."""
     from tiltlm.config.run import load_config
 
     parsed = load_config(config, overrides or [])
@@ -33,7 +29,7 @@ def tune(
     quiet()
     directory = finished(parsed, folder) if resume else None
     if directory is not None:
-        console.print(f"{folder} is done already; `tiltlm eval` measures it on fresh samples", soft_wrap=True)
+        console.print(f"{folder} is done; `tiltlm eval` measures it on fresh samples", soft_wrap=True)
     else:
         try:
             run = tune_config(parsed, folder, resume=resume, console=console)

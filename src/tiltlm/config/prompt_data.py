@@ -1,4 +1,4 @@
-"""Prompts and their columns, from a text file, JSON, CSV, Parquet, a data set or a list."""
+"""Prompts and their columns, read from a list, a file (text, JSON, CSV, Parquet) or a data set."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tiltlm.errors import UsageError, nearest
 
 Prompt = str | list[dict[str, Any]]
 
-# Features get these of tiltlm itself.
+# Arguments of a feature that tiltlm itself fills.
 RESERVED = ("prompts", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
 class PromptData:
-    """C prompts, each a string or a list of chat messages; ``columns`` hold C further values each, one per prompt."""
+    """C prompts, each a string or a list of chat messages; each of the ``columns`` has C values, one per prompt."""
 
     prompts: tuple[Prompt, ...]
     columns: Mapping[str, tuple[Any, ...]]
@@ -29,30 +29,30 @@ class PromptData:
         return len(self.prompts)
 
     def select(self, rows: Iterable[int]) -> PromptData:
-        """The prompts at these places, with their columns."""
+        """The prompts with these indices, and their columns."""
         kept = list(rows)
         columns = {name: tuple(values[i] for i in kept) for name, values in self.columns.items()}
         return PromptData(tuple(self.prompts[i] for i in kept), columns)
 
     def split(self, share: float, seed: int) -> tuple[PromptData, PromptData]:
-        """Those to train on, and a ``share`` of all to hold out, chosen by ``seed``; both keep their order.
+        """Training and held-out prompts, each in their order; ``seed`` chooses a ``share`` of all to hold out.
 
-        Raises UsageError where one of the two would be empty.
+        Raises UsageError if one of the two would be empty.
         """
         count = round(share * len(self))
         if not 0 < count < len(self):
             raise UsageError(
                 f"prompts.held_out: {share:g} of {len(self)} prompts are {count}; at least one must be held out, and "
-                f"one left to train on"
+                f"at least one trained on"
             )
         held = set(random.Random(seed).sample(range(len(self)), count))
         return self.select(i for i in range(len(self)) if i not in held), self.select(sorted(held))
 
 
 def parse_prompts(given: str | Sequence[Any], column: str = "prompt") -> PromptData:
-    """Prompts as a run file states them: a list, the name of a file, or else a string that is the one prompt itself.
+    """Prompts in the forms of a run file: a list, the name of a file, or one string, which is the prompt.
 
-    Raises UsageError for what cannot be read, and names the row.
+    Raises UsageError that names the row.
     """
     if not isinstance(given, str):
         return prompt_rows(given, column, "the list")
@@ -62,9 +62,9 @@ def parse_prompts(given: str | Sequence[Any], column: str = "prompt") -> PromptD
 
 
 def prompt_file(path: str, column: str = "prompt") -> PromptData:
-    """The prompts of a file: a prompt a line, or rows of JSON lines, a JSON list, CSV or Parquet by its ending.
+    """The prompts of a file: JSON lines, a JSON list, CSV or Parquet by its ending; else one prompt per line.
 
-    ``column`` is the one that holds the prompt. Raises UsageError for what cannot be read, and names the row.
+    ``column`` is the column of the prompt. Raises UsageError that names the row.
     """
     read = READERS.get(Path(path).suffix, _lines)
     try:
@@ -77,7 +77,7 @@ def prompt_file(path: str, column: str = "prompt") -> PromptData:
 
 
 def prompt_dataset(name: str, column: str = "prompt", *, subset: str | None = None, split: str = "train") -> PromptData:
-    """The prompts of a data set on the hub, or in a folder, by the package ``datasets``. Raises UsageError."""
+    """The prompts of a data set on the hub or in a folder, read by the package ``datasets``. Raises UsageError."""
     from_hub = _datasets(f"the data set '{name}'").load_dataset
     try:
         rows = from_hub(name, subset, split=split).to_list()
@@ -89,13 +89,14 @@ def prompt_dataset(name: str, column: str = "prompt", *, subset: str | None = No
 
 
 def prompt_rows(rows: Sequence[Any], column: str, source: str) -> PromptData:
-    """Rows, each a prompt or a mapping that holds one in ``column``. Raises UsageError, which names the row.
+    """The prompts of rows: prompts, or mappings with a prompt in ``column``. Raises UsageError that names the row.
 
-    Further columns are kept where their values are plain: text, numbers, true and false, nothing, and lists and
-    mappings of these.
+    Other columns are kept if their values are plain: text, numbers, booleans, None, lists and mappings of these.
     """
     if not rows:
-        raise UsageError(f"prompts: {source} holds none; give one string, a list, or a file with one prompt a line")
+        raise UsageError(
+            f"prompts: {source} has no prompts; give one string, a list, or a file with one prompt per line"
+        )
     prompts: list[Prompt] = []
     names: dict[str, None] = {}
     for i, row in enumerate(rows, 1):
@@ -147,7 +148,7 @@ def _json_lines(path: str) -> list[Any]:
 def _json_list(path: str) -> list[Any]:
     read = _json(Path(path).read_text(encoding="utf-8"), path)
     if not isinstance(read, list):
-        raise UsageError(f"prompts: {path} holds no list; write [...], or a JSON object a line in a .jsonl file")
+        raise UsageError(f"prompts: {path} is not a list; write [...], or one JSON object per line in a .jsonl file")
     return read
 
 
@@ -155,7 +156,7 @@ def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"prompts: {place} is no JSON: {error}") from error
+        raise UsageError(f"prompts: {place} is not valid JSON: {error}") from error
 
 
 def _csv(path: str) -> list[Any]:
@@ -166,12 +167,12 @@ def _csv(path: str) -> list[Any]:
             for row in reader:
                 if None in row or None in row.values():
                     raise UsageError(
-                        f"prompts: line {reader.line_num} of {path} has more or fewer fields than the header names; "
-                        f"put text that holds commas in double quotes"
+                        f"prompts: line {reader.line_num} of {path} has more or fewer fields than the header; "
+                        f"put text with commas into double quotes"
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise UsageError(f"prompts: line {reader.line_num} of {path} is no CSV: {error}") from error
+            raise UsageError(f"prompts: line {reader.line_num} of {path} is not valid CSV: {error}") from error
     return rows
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from tiltlm.config.training import TrainingArguments
-from tiltlm.config.validation import explained, reject_switches
+from tiltlm.config.validation import explained, reject_booleans
 from tiltlm.config.yaml_file import apply_override, read_mapping
 from tiltlm.errors import UsageError
 
@@ -37,7 +37,7 @@ class ConstraintConfig(Section):
 
     feature: Annotated[FeatureSpec, Field(description="the measured feature, e.g. {wordlist: sports}")]
     moment: Annotated[float, Field(allow_inf_nan=False, description="its mean; 1.0 of a binary feature is a filter")]
-    name: Annotated[str | None, Field(description="how reports call it")] = None
+    name: Annotated[str | None, Field(description="its name in reports")] = None
 
 
 class RewardConfig(Section):
@@ -45,7 +45,7 @@ class RewardConfig(Section):
 
     feature: Annotated[FeatureSpec, Field(description="the reward, e.g. {sentiment: compound}")]
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a smaller beta gives a stronger tilt")] = 1.0
-    name: Annotated[str | None, Field(description="how reports call it")] = None
+    name: Annotated[str | None, Field(description="its name in reports")] = None
 
 
 class TargetConfig(Section):
@@ -76,7 +76,7 @@ class MethodConfig(Section):
         str | None, Field(description="on_policy, interval, kl, tv, published or guided; null: the method's own")
     ] = None
     check_steps: Annotated[
-        int, Field(ge=1, description="steps between checks whether the policy becomes the proposal")
+        int, Field(ge=1, description="steps between checks that may make the policy the proposal")
     ] = 10
     args: Annotated[dict[str, Any], Field(description="arguments of the method")] = {}
 
@@ -98,9 +98,11 @@ class PromptsConfig(Section):
     path: Annotated[str | None, Field(description="or a file: .txt, .jsonl, .json, .csv or .parquet")] = None
     dataset: Annotated[str | None, Field(description="or a data set, by its name on the hub or its folder")] = None
     subset: Annotated[str | None, Field(description="configuration of a data set")] = None
-    split: Annotated[str, Field(description="of a data set")] = "train"
+    split: Annotated[str, Field(description="split of a data set")] = "train"
     column: Annotated[str, Field(description="the column of the prompt: text, or chat messages")] = "prompt"
-    samples: Annotated[int | None, Field(ge=1, description="use only the first so many; null: all")] = None
+    samples: Annotated[int | None, Field(ge=1, description="the number of rows to use, from the first; null: all")] = (
+        None
+    )
     held_out: Annotated[
         float | str | list[Any] | None,
         Field(description="prompts for evaluation alone: a share of the prompts, or a file or list of others"),
@@ -109,7 +111,7 @@ class PromptsConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> PromptsConfig:
         if sum(source is not None for source in (self.rows, self.path, self.dataset)) != 1:
-            raise ValueError("give path, a file, or else dataset, a name on the hub or a folder, or else rows")
+            raise ValueError("give one of path (a file), dataset (a name on the hub, or a folder) and rows")
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
             raise ValueError(f"held_out: {self.held_out:g} must be a share between 0 and 1, a file or a list")
         return self
@@ -152,7 +154,7 @@ class RunConfig(Section):
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
     dtype: Annotated[
         str,
-        Field(description="of the weights: float32, float64, bfloat16, float16; auto: float32, but bfloat16 products"),
+        Field(description="of the weights: float32, float64, bfloat16, float16; auto: float32, multiplied in bfloat16"),
     ] = "float32"
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with a hub model")] = False
     revision: Annotated[str | None, Field(description="revision of a hub model")] = None
@@ -177,20 +179,20 @@ class RunConfig(Section):
         return {**self.model_dump(mode="json"), "training": asdict(self.training)}
 
     def non_defaults(self) -> dict[str, Any]:
-        """Every key that is not at its default, and every key of ``model`` and ``target``."""
-        usual = RunConfig(model=self.model, target=self.target).to_json()
-        return _beyond(self.to_json(), {**usual, "model": None, "target": None})
+        """The keys that differ from their defaults, and every key of ``model`` and ``target``."""
+        default = RunConfig(model=self.model, target=self.target).to_json()
+        return _difference(self.to_json(), {**default, "model": None, "target": None})
 
 
-def _beyond(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a nested mapping is not as usual."""
+def _difference(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a nested mapping whose values differ from ``default``."""
     found = {}
     for key, value in given.items():
-        if isinstance(value, Mapping) and isinstance(usual.get(key), Mapping):
-            value = _beyond(value, usual[key])
+        if isinstance(value, Mapping) and isinstance(default.get(key), Mapping):
+            value = _difference(value, default[key])
             if value:
                 found[key] = value
-        elif key not in usual or value != usual[key]:
+        elif key not in default or value != default[key]:
             found[key] = value
     return found
 
@@ -209,7 +211,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(dict(raw))
     except ValidationError as error:
         raise UsageError(f"config: {explained(error, _valid_keys)}") from error
-    reject_switches(raw, config)
+    reject_booleans(raw, config)
     return config
 
 

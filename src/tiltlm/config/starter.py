@@ -1,4 +1,4 @@
-"""The commented config that ``tiltlm init`` writes; comments and defaults are the config's own."""
+"""The commented config that ``tiltlm init`` writes, made from the descriptions and defaults of the config."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tiltlm.config.run import EvaluationConfig, MethodConfig, RunConfig
 from tiltlm.config.training import TrainingArguments
 
 HEAD = """\
-# A run of tiltlm.   See what the target asks:   tiltlm fit THIS_FILE
-#                    Tune toward it:             tiltlm tune THIS_FILE
-# A key that is commented out shows its default.
+# A run file of tiltlm.   Fit the target alone:       tiltlm fit THIS_FILE
+#                         Tune the model toward it:   tiltlm tune THIS_FILE
+# Keys that are commented out show their defaults.
 
 model: embedded  # or a local folder, or a hub name
 
 target:
-  constraints:  # features and the mean that each is to have; 1.0 of a yes/no feature keeps only such texts
+  constraints:  # features and their wanted means; 1.0 of a yes/no feature is a filter
     - {feature: {pronouns: female}, moment: 0.5}
     # - {feature: {wordlist: sports}, moment: 1.0}
     # - {feature: {contains: "amazing"}, moment: 0.1}
     # - {feature: {python: "my_rewards:brevity", args: {words: 20}}, moment: 0.3, name: brief}
   # reward: {feature: {sentiment: compound}, beta: 0.1}  # multiplies the base by exp(reward / beta)
-  # samples: 4096  # samples of the base that the target is fitted on
+  # samples: 4096  # samples of the base for the fit
   # seed: null  # seed of these samples; null: that of the run
 """
 
@@ -33,7 +33,7 @@ SECTIONS = {"method": MethodConfig, "training": TrainingArguments, "evaluation":
 
 
 def starter_config() -> str:
-    """The text of a config that runs as it is, with every key, its default and what it means."""
+    """The text of a config that runs as it is, with every key, its default and its description."""
     lines = [HEAD]
     for name, field in RunConfig.model_fields.items():
         if name in ("model", "target"):

@@ -9,22 +9,22 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tiltlm.config.run import RunConfig, Section
-from tiltlm.config.validation import explained, reject_switches
+from tiltlm.config.validation import explained, reject_booleans
 from tiltlm.config.yaml_file import apply_override, read_mapping
 from tiltlm.errors import UsageError, nearest
 
-# What a study decides for each of its runs.
-DECIDED = ("target", "seed", "output_dir")
+# Keys of a run file that a study sets itself.
+SET_BY_STUDY = ("target", "seed", "output_dir")
 FORBIDDEN_IN_NAMES = '/\\:*?"<>|'
 
 
 class TaskSection(Section):
-    """One task: a target, and what of a run goes with it."""
+    """One task: a target, and run settings of its own."""
 
     target: Annotated[dict[str, Any], Field(description="the target section of a run file")]
-    label: Annotated[str | None, Field(description="how tables and figures call it; null: its name")] = None
-    sequences: Annotated[int | None, Field(ge=1, description="a budget of its own; null: the study's")] = None
-    model: Annotated[str | None, Field(description="a base of its own; null: the shared one")] = None
+    label: Annotated[str | None, Field(description="its name in tables and figures; null: its key")] = None
+    sequences: Annotated[int | None, Field(ge=1, description="its budget; null: that of the study")] = None
+    model: Annotated[str | None, Field(description="its base; null: the shared one")] = None
     prompts: Annotated[Any, Field(description="as in a run file; null: the shared ones")] = None
     max_completion_length: Annotated[int | None, Field(ge=1, description="in tokens; null: the shared one")] = None
     training: Annotated[dict[str, Any], Field(default_factory=dict, description="training settings for this task")]
@@ -32,34 +32,32 @@ class TaskSection(Section):
 
 
 class MethodSection(Section):
-    """One method with its own settings, which come before those of the task."""
+    """One method, and run settings of its own, which replace those of the task."""
 
     method: Annotated[str | dict[str, Any], Field(description="the method section of a run file, or its name")]
-    label: Annotated[str | None, Field(description="how tables and figures call it; null: its name")] = None
+    label: Annotated[str | None, Field(description="its name in tables and figures; null: its key")] = None
     training: Annotated[dict[str, Any], Field(default_factory=dict, description="training settings for this method")]
     peft: Annotated[
         dict[str, Any] | None, Field(description="LoRA settings; null: full tuning; left out: the shared ones")
     ] = None
-    tasks: Annotated[list[str] | None, Field(description="only these tasks; null: all that it can express")] = None
+    tasks: Annotated[list[str] | None, Field(description="only these tasks; null: all that it can match")] = None
     batch_sizes: Annotated[
-        list[Annotated[int, Field(ge=1)]] | None, Field(description="a variant for each, of equal total samples")
+        list[Annotated[int, Field(ge=1)]] | None, Field(description="a variant for each, with the same budget")
     ] = None
 
 
 class ReferenceSection(Section):
-    """The frozen sample of p, one for each task, on which KL(p‖π) of all its runs is taken."""
+    """The frozen sample of p, one per task, on which KL(p‖π) of all its runs is measured."""
 
-    samples: Annotated[int, Field(ge=2, description="sequences drawn for it; no run is charged for them")] = 16384
-    scored: Annotated[int, Field(ge=2, description="of them, on which log π of each tuned model is taken")] = 4096
+    samples: Annotated[int, Field(ge=2, description="sequences drawn for it, outside of any budget")] = 16384
+    scored: Annotated[int, Field(ge=2, description="the number of these that each tuned model scores")] = 4096
     proposal: Annotated[
         str | None,
         Field(
-            description="base, or guided: half and half; null: the base or, where few of its draws count, the better"
+            description="base, or guided (half and half); null: base or, if its ESS is low, the one with the larger ESS"
         ),
     ] = None
-    seed: Annotated[
-        int, Field(ge=0, description="of this sample, and of the samples that each task's λ is fitted on")
-    ] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of this sample, and of the fit of each task")] = 0
 
     @field_validator("proposal")
     @classmethod
@@ -70,9 +68,9 @@ class ReferenceSection(Section):
 
 
 class CurveSection(Section):
-    """What is measured while a run goes on, on samples that train nothing and are not charged."""
+    """Measurements during a run, on samples that are not trained on and count in no budget."""
 
-    points: Annotated[int, Field(ge=0, description="measurements in a run, evenly over its steps; 0: none")] = 6
+    points: Annotated[int, Field(ge=0, description="measurements, evenly over the steps; 0: none")] = 6
     samples: Annotated[int, Field(ge=2, description="samples of the policy at each")] = 512
     reference: Annotated[int, Field(ge=2, description="samples of the frozen reference at each")] = 1024
 
@@ -80,11 +78,13 @@ class CurveSection(Section):
 class StudyConfig(Section):
     """A whole study: tasks × methods × seeds."""
 
-    title: Annotated[str | None, Field(description="of tables and page; null: the name of the file")] = None
-    sequences: Annotated[int, Field(ge=1, description="the budget of a run: all that it draws, its fit included")]
+    title: Annotated[str | None, Field(description="title of the results; null: the name of the file")] = None
+    sequences: Annotated[
+        int, Field(ge=1, description="the budget of a run: every sequence that it draws, its fit included")
+    ]
     seeds: Annotated[
         Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]],
-        Field(description="how many (0, 1, …), or which"),
+        Field(description="the number of seeds (0, 1, …), or a list"),
     ] = 3
     tasks: Annotated[dict[str, TaskSection], Field(min_length=1, description="by name")]
     methods: Annotated[dict[str, MethodSection], Field(min_length=1, description="by name")]
@@ -95,7 +95,7 @@ class StudyConfig(Section):
 
     @property
     def seed_list(self) -> list[int]:
-        """The seeds of each cell."""
+        """The seeds of each pair of task and method."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
     def budget(self, task: str) -> int:
@@ -106,7 +106,7 @@ class StudyConfig(Section):
     def _consistent(self) -> StudyConfig:
         seeds = self.seed_list
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds: give at least one, and each once (they are {seeds})")
+            raise ValueError(f"seeds: give at least one, and none twice (they are {seeds})")
         for kind, names in (("tasks", list(self.tasks)), ("methods", list(self.methods))):
             _check_names(kind, names)
         for name, method in self.methods.items():
@@ -115,51 +115,51 @@ class StudyConfig(Section):
                     raise ValueError(f"methods.{name}.tasks: there is no task '{task}'; {nearest(task, self.tasks)}")
             sizes = method.batch_sizes
             if sizes is not None and (not sizes or len(set(sizes)) < len(sizes)):
-                raise ValueError(f"methods.{name}.batch_sizes: give at least one, and each once (they are {sizes})")
+                raise ValueError(f"methods.{name}.batch_sizes: give at least one, and none twice (they are {sizes})")
         return self
 
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
-    """Names become folders, also where capitals do not count."""
+    """Check names that become folders, also on disks that ignore case."""
     folded = [name.casefold() for name in names]
     for name in names:
         bad = [c for c in name if c in FORBIDDEN_IN_NAMES or not c.isprintable()]
         if bad or not name or name != name.strip(" .") or len(name) > 80:
             raise ValueError(
-                f"{kind}.{name}: this name becomes a folder: 1 to 80 characters, no dot or space at its ends, and "
-                f"none of {FORBIDDEN_IN_NAMES}; put anything else into its label"
+                f"{kind}.{name}: the name becomes a folder: use 1 to 80 characters, no dot or space at its ends, "
+                f"and none of {FORBIDDEN_IN_NAMES}; a label may be any text"
             )
         if folded.count(name.casefold()) > 1:
-            raise ValueError(f"{kind}.{name}: another name differs from it by capitals only; rename one")
+            raise ValueError(f"{kind}.{name}: another name differs from it in case only; rename one")
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a YAML study file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
-    raw = read_mapping(Path(path), "study", "`tasks: …` and `methods: …`", "docs/compare.md says how to write one")
+    raw = read_mapping(Path(path), "study", "`tasks: …` and `methods: …`", "docs/compare.md shows how to write one")
     for override in overrides:
         apply_override(raw, override)
     return parse_study(raw)
 
 
 def parse_study(raw: Mapping[str, Any]) -> StudyConfig:
-    """Validate a raw study file; that of its runs is ``grid.expand``'s. Raises UsageError."""
+    """Validate a raw study file; ``grid.expand`` validates the configs of its runs. Raises UsageError."""
     try:
         study = StudyConfig.model_validate(dict(raw))
     except ValidationError as error:
         raise UsageError(f"study: {explained(error, _valid_keys)}") from error
-    reject_switches(raw, study, what="study")
+    reject_booleans(raw, study, what="study")
     for key in study.shared:
-        if key in DECIDED:
-            raise UsageError(f"study: shared.{key}: {_whose(key)}")
+        if key in SET_BY_STUDY:
+            raise UsageError(f"study: shared.{key}: {_where_to_set(key)}")
         if key not in RunConfig.model_fields:
-            valid = [name for name in RunConfig.model_fields if name not in DECIDED]
+            valid = [name for name in RunConfig.model_fields if name not in SET_BY_STUDY]
             raise UsageError(f"study: unknown key 'shared.{key}'; {nearest(str(key), valid)}")
     return study
 
 
-def _whose(key: str) -> str:
-    owners = {"target": "each task states its own, under tasks", "seed": "give seeds, beside tasks and methods"}
-    return owners.get(key, "give output_dir, beside tasks and methods")
+def _where_to_set(key: str) -> str:
+    places = {"target": "each task has its own, under tasks", "seed": "give seeds, beside tasks and methods"}
+    return places.get(key, "give output_dir, beside tasks and methods")
 
 
 def _valid_keys(location: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What pydantic refuses in a config, as one message that names each field, its value and the fix."""
+"""Validation errors of pydantic as one message that names each field, its value and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiltlm.errors import UsageError, nearest
 
 
 def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
-    """What pydantic refused, field by field; ``valid_keys`` are those at a place of the file."""
+    """The errors field by field; ``valid_keys`` gives the valid keys at a place of the file."""
     problems: dict[str, list[Any]] = {}
     for problem in error.errors():
         location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
@@ -20,7 +20,7 @@ def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list
 
 
 def _explain(field: str, problems: Sequence[Any], valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
-    """One sentence for what pydantic says of one field: several things where it may be of several types."""
+    """One sentence on one field; a field that may have several types has one problem for each of them."""
     *parents, key = field.split(".")
     kind, value = problems[0]["type"], problems[0]["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
@@ -44,14 +44,17 @@ def _is_union_tag(part: str) -> bool:
     return "[" in part or part in ("str", "text", "list", "mapping")
 
 
-def reject_switches(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
-    """Refuse true and false for a number: pydantic takes them for 1 and 0, and a moment of 1 is a filter."""
+def reject_booleans(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
+    """Raise UsageError for true or false where a number belongs.
+
+    Pydantic reads them as 1 and 0, and a moment of 1 is a filter.
+    """
     if isinstance(raw, Mapping):
         for key, value in raw.items():
             inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
-            reject_switches(value, inner, f"{field}.{key}" if field else str(key), what)
+            reject_booleans(value, inner, f"{field}.{key}" if field else str(key), what)
     elif isinstance(raw, list) and isinstance(parsed, list):
         for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
-            reject_switches(value, inner, f"{field}.{i}", what)
+            reject_booleans(value, inner, f"{field}.{i}", what)
     elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
         raise UsageError(f"{what}: {field}: must be a number (it is {raw})")

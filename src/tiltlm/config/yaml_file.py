@@ -34,14 +34,16 @@ def _read_yaml(text: str) -> Any:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     """What is wrong and where, in one line."""
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    if problem is None or mark is None:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
         return " ".join(str(error).split())
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
 
 
 def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, Any]:
-    """The keys and values of a YAML file that is to be ``what``, such as ``example``. Raises UsageError."""
+    """The keys and values of a YAML file. Raises UsageError.
+
+    ``what`` names the kind of file in errors, ``example`` shows valid content, ``advice`` says where to start.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -51,15 +53,15 @@ def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, 
     except yaml.YAMLError as error:
         raise UsageError(f"{what}: {path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(raw, dict):
-        raise UsageError(f"{what}: {path} must hold keys and values, such as {example}; it holds {raw!r:.60}")
+        raise UsageError(f"{what}: {path} must have keys and values, such as {example}; it has {raw!r:.60}")
     return raw
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted ``key=value`` in a raw config; the value is read as YAML. Raises UsageError."""
+    """Set one dotted ``key=value`` in a raw config; the value is parsed as YAML. Raises UsageError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"'{override}': an override reads key=value, e.g. training.max_steps=100")
+        raise UsageError(f"'{override}': an override has the form key=value, e.g. training.max_steps=100")
     try:
         parsed = _read_yaml(value)
     except yaml.YAMLError as error:
@@ -86,10 +88,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     elif last == "method":
         place[last] = {**place[last], "name": parsed}
     else:
-        raise UsageError(f"'{override}': {key} holds keys of its own ({', '.join(place[last])}); name one of them")
+        raise UsageError(f"'{override}': {key} has keys of its own ({', '.join(place[last])}); name one of them")
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise UsageError(f"'{override}': '{part}' is no place in a list of {len(items)}; count from 0")
+        raise UsageError(f"'{override}': '{part}' is not an index of a list of {len(items)}; count from 0")
     return int(part)

@@ -1,4 +1,4 @@
-"""The run directory: the one writer and the one reader of a run's files."""
+"""The run directory: the only writer and reader of run.json, metrics.jsonl and samples.jsonl."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ RUN_FIELDS = {
     "error": "null, or type and message of the exception that ended the run",
     "created": "when the run began, ISO 8601 in UTC",
     "updated": "when this file was last written, ISO 8601 in UTC",
-    "seconds": "wall-clock time that the run has taken so far, over all resumptions",
+    "seconds": "wall-clock time of the run so far, over all resumptions",
     "config": "the full configuration, defaults included",
     "seed": "the seed that every random generator was derived from",
     "versions": "versions of tiltlm, python and the packages that decide the numbers",
     "git_commit": "commit of the working directory, or null outside a repository",
-    "base_fingerprint": "hash of the base's weights, or null before they were loaded: a run goes on with these only",
-    "device": "what the models ran on, or null before they were loaded",
+    "base_fingerprint": "hash of the base's weights, null before they are loaded; a run resumes only with these",
+    "device": "device of the models, null before they are loaded",
     "target": "the fitted target: its features with base, goal and achieved moments, log Z, ESS, KL(p‖a)",
     "evaluation": "estimates on fresh samples of base and policy; absent until there are any",
     "progress": "step, max_steps, and sequences and forward passes spent so far",
@@ -96,7 +96,7 @@ class RunDirectory:
             raise UsageError(f"run directory: '{path}' {what}. Give the --output-dir of an earlier run.")
         if not run.run_path.is_file():
             raise UsageError(
-                f"run directory: '{path}' is no run directory: it has no run.json. Give the --output-dir of a run."
+                f"run directory: '{path}' is not a run directory: it has no run.json. Give the --output-dir of a run."
             )
         run.read_run()
         return run
@@ -108,17 +108,17 @@ class RunDirectory:
 
     @property
     def metrics_path(self) -> Path:
-        """``metrics.jsonl``: a line a step."""
+        """``metrics.jsonl``: one line per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples_path(self) -> Path:
-        """``samples.jsonl``: a line a text."""
+        """``samples.jsonl``: one line per text."""
         return self.path / "samples.jsonl"
 
     @property
     def policy_dir(self) -> Path:
-        """``policy/``: the tuned model, a Hugging Face checkpoint or PEFT adapter, and its guide where it keeps one."""
+        """``policy/``: the tuned model, a Hugging Face checkpoint or PEFT adapter, and its guide if it keeps one."""
         return self.path / "policy"
 
     @property
@@ -174,11 +174,11 @@ class RunDirectory:
         storage.append_line(self.metrics_path, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every step's record in order, without a last line that a killed process left half-written."""
+        """Every step's record in order, without an unfinished last line of a killed process."""
         return storage.read_lines(self.metrics_path)
 
     def truncate_metrics(self, after_step: int) -> None:
-        """Drop the lines of steps later than ``after_step``, which a resumed run will write again."""
+        """Drop the lines of steps after ``after_step``, which a resumed run writes again."""
         records = [record for record in self.read_metrics() if record["step"] <= after_step]
         if self.metrics_path.exists():
             storage.write_lines(self.metrics_path, records)
@@ -188,7 +188,7 @@ class RunDirectory:
         storage.write_lines(self.samples_path, records)
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """Every sampled text's record in order; empty before there are any."""
+        """Every sampled text's record in order; empty before the evaluation."""
         return storage.read_lines(self.samples_path)
 
     def _make_room(self, overwrite: bool) -> None:
@@ -202,7 +202,7 @@ class RunDirectory:
             ) from error
         is_run = self.run_path.is_file()
         if occupied and not (overwrite and is_run):
-            held = "a run" if is_run else "files that are no run"
+            held = "a run" if is_run else "files that are not a run"
             advice = (
                 "Continue it with --resume, choose another --output-dir, or delete it."
                 if is_run
@@ -211,7 +211,7 @@ class RunDirectory:
             raise RunExistsError(f"output_dir: '{self.path}' already holds {held}. {advice}")
         if occupied:
             with storage.writing(self.path):
-                # run.json goes last: if deleting stops half-way, the directory is still a run that can be overwritten.
+                # run.json goes last, so that an interrupted deletion leaves a run that can be overwritten.
                 for directory in (self.policy_dir, self.checkpoint_dir):
                     if directory.exists():
                         shutil.rmtree(directory)

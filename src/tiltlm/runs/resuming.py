@@ -1,4 +1,4 @@
-"""Checks before a run is resumed or measured again: the same configuration and the same base weights."""
+"""Checks before a run is resumed or measured again: the same config and the same base weights."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def is_done(directory: RunDirectory) -> bool:
 
 
 def check_same_config(
-    directory: RunDirectory, config: Mapping[str, Any], stated: Mapping[str, Any], *, done: bool
+    directory: RunDirectory, config: Mapping[str, Any], non_defaults: Mapping[str, Any], *, done: bool
 ) -> None:
-    """Raise UsageError, with every difference, if ``config`` describes another run than the one in ``directory``.
+    """Raise UsageError with every difference if ``config`` is not the config of the run in ``directory``.
 
-    ``stated`` are its settings that differ from their defaults: a key that the run's record lacks came with a later
-    tiltlm and must have its default. A run that is ``done`` is not evaluated again, so its evaluation must be the same.
+    ``non_defaults`` are the settings of ``config`` that differ from their defaults. A key that is not in the record of
+    the run came with a later tiltlm and must have its default. A run that is ``done`` is not evaluated again, so its
+    evaluation section must be the same.
     """
     changeable = tuple(key for key in CHANGEABLE if not (done and key == "evaluation"))
     then, now = (
-        {key: value for key, value in _flat(stated).items() if not key.startswith(changeable)}
-        for stated in (directory.read_run()["config"], config)
+        {key: value for key, value in _flat(one).items() if not key.startswith(changeable)}
+        for one in (directory.read_run()["config"], config)
     )
-    known = then.keys() | _flat(stated).keys()
+    known = then.keys() | _flat(non_defaults).keys()
     changed = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in then | now
         if key in known and then.get(key) != now.get(key)
     ]
     if changed:
-        advice = "; the run is done, `tiltlm eval` takes other measures of it" if done else ""
+        advice = "; the run is done; `tiltlm eval` measures it with other settings" if done else ""
         raise UsageError(f"--resume: the config is not the one of {directory.path}: {'; '.join(changed)}{advice}")
 
 

@@ -1,4 +1,4 @@
-"""Files of a run: JSON without NaN, files and lines written whole or not at all, clear errors."""
+"""JSON files of a run: without NaN, and each file or line is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from tiltlm.errors import CheckpointError
 
-_REMEDY = "Mend it, put back a copy, or start anew in another --output-dir."
+_REMEDY = "Repair it, restore a copy, or start anew in another --output-dir."
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -63,7 +63,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one record; a line that cannot be written whole leaves the whole lines before it, and nothing else."""
+    """Add one record as a line; if it cannot be written whole, the lines before it remain and nothing else."""
     line = _encode(record)
     with writing(path), open(path, "ab+", buffering=0) as file:
         end = _end_of_whole_lines(file)
@@ -77,7 +77,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every record in order, without a last line that a killed process left unfinished; [] where there is no file."""
+    """Every record in order, without an unfinished last line of a killed process; [] if there is no file."""
     if not path.exists():
         return []
     with reading(path):
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into a CheckpointError that names the file and what is safe."""
+    """Turn errors of the file system into a CheckpointError that names the file and says that earlier data is safe."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _jsonable(value: Any) -> Any:
-    """The value as JSON: estimates and paths as plain values, numbers of numpy and torch as Python's, no NaN."""
+    """The value as JSON: estimates, paths and numbers of numpy and torch as plain values; NaN and infinity as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
@@ -139,12 +139,12 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"'{where}' is broken: it cannot be read as JSON ({error}). {_REMEDY}") from error
     if not isinstance(record, dict):
-        raise CheckpointError(f"'{where}' is broken: it holds no JSON object. {_REMEDY}")
+        raise CheckpointError(f"'{where}' is broken: it is not a JSON object. {_REMEDY}")
     return record
 
 
 def _end_of_whole_lines(file: IO[bytes]) -> int:
-    """The position after the last newline: what follows it was cut short when a process was killed."""
+    """The position after the last newline; an unfinished line of a killed process may follow it."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return 0
