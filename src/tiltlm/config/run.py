@@ -230,4 +230,4 @@ def _valid_keys(location: Sequence[str]) -> list[str]:
             "evaluation": EvaluationConfig,
             "prompts": PromptsConfig,
         }[part]
-    return list(getattr(section, "model_fields", None) or section.__pydantic_fields__)
+    return list(section.__pydantic_fields__)

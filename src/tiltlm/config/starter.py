@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_type_hints
 
 import yaml
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tiltlm.config.run import EvaluationConfig, MethodConfig, RunConfig
@@ -60,7 +61,7 @@ def _described(section: type[Any]) -> list[str]:
 
 
 def _description(hint: Any) -> str:
-    return next(str(part.description) for part in hint.__metadata__ if getattr(part, "description", None))
+    return next(str(part.description) for part in hint.__metadata__ if isinstance(part, FieldInfo))
 
 
 def _yaml(value: Any) -> str:
