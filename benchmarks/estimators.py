@@ -3,11 +3,11 @@
     python benchmarks/estimators.py [--seeds 5] [--only "gdc++ on-policy" "guided, correction 1"] [--all]
         [--target moment] [--rates 0.001 0.01] [--each-seed] [--quick] [--jobs 2]
 
-On four targets a policy writes six tokens of a vocabulary of five, so that all 15,625 sequences are known. On
-``pointwise-5`` it writes forty of a vocabulary of fifty, and few things about a prefix matter, so that sums over all
-sequences are known. So the distance of every policy to the target is exact. Every drawn sequence is charged, those of
-the fit included, and so is every pass as the library counts it. A method's learning rate is the one of the grid with
-the least mean KL(p‖π) at 10,000 sequences.
+KL(p‖π) is exact. On four targets a policy writes six tokens of a vocabulary of five, and all 15,625 sequences are
+enumerated. On ``pointwise-5`` it writes forty tokens of a vocabulary of fifty, and sums over all sequences are computed
+over the few states that a prefix can have. Every drawn sequence counts, those of the fit included, and so does every
+forward pass as the library counts it. A method's learning rate is the one of the grid with the smallest mean KL(p‖π) at
+10,000 sequences.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ METHODS: dict[str, Sampled | Distilled | FromPool] = {
     "guided, pool, 12 steps, rate falls": Distilled(Guided(), steps=12, falls="sequences"),
     "guided, pool, 36 steps, rate falls": Distilled(Guided(), steps=36, falls="sequences"),
 }
-# Many updates take their time, and a default run is to take ten minutes: these only if named, or with --all.
+# Methods with many updates, run only if named or with --all, so that a default run takes ten minutes.
 LONG = (
     "gdc++ on-policy, 4 steps",
     "gdc++ on-policy, rate falls",
@@ -98,14 +98,14 @@ LONG = (
     "guided, pool, 12 steps, rate falls",
     "guided, pool, 36 steps, rate falls",
 )
-# Log P must be finite for VarGrad; and the maximum of a·exp(reward) is p where there are moments alone.
+# VarGrad needs a finite log P, and KL control's optimum a·exp(reward) is p only without filters.
 MOMENTS_ALONE = ("vargrad", "kl_control, beta 1")
-# Reinforce seeks the largest reward, which says little of a target that wants half of the texts.
+# REINFORCE maximizes the reward, which does not fit a target that constrains a share of the texts.
 FILTERS_ALONE = ("reinforce",)
 
 
-def means_something(method: str, world: World) -> bool:
-    """Whether the method is for targets of this kind."""
+def applies(method: str, world: World) -> bool:
+    """Whether the method is meant for targets of this kind."""
     if method in MOMENTS_ALONE:
         return len(world.moments) == len(world.terms)
     return method not in FILTERS_ALONE or not world.moments
@@ -114,7 +114,7 @@ def means_something(method: str, world: World) -> bool:
 def trained(
     method: Sampled | Distilled | FromPool, world: World, seeds: int, rates: list[float], budget: Budget
 ) -> Runs:
-    """All seeds at all learning rates; fit samples are drawn only where target or method uses them."""
+    """Train all seeds at all learning rates; fit samples are drawn only if target or method uses them."""
     needs_fit = bool(world.moments) or isinstance(method, Distilled | FromPool) or method.reuse or method.keeps_guide
     runs = Runs(world, seeds, rates, FIT if needs_fit else 0)
     method.train(runs, budget)
@@ -122,7 +122,7 @@ def trained(
 
 
 def fit_hits(world: World, seeds: int) -> list[int]:
-    """How many fit samples of each seed the target allows."""
+    """The number of fit samples with P > 0, by seed."""
     runs = Runs(world, seeds, RATES[:1], FIT)
     assert runs.fit_sample is not None
     hits: list[int] = runs.score(runs.fit_sample).possible.sum(1).tolist()
@@ -130,7 +130,7 @@ def fit_hits(world: World, seeds: int) -> list[int]:
 
 
 def kl_by(runs: Runs, *, sequences: float = math.inf, passes: float = math.inf) -> Tensor:
-    """KL(p‖π) [seeds, rates] of each run when it had last spent no more than this; the base's before any update."""
+    """KL(p‖π) [seeds, rates] at the last point of each run within these budgets; of the base before any update."""
     found = runs.curve[0].kl
     for point in runs.curve:
         within = (point.passes <= passes) & (point.sequences <= sequences)
@@ -139,7 +139,7 @@ def kl_by(runs: Runs, *, sequences: float = math.inf, passes: float = math.inf) 
 
 
 def cell(values: Tensor, each_seed: bool) -> str:
-    """Mean over seeds ± its standard error, or all of them."""
+    """The mean over seeds ± its standard error, or the values of all seeds."""
     if each_seed:
         return ", ".join(f"{value:.3f}" for value in values.tolist())
     if not bool(values.isfinite().all()):
@@ -149,7 +149,7 @@ def cell(values: Tensor, each_seed: bool) -> str:
 
 
 def row(name: str, runs: Runs, rates: list[float], each_seed: bool) -> str:
-    """The method's line, at its best learning rate."""
+    """The row of a method, at its best learning rate."""
     best = int(kl_by(runs, sequences=SEQUENCES[-1]).mean(0).argmin())
     cells = [cell(kl_by(runs, sequences=n)[:, best], each_seed) for n in SEQUENCES]
     cells += [cell(kl_by(runs, passes=n)[:, best], each_seed) for n in PASSES]
@@ -157,7 +157,7 @@ def row(name: str, runs: Runs, rates: list[float], each_seed: bool) -> str:
 
 
 def table(target: str, methods: list[str], seeds: int, rates: list[float], each_seed: bool) -> str:
-    """A target's table, on one core."""
+    """The table of a target, computed on one core."""
     torch.set_num_threads(1)
     world = rare_phrase() if target == "pointwise-5" else enumerable(target)
     terms = ", ".join(f"{term.feature.name} ({term.kind})" for term in world.terms)
@@ -170,7 +170,7 @@ def table(target: str, methods: list[str], seeds: int, rates: list[float], each_
         "| --- " * (2 + len(heads)) + "|",
     ]
     for name in methods:
-        if means_something(name, world):
+        if applies(name, world):
             lines.append(row(name, trained(METHODS[name], world, seeds, rates, BUDGET), rates, each_seed))
     return "\n".join(lines)
 
@@ -184,14 +184,14 @@ def main() -> None:
     arguments.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     arguments.add_argument("--each-seed", action="store_true", help="every seed's KL(p‖π) instead of mean and error")
     arguments.add_argument("--quick", action="store_true", help="two seeds, one learning rate")
-    arguments.add_argument("--jobs", type=int, default=2, help="targets at once, a core each")
+    arguments.add_argument("--jobs", type=int, default=2, help="targets at a time, one core each")
     args = arguments.parse_args()
     seeds, rates = (2, [1e-2]) if args.quick else (args.seeds, args.rates)
     methods = args.only or [name for name in METHODS if args.all or name not in LONG]
     began = time.monotonic()
-    # A process for each target begins anew, as one that is copied may hang in the threads of its parent.
+    # Processes are spawned, since forked ones may hang in the threads of their parent.
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        # What takes longest begins first, so that no core waits for it at the end.
+        # The target that takes longest is started first.
         tables = {
             target: pool.submit(table, target, methods, seeds, rates, args.each_seed)
             for target in sorted(args.target, key="pointwise-5".__ne__)

@@ -1,14 +1,14 @@
-"""How the step time and the peak memory of ours (GDC++, on-policy) grow with batch, length, vocabulary and model.
+"""Step time and peak memory of tiltlm (GDC++, on-policy) by batch size, length, vocabulary and model size.
 
     python benchmarks/growth.py [--only batch] [--dtype auto] [--device cuda] [--rounds 3]
 
 batch       64 to 4,096 sequences of the embedded model, up to 40 tokens each
 length      20 to 512 tokens, 32 sequences of a small model with random weights
 vocabulary  2,048 to 151,936 tokens, 32 sequences of 40 tokens of that model
-size        2M to 355M parameters with random weights, 16 sequences of 40 tokens; the vocabulary grows along
+size        2M to 355M parameters with random weights, 16 sequences of 40 tokens; larger models have more words
 
-Each point has a process of its own, so that its peak memory is its own. Full fine-tuning with Adam: the weights are
-there five times over (policy, gradient, two moments, base). Random weights never draw EOS, so lengths are as stated.
+Each workload runs in a process of its own, so peak memory is per workload. Full fine-tuning with Adam holds five copies
+of the weights (policy, gradient, two moments, base). Models with random weights never draw EOS, so lengths are exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Point:
+class Workload:
     """One row of a table."""
 
     label: str
@@ -39,25 +39,25 @@ class Point:
     length: int = 40
 
 
-def points(axis: str) -> list[Point]:
-    """The points along an axis, as the module says them."""
+def workloads(axis: str) -> list[Workload]:
+    """The workloads of a table."""
     if axis == "batch":
-        return [Point(f"{n:,}", EMBEDDED, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
+        return [Workload(f"{n:,}", EMBEDDED, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
     if axis == "length":
-        return [Point(str(n), SMALL, 32, n) for n in (20, 40, 80, 160, 320, 512)]
+        return [Workload(str(n), SMALL, 32, n) for n in (20, 40, 80, 160, 320, 512)]
     if axis == "vocabulary":
         sizes = (2048, 8192, 32768, 65536, 151936)
-        return [Point(f"{n:,}", Shape(n, SMALL.hidden, SMALL.layers), 32) for n in sizes]
-    return [Point(name, shape, 16) for name, shape in SIZES.items()]
+        return [Workload(f"{n:,}", Shape(n, SMALL.hidden, SMALL.layers), 32) for n in sizes]
+    return [Workload(name, shape, 16) for name, shape in SIZES.items()]
 
 
-def quick_points(axis: str) -> list[Point]:
-    """Two small points along an axis."""
+def quick_workloads(axis: str) -> list[Workload]:
+    """Two small workloads of a table."""
     return {
-        "batch": [Point("8", EMBEDDED, 8, 5), Point("16", EMBEDDED, 16, 5)],
-        "length": [Point("5", TINY, 8, 5), Point("10", TINY, 8, 10)],
-        "vocabulary": [Point("300", TINY, 8, 5), Point("600", Shape(600, 32, 2, 64), 8, 5)],
-        "size": [Point("tiny", TINY, 8, 5), Point("twice", Shape(300, 64, 2, 64), 8, 5)],
+        "batch": [Workload("8", EMBEDDED, 8, 5), Workload("16", EMBEDDED, 16, 5)],
+        "length": [Workload("5", TINY, 8, 5), Workload("10", TINY, 8, 10)],
+        "vocabulary": [Workload("300", TINY, 8, 5), Workload("600", Shape(600, 32, 2, 64), 8, 5)],
+        "size": [Workload("tiny", TINY, 8, 5), Workload("twice", Shape(300, 64, 2, 64), 8, 5)],
     }[axis]
 
 
@@ -68,13 +68,13 @@ def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device:
     turns.serve(trainer.train_step)
 
 
-def measured(along: list[Point], rounds: int, dtype: str, device: str) -> Iterator[tuple[Point, Result]]:
-    """Each point with what its step took."""
-    for point in along:
-        with folder_of(point.model) as folder:
-            settings = {"folder": folder, "batch": point.batch, "length": point.length}
+def measured(chosen: list[Workload], rounds: int, dtype: str, device: str) -> Iterator[tuple[Workload, Result]]:
+    """Each workload with the result of its step."""
+    for workload in chosen:
+        with folder_of(workload.model) as folder:
+            settings = {"folder": folder, "batch": workload.batch, "length": workload.length}
             settings |= {"dtype": dtype, "device": device}
-            yield point, take_turns([Side("ours", ours, point.batch, settings)], rounds)[0]
+            yield workload, take_turns([Side("ours", ours, workload.batch, settings)], rounds)[0]
 
 
 def main() -> None:
@@ -84,20 +84,21 @@ def main() -> None:
     add_device(arguments)
     arguments.add_argument("--only", choices=axes, help="one of the tables")
     args = arguments.parse_args()
-    print(f"A training step of ours, {args.dtype}; {machine()}")
+    print(f"A training step of tiltlm, {args.dtype}; {machine()}")
     for axis in [args.only] if args.only else axes:
         print(
             f"\n| {axis} | seconds a step | ms a sequence | relative | ms a token | passes a token "
             f"| peak memory, MiB | of it after loading |\n| {' | '.join(['---'] * 8)} |"
         )
         first = None
-        along = quick_points(axis) if args.quick else points(axis)
-        for point, result in measured(along, args.rounds, args.dtype, args.device):
-            each = 1000 * result.median / point.batch
+        chosen = quick_workloads(axis) if args.quick else workloads(axis)
+        for workload, result in measured(chosen, args.rounds, args.dtype, args.device):
+            each = 1000 * result.median / workload.batch
             first = first or each
             print(
-                f"| {point.label} | {result.median:.3f} | {each:.2f} | {each / first:.2f} | {each / result.length:.3f} "
-                f"| {result.passes:.2f} | {result.peak / MIB:,.0f} | {result.held / MIB:,.0f} |",
+                f"| {workload.label} | {result.median:.3f} | {each:.2f} | {each / first:.2f} "
+                f"| {each / result.length:.3f} | {result.passes:.2f} "
+                f"| {result.peak / MIB:,.0f} | {result.held / MIB:,.0f} |",
                 flush=True,
             )
 

@@ -1,12 +1,11 @@
-"""Peak memory: an off-policy run of ours with LoRA against plain LoRA fine-tuning by transformers and peft.
+"""Peak memory: an off-policy run of tiltlm with LoRA against plain LoRA fine-tuning with transformers and peft.
 
     python benchmarks/memory.py [--case gpt2:32] [--rows 8] [--dtype auto] [--rounds 3]
 
-Ours holds base, policy and a proposal that is kept (q ← π at every step, so it is sampled from after the first), all on
-one set of weights, and samples, scores and trains. The plain side trains the same adapter (rank 8 on all linear layers)
-by cross-entropy on as many sequences of the same length, drawn uniformly, which costs what any others do, and feeds
-them whole, as its users do. Both take the same rows in a forward pass and Adam. With --dtype auto the plain side
-computes under bfloat16 autocast.
+tiltlm holds base, policy and proposal (q ← π at every step, so it is sampled from after the first) on one set of
+weights, and samples, scores and trains. The plain side trains the same adapter (rank 8 on all linear layers) by
+cross-entropy on as many uniformly random sequences of the same length. Both use Adam and the same number of rows per
+forward pass. With --dtype auto the plain side computes under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def main() -> None:
     arguments = parser(__doc__, rounds=3)
     add_dtype(arguments)
     add_cases(arguments, "gpt2:32")
-    arguments.add_argument("--rows", type=int, default=8, help="rows of a forward pass, on both sides (8)")
+    arguments.add_argument("--rows", type=int, default=8, help="rows per forward pass, on both sides (8)")
     args = arguments.parse_args()
     if args.quick:
         args.case, args.length, args.rounds = [Case("tiny", 8)], 5, 2

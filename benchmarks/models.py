@@ -1,4 +1,4 @@
-"""The models that the benchmarks run on: the embedded one, and shapes with random weights."""
+"""The models of the benchmarks: the embedded one, and GPT-2 shapes with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 of this shape."""
+    """The shape of a GPT-2."""
 
     vocabulary: int
     hidden: int
@@ -31,7 +31,7 @@ SHAPES = {"gpt2": GPT2, "gpt2-xl": GPT2_XL, "tiny": TINY}
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the number of sequences at a time, written ``gpt2:32``."""
+    """A model and the number of sequences per batch, written ``gpt2:32``."""
 
     model: str
     n: int
@@ -54,21 +54,21 @@ class Case:
 
 
 def add_cases(parser: argparse.ArgumentParser, *cases: str) -> None:
-    """The option ``--case``, with these as its default."""
+    """Add the options ``--case``, with these defaults, and ``--length``."""
     parser.add_argument(
         "--case",
         type=Case.parse,
         nargs="+",
         metavar="MODEL:SEQUENCES",
         default=[Case.parse(case) for case in cases],
-        help=f"embedded, gpt2 or gpt2-xl, with the number of sequences at a time ({' '.join(cases) or 'by device'})",
+        help=f"embedded, gpt2 or gpt2-xl, with the number of sequences per batch ({' '.join(cases) or 'by device'})",
     )
     parser.add_argument("--length", type=int, default=40, help="tokens of a completion at most (40)")
 
 
 @contextlib.contextmanager
 def folder_of(model: str | Shape) -> Iterator[str]:
-    """A folder with this model and its tokenizer, as any library loads them."""
+    """A folder with this model and its tokenizer in the format of transformers."""
     from tiltlm.lm.embedded import embedded_path
 
     if model == EMBEDDED:
@@ -80,10 +80,9 @@ def folder_of(model: str | Shape) -> Iterator[str]:
 
 
 def save_random_model(shape: Shape, folder: Path) -> None:
-    """Save a GPT-2 with random weights and without dropout, whose completions all have the greatest length.
+    """Save a GPT-2 with random weights and without dropout, whose completions all have the maximum length.
 
-    With random weights a sequence ends at random or never, so lengths would differ from side to side. The EOS of the
-    tokenizer is therefore a token that the model does not have: everything looks for it and nothing can draw it.
+    The EOS of the tokenizer is a token that the model does not have, so no side can draw it and lengths are equal.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

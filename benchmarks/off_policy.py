@@ -1,14 +1,14 @@
-"""A full off-policy step: ours (GDC; rules `kl` and `published`) against the published algorithm, straightforwardly.
+"""A full off-policy step: tiltlm (GDC; rules `kl` and `published`) against a direct version of the paper's algorithm.
 
     python benchmarks/off_policy.py [--device cuda] [--case embedded:512] [--cycle 10] [--rounds 3]
 
-A turn is a whole cycle: so many steps (--cycle) with one check at the last of them, whose cost is so included; the
-seconds shown are those of a cycle. The straightforward side is 2012.11635, algorithm 1, as its formulas read: three
-full copies of the model (base a, policy π, proposal q), samples of q by generate(), every sample scored under all
-three, the weight P/(Z q) with a moving average for Z, and at a check ten more batches of q, scored under all three,
-from which KL(p‖π) and KL(p‖q) are estimated. All sides tune all weights with Adam, clipping at norm 1. The estimates at
-the check are made, but its answer is yes on every side, so that all pay for the copy and, after the first cycle, which
-only warms up, all sample from an earlier policy. --rows is the straightforward side's rows of a forward pass.
+A turn is a cycle of --cycle steps, with one check of the proposal at its last step; seconds are those of a cycle. The
+direct side implements the formulas of arXiv 2012.11635, algorithm 1: three full copies of the model (base a, policy π,
+proposal q), samples of q by generate(), all samples scored under all three, weights P/(Z q) with a moving average for
+Z, and at a check ten more batches of q, scored under all three, for estimates of KL(p‖π) and KL(p‖q). All sides tune
+all weights with Adam and clip gradients at norm 1. All sides compute the estimates at a check and always replace the
+proposal. So all pay for the copy and, after the first cycle, which is the warm-up, sample from an earlier policy.
+--rows sets the rows per forward pass of the direct side.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRA_BATCHES = 10
 
 
 class AlwaysReplaces:
-    """A proposal rule whose check costs what it costs, and always says yes."""
+    """A proposal rule that computes its check and always replaces the proposal."""
 
     def __init__(self, rule: ProposalRule) -> None:
         self._rule = rule
@@ -53,8 +53,8 @@ def ours(turns: Turns, folder: str, batch: int, length: int, dtype: str, device:
     turns.serve(lambda: [trainer.train_step() for _ in range(cycle)])
 
 
-class Straightforward:
-    """GDC by the formulas: nothing is shared, cached or skipped."""
+class DirectGDC:
+    """GDC by its formulas: nothing is shared, cached or skipped."""
 
     def __init__(self, folder: str, batch: int, length: int, rows: int, device: str) -> None:
         import torch
@@ -80,15 +80,15 @@ class Straightforward:
         return sequences, mask, torch.tensor(rewards, dtype=torch.float64, device=mask.device)
 
     def score(self, model: PreTrainedModel, sequences: Tensor, mask: Tensor) -> Tensor:
-        """log-probability [N] of sequences under a model, in one forward pass."""
+        """Log-probability [N] of sequences under a model, in one forward pass."""
         import torch
 
-        laws = model(sequences[:, :-1], use_cache=False).logits.log_softmax(-1)
-        chosen = laws.gather(-1, sequences[:, 1:, None]).squeeze(-1)
+        logprobs = model(sequences[:, :-1], use_cache=False).logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
         return torch.where(mask, chosen, 0.0).double().sum(-1)
 
     def score_all(self, model: PreTrainedModel, sequences: Tensor, mask: Tensor) -> Tensor:
-        """log-probability [N] of a whole batch, without gradient."""
+        """Log-probability [N] of a whole batch, without gradient."""
         import torch
 
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Straightforward:
             return torch.cat([self.score(model, *piece) for piece in pieces])
 
     def average(self, weights: Tensor) -> None:
-        """Take the mean of P/q over a batch into the moving average Z."""
+        """Update the moving average Z with the mean of P/q over a batch."""
         self.z = (self.batches * self.z + float(weights.mean())) / (self.batches + 1)
         self.batches += 1
 
@@ -109,8 +109,8 @@ class Straightforward:
         weights = (log_a + rewards / self.beta - log_q).exp()
         self.average(weights)
         pieces = (tensor.split(self.rows) for tensor in (sequences, mask, weights))
-        for tokens, kept, pull in zip(*pieces, strict=True):
-            loss = -(pull / self.z * self.score(self.policy, tokens, kept)).sum() / self.batch
+        for tokens, kept, weight in zip(*pieces, strict=True):
+            loss = -(weight / self.z * self.score(self.policy, tokens, kept)).sum() / self.batch
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
@@ -138,7 +138,7 @@ class Straightforward:
 
 
 def straightforward(turns: Turns, folder: str, batch: int, length: int, cycle: int, rows: int, device: str) -> None:
-    loop = Straightforward(folder, batch, length, rows, device)
+    loop = DirectGDC(folder, batch, length, rows, device)
 
     def steps() -> None:
         for _ in range(cycle):
@@ -151,9 +151,9 @@ def straightforward(turns: Turns, folder: str, batch: int, length: int, cycle: i
 def main() -> None:
     arguments = parser(__doc__, rounds=3)
     add_cases(arguments, "embedded:512")
-    arguments.add_argument("--cycle", type=int, default=10, help="steps with one check (10)")
-    arguments.add_argument("--rows", type=int, default=32, help="the straightforward side's rows a forward pass (32)")
-    arguments.add_argument("--dtype", choices=("float32", "auto"), default="float32", help="of ours alone (float32)")
+    arguments.add_argument("--cycle", type=int, default=10, help="steps per check (10)")
+    arguments.add_argument("--rows", type=int, default=32, help="rows per forward pass of the direct side (32)")
+    arguments.add_argument("--dtype", choices=("float32", "auto"), default="float32", help="of tiltlm alone (float32)")
     add_device(arguments)
     args = arguments.parse_args()
     if args.quick:

@@ -1,10 +1,10 @@
-"""Where the time of a step of ours goes, and the least that its matrix products could take on this machine.
+"""The time of a step of tiltlm by kernel, and the least time that its matrix products could take on this machine.
 
     python benchmarks/profile_step.py [--case embedded:512 gpt2:32] [--dtype auto]
 
-The floor is the step's multiplications (2 per weight of a linear layer and token; one pass to sample, one of the base,
-three for the policy with its gradient) at the rate of one large product, measured in the same process. No sampler of N
-rows reaches it with few rows: for each token it reads all weights, and that takes what memory gives.
+The least time is the step's operations (2 per weight of a linear layer and token; one pass for sampling, one of the
+base, three of the policy with its gradient) at the rate of one large product, measured in the same process. Sampling a
+few rows cannot reach it: it loads all weights for each token, and memory bandwidth limits that.
 """
 
 from __future__ import annotations

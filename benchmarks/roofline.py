@@ -1,18 +1,18 @@
-"""How near sampling, scoring and training of ours come to what the machine could do at most.
+"""Speed of sampling, scoring and training in tiltlm as a share of the most that the machine allows.
 
     python benchmarks/roofline.py [--device cuda] [--dtype auto] [--case embedded:512 gpt2:32] [--rounds 5]
 
-Bandwidth and peak are measured first, in the same process: the better of copying a large tensor and adding it up, and
-one large product in the dtype that the models' products are taken in (bfloat16 for --dtype auto where it is native).
-The least time of what was done follows from both:
+Bandwidth and peak rate are measured first, in the same process. Bandwidth is that of copying or of summing a large
+tensor, whichever is higher. The peak rate is that of one large product in the dtype of the model's products (bfloat16
+for --dtype auto if it is native). The least time follows from both:
 
-sampling   for each token, all weights and the keys and values so far are read once, and 2 operations taken per weight
-           and row; whichever takes longer
+sampling   for each token, load all weights and the cached keys and values once, and 2 operations per weight and row;
+           the larger of the two times
 scoring    2 operations per weight and token, and those of attention
-training   three times as many: a forward and a backward of log-probabilities, without an optimizer
+training   three times as many: forward and backward of log-probabilities, without an optimizer
 
-A share is the least time over the measured one. Weights are those of linear layers, the output layer included; what no
-model can do without beside these (embeddings, norms, softmax, the draw) is left out, so nothing reaches 100%.
+A share is the least time over the measured time. Weights are those of linear layers, output layer included. Embeddings,
+norms, softmax and the draw are not counted, so no share reaches 100%.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tiltlm.lm import LanguageModel, Samples
 
-# Bytes of the tensor that is copied, beyond any cache; rows and columns of the product.
+# Bytes of the copied tensor, larger than any cache; rows and columns of the product.
 COPIED = {"cpu": 2**30, "cuda": 4 * 2**30}
 MULTIPLIED = {"cpu": 4096, "cuda": 8192}
 QUICK_COPIED, QUICK_MULTIPLIED = 2**24, 512
@@ -42,18 +42,18 @@ DEFAULT_CASES = {"cpu": ("embedded:512", "gpt2:32"), "cuda": ("embedded:4096", "
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device moves and computes at most: bytes and operations a second."""
+    """The most that the device moves and computes: bytes and operations per second."""
 
     bandwidth: float
     peak: float
 
     def least(self, moved: float, operations: float) -> float:
-        """The seconds that so many bytes and operations take at least."""
+        """The least seconds for these bytes and operations."""
         return max(moved / self.bandwidth, operations / self.peak)
 
 
 def median(step: Callable[[], object], rounds: int) -> float:
-    """Seconds of ``step``, after one that warms up."""
+    """Median seconds of ``step``, after one warm-up."""
     seconds = []
     for _ in range(rounds + 1):
         settle()
@@ -65,7 +65,7 @@ def median(step: Callable[[], object], rounds: int) -> float:
 
 
 def limits(device: str, dtype: torch.dtype, *, quick: bool) -> Limits:
-    """Measure both."""
+    """Measure bandwidth and peak rate."""
     import torch
 
     size, width = (QUICK_COPIED, QUICK_MULTIPLIED) if quick else (COPIED[device], MULTIPLIED[device])
@@ -78,7 +78,7 @@ def limits(device: str, dtype: torch.dtype, *, quick: bool) -> Limits:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs: its weights, bytes of each, and per token so far those of its cache and of attention."""
+    """Costs of a model: weights, bytes per weight, and per cached token bytes of cache and operations of attention."""
 
     weights: int
     element: int
@@ -87,7 +87,7 @@ class Cost:
 
     @classmethod
     def of(cls, model: LanguageModel) -> Cost:
-        """Of linear layers and a cache in the dtype in which they are read."""
+        """From linear layers and a cache in the dtypes of the forward pass."""
         import torch
         from transformers.pytorch_utils import Conv1D
 
@@ -109,7 +109,7 @@ class Cost:
         )
 
     def sampling(self, samples: Samples, limits: Limits) -> float:
-        """Least seconds of drawing these, which end when they end."""
+        """Least seconds of drawing these samples with their lengths."""
         prompt = samples.prompts.tokens.shape[1]
         total = 0.0
         for t, rows in enumerate(samples.mask.sum(0).tolist()):
@@ -117,8 +117,8 @@ class Cost:
             total += limits.least(moved, rows * (2 * self.weights + self.attention * (prompt + t)))
         return total
 
-    def reading(self, samples: Samples, limits: Limits, passes: int) -> float:
-        """Least seconds of as many passes over them, counting a backward as two."""
+    def scoring(self, samples: Samples, limits: Limits, passes: int) -> float:
+        """Least seconds of ``passes`` forward passes over the samples; a backward counts as two."""
         lengths = samples.lengths.double()
         # A token attends to itself and those before it.
         pairs = float((lengths * (lengths + 1) / 2).sum())
@@ -127,7 +127,7 @@ class Cost:
 
 
 def score(model: LanguageModel, samples: Samples) -> None:
-    """Log-probabilities of all."""
+    """Compute the log-probabilities of the samples."""
     import torch
 
     with torch.no_grad():
@@ -135,7 +135,7 @@ def score(model: LanguageModel, samples: Samples) -> None:
 
 
 def train(model: LanguageModel, samples: Samples) -> None:
-    """The gradient of all log-probabilities, in chunks, as a step of training takes it."""
+    """Compute the gradient of the log-probabilities in chunks, as a training step does."""
     from tiltlm.lm import next_token
 
     parameters = list(model.model.parameters())
@@ -150,7 +150,7 @@ def train(model: LanguageModel, samples: Samples) -> None:
 def measured(
     model: LanguageModel, n: int, length: int, limits: Limits, rounds: int
 ) -> Iterator[tuple[str, float, float]]:
-    """What was done, tokens a second, and the least time over the measured one."""
+    """For each job its name, tokens per second, and the least time over the measured one."""
     samples = model.sample(n, seed=0, max_completion_length=length)
     tokens, cost = int(samples.mask.sum()), Cost.of(model)
     jobs: dict[str, tuple[Callable[[], object], float]] = {
@@ -158,8 +158,8 @@ def measured(
             lambda: model.sample(n, seed=0, max_completion_length=length),
             cost.sampling(samples, limits),
         ),
-        "scoring": (lambda: score(model, samples), cost.reading(samples, limits, 1)),
-        "training": (lambda: train(model, samples), cost.reading(samples, limits, 3)),
+        "scoring": (lambda: score(model, samples), cost.scoring(samples, limits, 1)),
+        "training": (lambda: train(model, samples), cost.scoring(samples, limits, 3)),
     }
     for name, (job, least) in jobs.items():
         seconds = median(job, rounds)

@@ -1,11 +1,11 @@
-"""Sampling with log-probabilities: ours against transformers' generate(), with and without its scores.
+"""Sampling with log-probabilities: tiltlm against transformers' generate(), with and without its scores.
 
     python benchmarks/sampling.py [--dtype auto] [--device cuda] [--case embedded:512 gpt2:32 gpt2:128] [--rounds 5]
 
-All draw from the plain law, after BOS alone. The embedded model ends its sequences when it likes, as both sides draw
-them; the GPT-2 shape has random weights and no EOS that it could draw, so all its sequences have the full length. With
-scores generate() returns what the log-probabilities of its tokens are read from, which ours always has. With --dtype
-auto ours stands against generate() of the float32 model and of a model in bfloat16.
+All sides draw from the model's distribution (temperature 1, no top-k or top-p), after BOS alone. The embedded model
+ends its sequences itself. The GPT-2 shape has random weights and cannot draw EOS, so all its sequences have the full
+length. With scores, generate() also returns what log-probabilities are computed from; tiltlm always returns
+log-probabilities. With --dtype auto tiltlm is compared with generate() of the float32 model and of a model in bfloat16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def theirs(turns: Turns, folder: str, n: int, length: int, dtype: str, device: s
         if scores:
             model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
         ended = (output.sequences[:, 1:] == tokenizer.eos_token_id).cumsum(-1)
-        # All before the first EOS, and that one.
+        # Tokens up to and including the first EOS.
         tally.drawn(n, int((ended == 0).sum() + (ended[:, -1] > 0).sum()))
 
     turns.serve(step)

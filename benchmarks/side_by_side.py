@@ -1,4 +1,4 @@
-"""A harness that measures sides of a comparison in turn: A B A B, each in a process of its own, the others idle."""
+"""A harness that runs the sides of a comparison in turn (A B A B), each in its own process, the others idle."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ MIB = 2**20
 
 @dataclass
 class Tally:
-    """What a process did so far: positions that went through a model, sequences and tokens that were drawn."""
+    """Counts of a process: positions that went through a model, sequences and tokens drawn."""
 
     positions: int = 0
     sequences: int = 0
     tokens: int = 0
 
     def drawn(self, sequences: int, tokens: int) -> None:
-        """Count drawn sequences, and their tokens without padding."""
+        """Count drawn sequences and their tokens, without padding."""
         self.sequences += sequences
         self.tokens += tokens
 
 
-# Of this process. Every side counts into it in the same way.
+# The counts of this process; all sides use it in the same way.
 tally = Tally()
 _counted: set[int] = set()
 
 
 def count_positions(vocabulary: int) -> None:
-    """Count every position that any model of this process reads, padding included, from now on.
+    """From now on, count all positions of forward passes of any model of this process, padding included.
 
-    Each forward pass looks its tokens up in the one embedding that has ``vocabulary`` rows, whoever calls it and
-    however the model is wrapped. What gradient checkpointing computes again is not counted.
+    Every forward pass uses the embedding with ``vocabulary`` rows, so positions are counted there. Recomputation by
+    gradient checkpointing is not counted.
     """
     if vocabulary in _counted:
         return
@@ -63,7 +63,7 @@ def count_positions(vocabulary: int) -> None:
 
 
 def memory(name: str) -> int:
-    """A figure of this process in bytes: ``VmHWM``, the most memory that it ever held, or ``VmRSS``, what it holds."""
+    """Memory of this process in bytes: ``VmHWM``, its peak, or ``VmRSS``, its present size."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -71,7 +71,7 @@ def memory(name: str) -> int:
 
 
 def settle() -> None:
-    """Wait for all that a GPU has yet to compute."""
+    """Wait until the GPU has finished."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -79,14 +79,14 @@ def settle() -> None:
 
 
 def held_memory() -> int:
-    """What this process holds in bytes, on a GPU where it uses one."""
+    """Present memory of this process in bytes; memory of the GPU if it uses one."""
     import torch
 
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else memory("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most that it ever held."""
+    """Peak memory of this process in bytes; memory of the GPU if it uses one."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else memory("VmHWM")
@@ -98,7 +98,7 @@ class Over(Exception):
 
 @dataclass(frozen=True)
 class Ready:
-    """What a side says once it is loaded: the memory that it holds, and its threads."""
+    """The report of a side once it is loaded: its memory in bytes, and its threads."""
 
     held: int
     threads: int
@@ -106,7 +106,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a side: its seconds, what it added to the tally, and its peak memory so far in bytes."""
+    """One turn of a side: seconds, counts, and peak memory so far in bytes."""
 
     seconds: float
     tally: Tally
@@ -114,7 +114,7 @@ class Turn:
 
 
 class Turns:
-    """A side's view of the comparison: ``begin`` waits until it is asked, ``end`` stops the clock."""
+    """The turns as a side sees them: ``begin`` waits for the next turn, ``end`` stops the clock."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -143,7 +143,7 @@ class Turns:
         self._connection.send(Turn(seconds, added, peak_memory()))
 
     def serve(self, step: Callable[[], object]) -> None:
-        """Take ``step`` once in each turn, until Over is raised."""
+        """Run ``step`` once in each turn, until Over is raised."""
         while True:
             self.begin()
             step()
@@ -165,7 +165,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Result:
-    """What a side took: seconds per turn, passes per trained token, tokens per sequence, memory in bytes."""
+    """Results of a side: seconds per turn, passes per trained token, tokens per sequence, memory in bytes."""
 
     name: str
     seconds: tuple[float, ...]
@@ -198,11 +198,11 @@ def _worker(connection: Connection, side: Side) -> None:
 
 
 def take_turns(sides: Sequence[Side], rounds: int) -> list[Result]:
-    """Let each side load and warm up with one turn, then ask them in turn, ``rounds`` times over.
+    """Load all sides, let each warm up with one turn, then run them in turn ``rounds`` times.
 
-    Raises RuntimeError with its traceback when a side fails.
+    Raises RuntimeError with the traceback if a side fails.
     """
-    # Read by libraries when they are imported, in the new processes too.
+    # Libraries read these when imported, also in the new processes.
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -241,7 +241,7 @@ def _answer(connection: Connection, side: Side) -> Any:
     try:
         answer = connection.recv()
     except EOFError:
-        raise RuntimeError(f"{side.name}: its process ended without a word (out of memory?)") from None
+        raise RuntimeError(f"{side.name}: its process ended without a result (out of memory?)") from None
     if isinstance(answer, str):
         raise RuntimeError(f"{side.name} failed:\n{answer}")
     return answer
@@ -274,13 +274,13 @@ def _result(side: Side, ready: Ready, turns: Sequence[Turn]) -> Result:
 
 
 def ratio(theirs: Result, ours: Result) -> str:
-    """The median of theirs / ours over the rounds, with the least and the greatest."""
+    """The median of theirs / ours over the rounds, with minimum and maximum."""
     ratios = [a / b for a, b in zip(theirs.seconds, ours.seconds, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def machine() -> str:
-    """Date, processor and versions, as the tables say them."""
+    """Date, processor and versions, for the tables."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -299,7 +299,7 @@ def machine() -> str:
 
 
 def _gpu() -> str:
-    """The GPU, where the command names it."""
+    """The name of the GPU if the command uses it."""
     if not any(argument.endswith("cuda") for argument in sys.argv):
         return ""
     import torch
@@ -308,7 +308,7 @@ def _gpu() -> str:
 
 
 def show(what: str, pairs: Sequence[tuple[Result, Result]]) -> None:
-    """Print what each side took, and a row of README.md's table for each pair (theirs, ours)."""
+    """Print the result of each side, and a row of README.md's table for each pair (theirs, ours)."""
     command = shlex.join(["python", *sys.argv])
     results = {id(result): result for pair in pairs for result in reversed(pair)}
     print(f"\n{what}")
@@ -324,23 +324,23 @@ def show(what: str, pairs: Sequence[tuple[Result, Result]]) -> None:
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """A parser with the common options of all benchmarks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help=f"turns of each side that count ({rounds})")
-    made.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it runs")
+    made.add_argument("--rounds", type=int, default=rounds, help=f"measured turns of each side ({rounds})")
+    made.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     return made
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option ``--device``."""
+    """Add the option ``--device``."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all sides (cpu)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """The option ``--dtype``."""
+    """Add the option ``--dtype``."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "auto"),
         default="float32",
-        help="auto: float32 weights, bfloat16 compute where the hardware has it (float32)",
+        help="auto: float32 weights, bfloat16 compute if the hardware has it (float32)",
     )

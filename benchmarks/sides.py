@@ -1,4 +1,4 @@
-"""What several benchmarks share: the reward, our trainer on it, and loading a model as users of transformers do."""
+"""Shared by several benchmarks: the reward, a trainer of tiltlm on it, and models loaded with transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
 
 
 def vowels(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """The share of vowels in each text, as a reward function of TRL; counts the tokens that it sees."""
+    """The share of vowels in each text, as a reward function of TRL; counts sequences and tokens."""
     tally.drawn(len(completion_ids), sum(map(len, completion_ids)))
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
@@ -37,7 +37,7 @@ def our_trainer(
     rows: int | None = None,
     lora: bool = False,
 ) -> Trainer:
-    """A trainer toward a(x) exp(reward/β), by default with GDC++ on-policy; ``rows`` sets those of a forward pass."""
+    """A trainer for the target a(x) exp(reward/β), by default with GDC++ on-policy; ``rows`` per forward pass."""
     from tiltlm.config.training import TrainingArguments
     from tiltlm.features import callable_feature
     from tiltlm.lm import LanguageModel, Roles
@@ -67,7 +67,7 @@ def our_trainer(
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, length: int, **settings: Any) -> Any:
-    """n completions of BOS from the plain law, by transformers; ``settings`` are further ones of generate()."""
+    """n completions of BOS by transformers, at temperature 1; ``settings`` are further arguments of generate()."""
     import torch
 
     prompts = torch.full((n, 1), tokenizer.bos_token_id, device=model.device)
@@ -86,7 +86,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int,
 
 
 def load(folder: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, by transformers; its positions are counted from now on."""
+    """The model and its tokenizer, loaded with transformers; positions are counted from now on."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

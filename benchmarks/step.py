@@ -1,18 +1,18 @@
-"""A full training step: ours (GDC++ on-policy, and RLOO) against TRL's RLOOTrainer and GRPOTrainer, on the same reward.
+"""A full training step: tiltlm (GDC++ on-policy, RLOO) against TRL's RLOOTrainer and GRPOTrainer, on the same reward.
 
     pip install --constraint constraints.txt --editable ".[bench]"
     python benchmarks/step.py [--dtype auto] [--device cuda] [--case embedded:512 gpt2:32] [--rounds 5]
-    python benchmarks/step.py --sweep [--case embedded:512]       which --trl-rows is the fastest for TRL here
-    python benchmarks/step.py --trl-checkpointing                 TRL as lean as it can be, for its memory
+    python benchmarks/step.py --sweep [--case embedded:512]       find the fastest --trl-rows for TRL on this machine
+    python benchmarks/step.py --trl-checkpointing                 TRL with its least memory
 
-One prompt, which is BOS; as many completions of it as the batch holds; one optimizer step on them; full fine-tuning
-with Adam at a constant rate and clipping at norm 1. The reward is the share of vowels and beta is 0.05: our target is
-a(x) exp(r/0.05), which is what the others climb toward with their reference model. TRL samples with transformers (no
-vLLM), logs and saves nothing, and keeps activations (its default, gradient checkpointing, trades speed for memory); the
-rest is its default, fused AdamW with no weight decay included. All completions of a step are drawn at once; its forward
-passes take --trl-rows of them, by per_device_train_batch_size and gradient accumulation: 8, its default, is faster on a
-CPU than the whole batch and needs less memory; --sweep finds out. What is timed is from on_step_begin to on_step_end.
-With --dtype float32 TRL computes in float32 (bf16=False), with auto in its own default, bfloat16 autocast over float32
+The prompt is BOS, a batch is its completions, with one optimizer step per batch. All sides tune all weights with Adam
+at a constant rate and clip gradients at norm 1. The reward is the share of vowels and beta is 0.05. tiltlm's target is
+a(x) exp(r/0.05), the optimum of the other methods' objective with their reference model. TRL samples with transformers
+(no vLLM), logs and saves nothing, and keeps activations (its default, gradient checkpointing, trades speed for memory).
+The rest is TRL's default: fused AdamW without weight decay. All completions of a step are drawn at once. Its forward
+passes take --trl-rows of them, by per_device_train_batch_size and gradient accumulation. 8, the default, is faster on a
+CPU than the whole batch and needs less memory; --sweep measures others. The time is from on_step_begin to on_step_end.
+With --dtype float32 TRL computes in float32 (bf16=False), with auto in its default, bfloat16 autocast over float32
 weights.
 """
 
@@ -36,7 +36,7 @@ def ours(turns: Turns, folder: str, method: str, batch: int, length: int, dtype:
         turns.serve(trainer.train_step)
     except Over:
         counted = (trainer.counter.forward_passes - passes) / (trainer.counter.sequences - sequences)
-        print(f"  ours by its own counter: {counted:.2f} passes a trained sequence", flush=True)
+        print(f"  tiltlm by its own counter: {counted:.2f} passes per trained sequence", flush=True)
         raise
 
 
@@ -93,7 +93,7 @@ def theirs(
             model=folder,
             reward_funcs=vowels,
             args=config,
-            # The tokenizers put BOS before a text, so the empty one is BOS alone.
+            # The tokenizers put BOS before a text, so the empty text is BOS alone.
             train_dataset=Dataset.from_dict({"prompt": [""] * 1000}),
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
             callbacks=[Clock()],
@@ -106,9 +106,9 @@ def main() -> None:
     add_dtype(arguments)
     add_device(arguments)
     add_cases(arguments, "embedded:512", "gpt2:32")
-    arguments.add_argument("--trl-rows", type=int, default=8, help="rows of a forward pass of TRL (8)")
+    arguments.add_argument("--trl-rows", type=int, default=8, help="rows per forward pass of TRL (8)")
     arguments.add_argument("--trl-checkpointing", action="store_true", help="TRL with gradient checkpointing")
-    arguments.add_argument("--sweep", action="store_true", help="only find out which --trl-rows is fastest for TRL")
+    arguments.add_argument("--sweep", action="store_true", help="only measure TRL with different --trl-rows")
     args = arguments.parse_args()
     if args.quick:
         args.case, args.length, args.rounds = [Case("embedded", 8), Case("tiny", 8)], 5, 2
@@ -137,8 +137,8 @@ def main() -> None:
 
 
 def sweep(case: Case, sides: list[Side]) -> None:
-    """Two rounds of TRL's RLOO with each number of rows a forward pass."""
-    print(f"\n{case}: rows of a forward pass of TRL, against the whole batch")
+    """Two rounds of TRL's RLOO with each number of rows per forward pass."""
+    print(f"\n{case}: rows per forward pass of TRL, against the whole batch")
     first, *rest = take_turns(sides, 2)
     print(f"  {first}")
     for result in rest:

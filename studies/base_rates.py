@@ -1,4 +1,4 @@
-"""Base rates of every constraint of a study's tasks, alone and together, on one sample of its base.
+"""Base rates of the constraints of a study's tasks, alone and together, on one sample of the base.
 
 python studies/base_rates.py studies/embedded.yaml --samples 20000
 """
@@ -19,7 +19,7 @@ from tiltlm.targets import measure_samples
 
 
 def study_sample(path: str, count: int, seed: int) -> tuple[dict[str, RunConfig], LanguageModel, Samples]:
-    """A run file's config for each task of a study, their base, and samples of it."""
+    """The config of each task of a study, their base, and samples of the base."""
     study = load_study(path)
     configs = {name: parse_config({**study.shared, "target": task.target}) for name, task in study.tasks.items()}
     first = next(iter(configs.values()))

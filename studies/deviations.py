@@ -1,4 +1,4 @@
-"""What some habits of public implementations cost, on samples of the embedded model: docs/results/deviations.md.
+"""The effect of choices in public implementations, on samples of the embedded model: docs/results/deviations.md.
 
 python studies/deviations.py studies/embedded.yaml --samples 4096
 """
@@ -23,8 +23,8 @@ from tiltlm.targets.moments import fit_moments
 WOMEN, MEN = {"she", "her", "herself"}, {"he", "him", "himself"}
 
 
-def ends_for_nothing(base: LanguageModel, samples: Samples) -> str:
-    """The last token of a text that ends scored as padding, with log-probability 0."""
+def eos_as_padding(base: LanguageModel, samples: Samples) -> str:
+    """EOS scored as padding, with log-probability 0."""
     ends = torch.isin(samples.tokens, torch.tensor(base.eos_ids)) & samples.mask
     missing = torch.where(ends, samples.proposal_logprob.double(), 0.0).sum(-1)
     total = mean((-missing).exp())
@@ -32,21 +32,21 @@ def ends_for_nothing(base: LanguageModel, samples: Samples) -> str:
 
 
 def underflow(samples: Samples) -> str:
-    """P exponentiated in float32 before any ratio is taken."""
+    """P exponentiated in float32 before ratios are computed."""
     lost = samples.sequence_logprob.float().exp() == 0
     return f"log a is {mean(samples.sequence_logprob.double())}; exp of it is 0 for {mean(lost.double())} of texts"
 
 
 def warped(base: LanguageModel, count: int, seed: int, length: int) -> str:
-    """Samples under top-p 0.9 scored by the whole law."""
+    """Samples under top-p 0.9 scored by the full distribution."""
     samples = base.sample(count, None, seed, max_completion_length=length, top_p=0.9)
     with torch.no_grad():
         scored = base.logprob(samples, settings=SamplingSettings()).double().sum(-1)
-    return f"log q − log a is {mean(samples.sequence_logprob.double() - scored)} a text, and taken for 0"
+    return f"log q − log a is {mean(samples.sequence_logprob.double() - scored)} per text, and assumed to be 0"
 
 
 def pronouns(texts: list[str]) -> str:
-    """Pronouns counted as words of exactly this case."""
+    """Pronouns counted only in lower case."""
 
     def share(case: Callable[[str], str]) -> Estimate:
         words = [re.findall(r"\w+", case(text)) for text in texts]
@@ -64,19 +64,19 @@ def characters(samples: Samples) -> str:
 
 
 def ascent(features: Tensor, goals: list[float], rate: float = 0.5, most: int = 1000, near: float = 0.01) -> str:
-    """λ by gradient ascent, to an error of 0.01, both models read at every iteration."""
-    wanted, found, steps = torch.tensor(goals).double(), torch.zeros(len(goals)).double(), 0
-    while float((lacking := wanted - (features @ found).softmax(0) @ features).norm()) >= near and steps < most:
-        found += rate * lacking
+    """λ by gradient ascent to an error of 0.01, with a forward pass of both models at every iteration."""
+    wanted, coefficients, steps = torch.tensor(goals).double(), torch.zeros(len(goals)).double(), 0
+    while float((gap := wanted - (features @ coefficients).softmax(0) @ features).norm()) >= near and steps < most:
+        coefficients += rate * gap
         steps += 1
     passes = 2 * len(features) * steps
-    worst = f"{float(lacking.abs().max()):.4f}"
-    said = f"{steps} iterations, {passes:,} passes more, and still {worst} off"
+    worst = f"{float(gap.abs().max()):.4f}"
+    text = f"{steps} iterations, {passes:,} more passes, error {worst}"
     if 1.0 in goals:
-        kept = (features @ found).softmax(0) @ features[:, goals.index(1.0)]
-        return f"{said}; {1 - float(kept):.4f} of p is outside the filter"
+        kept = (features @ coefficients).softmax(0) @ features[:, goals.index(1.0)]
+        return f"{text}; {1 - float(kept):.4f} of p is outside the filter"
     newton = fit_moments(features, torch.zeros(len(features)).double(), goals, [""] * len(goals))
-    return f"{said}; by Newton's method none, and {newton.residual:.0e} off"
+    return f"{text}; by Newton's method no more passes, error {newton.residual:.0e}"
 
 
 def hitless(rate: float, count: int = 512) -> str:
@@ -92,9 +92,9 @@ def main() -> None:
     asked = parser.parse_args()
     configs, base, samples = study_sample(asked.study, asked.samples, asked.seed)
     length = next(iter(configs.values())).max_completion_length
-    print("end scored as padding:", ends_for_nothing(base, samples))
+    print("end scored as padding:", eos_as_padding(base, samples))
     print("exp(log P) in float32:", underflow(samples))
-    print("top-p 0.9 scored whole:", warped(base, 1024, asked.seed, length))
+    print("top-p 0.9 scored without top-p:", warped(base, 1024, asked.seed, length))
     print("words with case:", pronouns(samples.texts))
     print("characters:", characters(samples))
     for name, config in configs.items():

@@ -1,8 +1,8 @@
-"""What a method's figures are read against: KL(p‖π) of the guide alone, of likelihood, and of learning the guide.
+"""Baselines for a method's KL(p‖π): the guide alone, maximum likelihood on texts of p, and distillation of the guide.
 
 python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics science
 python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics --likelihood 2000
-python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics --taught 8192
+python studies/limits.py studies/embedded.yaml docs/results/embedded --tasks politics --distilled 8192
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiltlm.study.reference import Reference, load_reference
 from tiltlm.targets import fit_target
 from tiltlm.training.checkpoint import load_base_sample
 
-# What is trained on texts of the reference takes those behind the ones that it is measured on.
+# The first texts of the reference measure KL(p‖π); training on texts of the reference uses the others.
 HELD_OUT = 1536
 
 
@@ -49,7 +49,7 @@ class Task:
         return build_base(self.config).with_lora(seed=self.config.seed, **(self.config.peft or {}))
 
     def guide(self, base: LanguageModel) -> Guide:
-        """The guide that the fit's samples make."""
+        """The guide estimated from the fit samples."""
         sample = load_base_sample(self.folder, base)
         assert sample is not None
         return base.placed(guide_toward(base, fit_target(build_terms(self.config), sample), sample))
@@ -61,7 +61,7 @@ class Task:
         return self.reference.kl(model.logprob(samples).double().sum(-1).cpu())
 
     def steps(self, policy: LanguageModel, updates: int) -> Iterator[torch.optim.Optimizer]:
-        """An Adam for each update, its rate rising for five and then falling; it steps when the next is asked for."""
+        """Yields Adam once per update and steps it afterwards; the rate rises for five updates, then falls to 0."""
         rate = self.config.training.learning_rate
         optimizer = torch.optim.Adam([p for p in policy.model.parameters() if p.requires_grad], rate)
         for done in range(updates):
@@ -73,7 +73,7 @@ class Task:
 
 
 def of_guide(task: Task) -> str:
-    """KL(p‖g) of the guide that the fit's samples make, and how many states it has."""
+    """KL(p‖g) of the guide estimated from the fit samples, and its number of states."""
     base = build_base(task.config).freeze()
     guide = task.guide(base)
     kl = task.kl(base, min(4096, len(task.reference)), guide)
@@ -81,7 +81,7 @@ def of_guide(task: Task) -> str:
 
 
 def of_likelihood(task: Task, count: int, epochs: int) -> Iterator[str]:
-    """KL(p‖π) after each epoch over ``count`` texts drawn from the reference by their weights."""
+    """KL(p‖π) after each epoch of maximum likelihood on ``count`` texts, drawn from the reference by weight."""
     generator = torch.Generator().manual_seed(task.config.seed)
     weights, size = task.reference.weights[HELD_OUT:], task.config.training.batch_size
     places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
@@ -99,8 +99,8 @@ def of_likelihood(task: Task, count: int, epochs: int) -> Iterator[str]:
             yield f"epoch {update // each + 1}: {task.kl(policy, HELD_OUT)}"
 
 
-def of_teaching(task: Task, texts: int, updates: int) -> Iterator[str]:
-    """KL(p‖π) of a policy with the guide's law as a teacher at every token of its own ``texts``."""
+def of_distillation(task: Task, texts: int, updates: int) -> Iterator[str]:
+    """KL(p‖π) during distillation of the guide at every token of ``texts`` samples of the guide."""
     base, policy = build_base(task.config).freeze(), task.policy()
     guide, size = task.guide(base), task.config.training.batch_size
     generator = torch.Generator().manual_seed(task.config.seed)
@@ -111,10 +111,10 @@ def of_teaching(task: Task, texts: int, updates: int) -> Iterator[str]:
         for rows in policy.chunks(batch):
             chunk = batch.select(rows).trimmed()
             with torch.no_grad():
-                reading = base.read(chunk)
-            found = next_token(chunk, policy.read(chunk), reading, guide).taught
-            assert found is not None
-            (-found.sum() / size).backward()  # type: ignore[no-untyped-call]
+                base_hidden = base.read(chunk)
+            loss = next_token(chunk, policy.read(chunk), base_hidden, guide).taught
+            assert loss is not None
+            (-loss.sum() / size).backward()  # type: ignore[no-untyped-call]
         if update % 20 == 19:
             yield f"{update + 1} updates: {task.kl(policy, HELD_OUT)}"
 
@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("study")
     parser.add_argument("results", type=Path, help="the study's folder, with its references")
     parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--likelihood", type=int, metavar="TEXTS", help="train on so many texts of p")
+    parser.add_argument("--likelihood", type=int, metavar="TEXTS", help="maximum likelihood on this many texts of p")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--taught", type=int, metavar="TEXTS", help="teach the law of the guide on so many texts of it")
+    parser.add_argument("--distilled", type=int, metavar="TEXTS", help="distil the guide on this many texts of it")
     parser.add_argument("--updates", type=int, default=100)
     asked = parser.parse_args()
     for name in asked.tasks or load_study(asked.study).tasks:
@@ -134,8 +134,8 @@ def main() -> None:
         lines: Iterator[str]
         if asked.likelihood:
             lines = of_likelihood(task, asked.likelihood, asked.epochs)
-        elif asked.taught:
-            lines = of_teaching(task, asked.taught, asked.updates)
+        elif asked.distilled:
+            lines = of_distillation(task, asked.distilled, asked.updates)
         else:
             lines = iter([of_guide(task)])
         for line in lines:

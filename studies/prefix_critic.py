@@ -1,10 +1,10 @@
-"""What the base's hidden state tells of P/a after a prefix, beyond the guide: would a critic on it be worth its passes?
+"""How much better than the guide a critic on the base's hidden state would predict P/a from a prefix.
 
     python studies/prefix_critic.py studies/embedded.yaml --task female politics positive
 
-For each task R² of w = P/(Z a), on texts that the guide was not made of, after some numbers of tokens: of the guide's
-promise ψ, and of ψ with a ridge regression of what it leaves on the last hidden state, fitted on the other half of
-these texts at the best of five strengths, which flatters it.
+For each task and several prefix lengths, R² of w = P/(Z a) on texts that were not used for the guide: of the guide's
+value ψ, and of ψ plus a ridge regression of its residual on the last hidden state. The regression is fitted on the
+other half of these texts. The best of five strengths is shown, so its R² is slightly too high.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRENGTHS = (30.0, 100.0, 300.0, 1000.0, 3000.0)
 
 
 def hidden_states(base: LanguageModel, samples: Samples, at_once: int = 256) -> Tensor:
-    """The last hidden state after each token [N, T, D], of texts without a prompt."""
+    """The last hidden state after each token [N, T, D] of texts without a prompt."""
     start = torch.full((len(samples), 1), base.tokenizer.bos_token_id)
     read = torch.cat([start, samples.tokens], 1).split(at_once)
     with torch.no_grad():
@@ -33,37 +33,38 @@ def hidden_states(base: LanguageModel, samples: Samples, at_once: int = 256) -> 
     return torch.cat(parts).double()
 
 
-def r_squared(truth: Tensor, told: Tensor) -> float:
-    """The share of the variance of ``truth`` [N] that ``told`` [N] explains."""
-    return 1 - float((truth - told).square().mean() / truth.var(correction=0))
+def r_squared(truth: Tensor, prediction: Tensor) -> float:
+    """The share of the variance of ``truth`` [N] that ``prediction`` [N] explains."""
+    return 1 - float((truth - prediction).square().mean() / truth.var(correction=0))
 
 
-def with_critic(worth: Tensor, psi: Tensor, hidden: Tensor, strength: float) -> Tensor:
-    """ψ and the regression on hidden states [N, D] of what it leaves, each half of the texts told by the other [N]."""
+def with_critic(weights: Tensor, psi: Tensor, hidden: Tensor, strength: float) -> Tensor:
+    """ψ plus the regression of its residual on hidden states [N, D], fitted on the other half of the texts [N]."""
     inputs = torch.cat([hidden, psi[:, None]], 1)
     inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-9)
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1).to(inputs)], 1)
     penalty = strength * torch.eye(inputs.shape[1]).to(inputs)
     penalty[-1, -1] = 0
-    told = psi.clone()
+    prediction = psi.clone()
     even = torch.arange(len(psi)) % 2 == 0
-    for known, asked in ((even, ~even), (~even, even)):
-        rows = inputs[known]
-        told[asked] += inputs[asked] @ torch.linalg.solve(rows.T @ rows + penalty, rows.T @ (worth - psi)[known])
-    return told
+    for fit, held_out in ((even, ~even), (~even, even)):
+        rows = inputs[fit]
+        solution = torch.linalg.solve(rows.T @ rows + penalty, rows.T @ (weights - psi)[fit])
+        prediction[held_out] += inputs[held_out] @ solution
+    return prediction
 
 
 def show(base: LanguageModel, target: FittedTarget, samples: Samples) -> None:
-    """Print both R² at some lengths, on ``samples`` that the target was not fitted on."""
+    """Print both R² at several lengths, on ``samples`` that the target was not fitted on."""
     guide = guide_toward(base, target, target.base_sample)
     psi = (guide.log_values(samples.tokens, samples.mask)[:, 1:].double() - guide.log_scale).exp()
     log_tilt = target.log_score(torch.zeros(len(samples)).double(), measure_samples(target.features, samples))
-    worth = (log_tilt - target.report.log_z.value).exp()
+    weights = (log_tilt - target.report.log_z.value).exp()
     hidden = hidden_states(base, samples)
     ended = torch.isin(samples.tokens, torch.tensor(base.eos_ids)) | ~samples.mask
     for length in LENGTHS:
         on = ~ended[:, length - 1]
-        w, p, h = worth[on], psi[on, length - 1], hidden[on, length - 1]
+        w, p, h = weights[on], psi[on, length - 1], hidden[on, length - 1]
         best = max(r_squared(w, with_critic(w, p, h, strength)) for strength in STRENGTHS)
         print(f"  after {length:2d} tokens, {len(w):,} texts: guide {r_squared(w, p):.3f}, with a critic {best:.3f}")
 
@@ -72,8 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study")
     parser.add_argument("--task", nargs="+", required=True)
-    parser.add_argument("--fit", type=int, default=4096, help="samples that target and guide are made of")
-    parser.add_argument("--samples", type=int, default=8192, help="texts that both are judged on")
+    parser.add_argument("--fit", type=int, default=4096, help="samples for target and guide")
+    parser.add_argument("--samples", type=int, default=8192, help="texts for R²")
     parser.add_argument("--seed", type=int, default=12_345)
     asked = parser.parse_args()
     configs, base, samples = study_sample(asked.study, asked.samples, asked.seed)

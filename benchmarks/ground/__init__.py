@@ -1,1 +1,1 @@
-"""Worlds that are known in full, and many runs of a method on them at once; see ``benchmarks/estimators.py``."""
+"""Small worlds with exact targets, and many runs of a method on them at once; see ``benchmarks/estimators.py``."""

@@ -14,8 +14,8 @@ from torch import Tensor
 class Graph:
     """``child`` [M, V] is the node after each token from each inner node; layer t has ``layers[t]`` of the M nodes.
 
-    Layers follow each other, node 0 is the empty prefix, and the L ``leaves`` come after all inner nodes. A node may
-    stand for one prefix, or for all that are alike in what matters.
+    Layers follow each other, node 0 is the empty prefix, and the L ``leaves`` come after all inner nodes. A node is one
+    prefix, or all prefixes with the same relevant state.
     """
 
     child: Tensor
@@ -39,40 +39,40 @@ class Graph:
             start += size
 
     def after(self, values: Tensor, layer: slice) -> Tensor:
-        """Values of all nodes [..., M + L] as they stand after each token from the nodes of a layer [..., n, V]."""
+        """From values of all nodes [..., M + L]: those after each token from the nodes of a layer [..., n, V]."""
         child = self.child[layer]
         return values.index_select(-1, child.reshape(-1)).reshape(*values.shape[:-1], *child.shape)
 
-    def promise(self, law: Tensor, log_tilt: Tensor) -> Tensor:
-        """log E[exp(tilt of the leaf) | node] [..., M + L] under a law [..., M, V], from ``log_tilt`` [..., L]."""
-        batch = torch.broadcast_shapes(law.shape[:-2], log_tilt.shape[:-1])
+    def log_values(self, logprobs: Tensor, log_tilt: Tensor) -> Tensor:
+        """log E[exp(log_tilt(leaf)) | node] [..., M + L] under ``logprobs`` [..., M, V]; ``log_tilt`` is [..., L]."""
+        batch = torch.broadcast_shapes(logprobs.shape[:-2], log_tilt.shape[:-1])
         total = log_tilt.new_full((*batch, len(self.child) + self.leaves), -math.inf)
         total[..., len(self.child) :] = log_tilt
         for layer in reversed(list(self)):
-            total[..., layer] = (law[..., layer, :] + self.after(total, layer)).logsumexp(-1)
+            total[..., layer] = (logprobs[..., layer, :] + self.after(total, layer)).logsumexp(-1)
         return total
 
-    def tilted(self, law: Tensor, promise: Tensor) -> Tensor:
-        """law · promise, normalized at each node [..., M, V]; the law itself where nothing is promised."""
+    def tilted(self, logprobs: Tensor, log_values: Tensor) -> Tensor:
+        """log of distribution times values, normalized at each node [..., M, V]; unchanged where values are 0."""
         rows = []
         for layer in self:
-            wanted = law[..., layer, :] + self.after(promise, layer)
-            whole = wanted.logsumexp(-1, keepdim=True)
-            rows.append(torch.where(whole > -math.inf, wanted - whole, law[..., layer, :]))
+            tilted = logprobs[..., layer, :] + self.after(log_values, layer)
+            total = tilted.logsumexp(-1, keepdim=True)
+            rows.append(torch.where(total > -math.inf, tilted - total, logprobs[..., layer, :]))
         return torch.cat(rows, -2)
 
-    def occupancy(self, law: Tensor) -> Tensor:
-        """The probability [..., M + L] that a sequence of a law [..., M, V] passes each node."""
-        passed = law.new_zeros(*law.shape[:-2], len(self.child) + self.leaves)
+    def occupancy(self, logprobs: Tensor) -> Tensor:
+        """The probability [..., M + L] that a sequence of a distribution [..., M, V] passes each node."""
+        passed = logprobs.new_zeros(*logprobs.shape[:-2], len(self.child) + self.leaves)
         passed[..., 0] = 1.0
         for layer in self:
-            moved = passed[..., layer, None] * law[..., layer, :].exp()
-            passed.index_add_(-1, self.child[layer].reshape(-1), moved.flatten(-2))
+            mass = passed[..., layer, None] * logprobs[..., layer, :].exp()
+            passed.index_add_(-1, self.child[layer].reshape(-1), mass.flatten(-2))
         return passed
 
 
 def prefix_tree(vocabulary: int, length: int) -> Graph:
-    """Every prefix of ``length`` tokens is a node of its own, in the order of its digits."""
+    """A graph with one node per prefix, in lexicographic order."""
     layers = tuple(vocabulary**t for t in range(length))
     starts = torch.tensor([sum(layers[:t]) for t in range(length + 1)])
     child = [
@@ -83,9 +83,9 @@ def prefix_tree(vocabulary: int, length: int) -> Graph:
 
 
 def last_tokens(transitions: Tensor, length: int, state: int = 0, token: int = 0) -> tuple[Graph, Tensor, Tensor]:
-    """A node for all prefixes of one length that end with one token, and in one state of an automaton [S, V].
+    """A graph with a node for each length, last token and state of an automaton [S, V] that a prefix can have.
 
-    Also token and state of all nodes [M + L]; those given are the empty prefix's. What no prefix reaches has no node.
+    Also returns token and state of all nodes [M + L]. ``state`` and ``token`` are those of the empty prefix.
     """
     vocabulary, end = transitions.shape[1], 0
     layers, child = [torch.tensor([state * vocabulary + token])], []

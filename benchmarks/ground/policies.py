@@ -29,7 +29,7 @@ class PrefixNetwork:
 
     @staticmethod
     def random(vocabulary: int, length: int, hidden: int, generator: torch.Generator) -> PrefixNetwork:
-        """One run, whose laws are far from uniform."""
+        """A network for one run; its distributions are far from uniform."""
         shapes = (1, length, vocabulary, hidden), (1, length, hidden), (1, hidden, vocabulary), (1, vocabulary)
         scales = 0.6, 0.5, 2.5 / hidden**0.5, 0.3
         return PrefixNetwork(*(s * torch.randn(x, generator=generator) for x, s in zip(shapes, scales, strict=True)))
@@ -57,7 +57,7 @@ class PrefixNetwork:
 
 @dataclass(frozen=True)
 class NodeNetwork:
-    """A hidden layer over what a node tells of its prefixes: logits = W tanh(E_x + F_s + b_t) + c.
+    """A hidden layer over the token, state and position of a node: logits = W tanh(E_x + F_s + b_t) + c.
 
     ``node`` [M, 3] are the last token x, the state s of an automaton and the position t; ``token`` [R, V, H], ``state``
     [R, S, H], ``position`` [R, T, H], ``output`` [R, H, V], ``bias`` [R, V].
@@ -72,7 +72,10 @@ class NodeNetwork:
 
     @staticmethod
     def random(vocabulary: int, states: int, length: int, hidden: int, generator: torch.Generator) -> NodeNetwork:
-        """One run, whose laws are far from uniform. State and position do not matter yet; the rows are those of x."""
+        """A network for one run; its distributions are far from uniform and depend on the last token alone.
+
+        ``node`` has one row per token.
+        """
         token = torch.randn(1, vocabulary, hidden, generator=generator)
         output = 2.5 / hidden**0.5 * torch.randn(1, hidden, vocabulary, generator=generator)
         bias = 0.3 * torch.randn(1, vocabulary, generator=generator)
@@ -96,27 +99,27 @@ class NodeNetwork:
 
 
 @dataclass(frozen=True)
-class GuideKept:
-    """A policy ∝ network · ψ, normalized at each node, as the library's ``training.keep_guide``.
+class KeptGuidePolicy:
+    """A policy ∝ network · ψ, normalized at each node, as with the library's ``training.keep_guide``.
 
-    ``promises`` [R, M + L] are log ψ of the nodes of ``graph``.
+    ``log_values`` [R, M + L] are log ψ of the nodes of ``graph``.
     """
 
     network: PrefixNetwork | NodeNetwork
     graph: Graph
-    promises: Tensor
+    log_values: Tensor
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those of the network; ψ stays."""
+        """Those of the network; ψ is fixed."""
         return self.network.parameters
 
     def log_table(self) -> Tensor:
         """log π(v|node) [R, M, V]."""
-        return self.graph.tilted(self.network.log_table(), self.promises)
+        return self.graph.tilted(self.network.log_table(), self.log_values)
 
 
-Policy = PrefixNetwork | NodeNetwork | GuideKept
+Policy = PrefixNetwork | NodeNetwork | KeptGuidePolicy
 
 
 def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
@@ -127,12 +130,12 @@ def _repeated(parameters: list[Tensor], runs: int) -> list[Tensor]:
 class Adam:
     """Adam with a learning rate for each run [R]; a run's gradient is clipped to norm 1, the library's default.
 
-    ``left`` [R] is the share of the rates that still counts, where they fall.
+    ``rate_scale`` [R] multiplies the rates; None for constant rates.
     """
 
     parameters: list[Tensor]
     rates: Tensor
-    left: Tensor | None = None
+    rate_scale: Tensor | None = None
     steps: int = 0
     moments: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -144,7 +147,7 @@ class Adam:
         norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         scale = (MAX_GRAD_NORM / norm.clamp_min(MAX_GRAD_NORM)).nan_to_num()
         corrections = [1 - beta**self.steps for beta in BETAS]
-        rates = self.rates if self.left is None else self.left * self.rates
+        rates = self.rates if self.rate_scale is None else self.rate_scale * self.rates
         with torch.no_grad():
             for p, g, (first, second) in zip(self.parameters, gradients, self.moments, strict=True):
                 shape = (-1, *[1] * (p.ndim - 1))

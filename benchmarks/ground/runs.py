@@ -1,4 +1,4 @@
-"""Many runs of one method in lockstep, and what each of them has cost."""
+"""Many runs of one method in lockstep, each with its counts of sequences and passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiltlm.estimation import Partition
 from tiltlm.objectives import Record, TokenRecord
 from tiltlm.targets import TiltedTarget
 
-# What learning rates fall with, to 0 at the end of its budget: "" for rates that stay.
+# The budget with which learning rates fall to 0; "" for constant rates.
 Falls = Literal["", "sequences", "passes"]
 
 
@@ -23,7 +23,7 @@ Falls = Literal["", "sequences", "passes"]
 class Drawn:
     """N sequences of each of R runs: the node before each token and the token [R, N, T], the leaf [R, N].
 
-    ``logprob`` [R, N, T] is that of each token under the law that drew it.
+    ``logprob`` [R, N, T] is that of each token under its proposal.
     """
 
     nodes: Tensor
@@ -37,14 +37,14 @@ class Drawn:
         return Drawn(*(torch.cat([getattr(part, field.name) for part in parts], 1) for field in fields(Drawn)))
 
     def rows(self, chosen: slice | Tensor) -> Drawn:
-        """Those at these places, the same in all runs."""
+        """The sequences at these indices, the same in all runs."""
         return Drawn(*(getattr(self, field.name)[:, chosen] for field in fields(Drawn)))
 
     def __len__(self) -> int:
         return self.tokens.shape[1]
 
     def under(self, table: Tensor) -> Tensor:
-        """Log-probabilities of the tokens [R, N, T] under a law [R or 1, M, V]."""
+        """Log-probabilities of the tokens [R, N, T] under a distribution [R or 1, M, V]."""
         places = (self.nodes * table.shape[-1] + self.tokens).flatten(1)
         return table.flatten(1).expand(len(places), -1).gather(1, places).reshape(self.tokens.shape)
 
@@ -65,21 +65,21 @@ class Scored:
 
     @property
     def possible(self) -> Tensor:
-        """Where P > 0 [R, N]."""
+        """Whether P > 0 [R, N]."""
         return self.score > -math.inf
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Sequences drawn and forward passes; a run goes on until it has spent both."""
+    """Sequences drawn and forward passes; a run continues until both are spent."""
 
     sequences: int
     passes: int
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a curve is: sequences drawn in every run, forward passes [R] and KL(p‖π) [R]."""
+class CurvePoint:
+    """A point of the curves: sequences drawn in every run, forward passes [R] and KL(p‖π) [R]."""
 
     sequences: int
     passes: Tensor
@@ -89,9 +89,9 @@ class Point:
 class Runs:
     """R = seeds × learning rates runs of one method on a world; runs of one seed draw with the same random numbers.
 
-    ``fit`` samples of the base are drawn at first, to find the coefficients of moments and for what else a method does
-    with them; 0 for none. Every drawn sequence is counted, these too. ``passes`` counts as the library does: a sample,
-    or a score under base or policy, is one.
+    ``fit`` samples of the base are drawn first, for the coefficients of moments and for the method; 0 for none. Every
+    drawn sequence is counted, these too. ``passes`` counts as the library does: each sample, and each score of a
+    sequence under base or policy, is one.
     """
 
     def __init__(self, world: World, seeds: int, rates: list[float], fit: int) -> None:
@@ -100,7 +100,7 @@ class Runs:
         self.optimizer = Adam(self.policy.parameters, torch.tensor(rates).repeat(seeds))
         self.generator = torch.Generator().manual_seed(1000)
         self.sequences, self.passes = 0, torch.zeros(self.count)
-        self.curve: list[Point] = []
+        self.curve: list[CurvePoint] = []
         self.failed = torch.zeros(self.count, dtype=torch.bool)
         self.base = world.base.float()[None]
         self.partitions = [Partition.empty()] * self.count
@@ -114,18 +114,18 @@ class Runs:
         self.note()
 
     def spent(self, budget: Budget) -> bool:
-        """Whether no run has anything left of both."""
+        """Whether all runs have spent both."""
         return self.sequences >= budget.sequences and bool((self.passes >= budget.passes).all())
 
     def lower_rates(self, budget: Budget, by: Falls) -> None:
-        """Let learning rates fall with the sequences or passes that are left, to 0 at the end."""
+        """Set learning rates in proportion to the remaining sequences or passes."""
         if by == "passes":
-            self.optimizer.left = (1 - self.passes / budget.passes).clamp_min(0)
+            self.optimizer.rate_scale = (1 - self.passes / budget.passes).clamp_min(0)
         elif by == "sequences":
-            self.optimizer.left = torch.full_like(self.passes, max(0.0, 1 - self.sequences / budget.sequences))
+            self.optimizer.rate_scale = torch.full_like(self.passes, max(0.0, 1 - self.sequences / budget.sequences))
 
     def draw(self, table: Tensor, n: int) -> Drawn:
-        """``n`` sequences of a law [R or 1, M, V], charged: one pass each."""
+        """``n`` sequences of a distribution [R or 1, M, V]; each counts as one pass."""
         runs, graph = self.count, self.world.graph
         reach = table.exp().cumsum(-1).flatten(1)
         nodes = torch.zeros(runs, n, dtype=torch.long)
@@ -144,22 +144,22 @@ class Runs:
         return replace(drawn, logprob=drawn.under(table))
 
     def score(self, drawn: Drawn) -> Scored:
-        """What base and target say of the sequences; not charged."""
+        """Scores of the sequences under base and target; counts no passes."""
         base = drawn.under(self.base)
         score = base.double().sum(-1) + self.log_tilt.gather(1, drawn.leaf)
         return Scored(drawn, base, score, drawn.logprob.double().sum(-1))
 
     def learn_log_z(self, batch: Scored) -> None:
-        """Let a batch join each run's estimate of log Z."""
+        """Add a batch to each run's estimate of log Z."""
         self.partitions = [p.updated(w) for p, w in zip(self.partitions, batch.log_weights, strict=True)]
 
     def log_z(self, batch: Scored) -> Tensor:
-        """The estimates [R] from earlier batches; before the first hit from this one, and 0 if it has none."""
+        """The estimates [R] from earlier batches; before the first hit, from this batch; 0 without any hit."""
         known = [p if p.known else p.updated(w) for p, w in zip(self.partitions, batch.log_weights, strict=True)]
         return torch.tensor([p.log_z.value if p.known else 0.0 for p in known], dtype=torch.float64)
 
     def records(self, batch: Scored, policy: Tensor, log_z: Tensor) -> list[Record]:
-        """What an objective is told of each run, given log π of the tokens [R, N, T] and log Z [R]."""
+        """The record of each run for an objective, from log π of the tokens [R, N, T] and log Z [R]."""
         drawn, values = batch.drawn, self.world.values[batch.drawn.leaf]
         return [
             Record(
@@ -174,20 +174,20 @@ class Runs:
             for r in range(self.count)
         ]
 
-    def pull(self, drawn: Drawn, coefficients: Tensor) -> Tensor:
-        """Σ c over the samples at each node and token [R, M, V], from coefficients [R, N] or [R, N, T], over N."""
+    def total_coefficients(self, drawn: Drawn, coefficients: Tensor) -> Tensor:
+        """Σ c / N over the samples at each node and token [R, M, V], from coefficients [R, N] or [R, N, T]."""
         weights = coefficients.float().reshape(*drawn.leaf.shape, -1).expand(drawn.tokens.shape)
         vocabulary = self.world.graph.vocabulary
         places = (drawn.nodes * vocabulary + drawn.tokens).flatten(1)
         total = torch.zeros(self.count, self.world.base.numel())
         return total.scatter_add_(1, places, weights.flatten(1)).reshape(self.count, -1, vocabulary) / len(drawn)
 
-    def gradients(self, log_policy: Tensor, pulls: Tensor) -> list[Tensor]:
-        """Of −Σ pulls · log π by each parameter, given the law [R, M, V] that has its gradient."""
-        return list(torch.autograd.grad(-(pulls * log_policy).sum(), self.policy.parameters))
+    def gradients(self, log_policy: Tensor, coefficients: Tensor) -> list[Tensor]:
+        """The gradient of −Σ c log π by each parameter, from c [R, M, V] and log π [R, M, V] with its graph."""
+        return list(torch.autograd.grad(-(coefficients * log_policy).sum(), self.policy.parameters))
 
     def checked(self, coefficients: Tensor) -> Tensor:
-        """The coefficients [R, ...]; a run with one that is not finite has failed, as in the library: it gets zeros."""
+        """The coefficients [R, ...]. A run with one that is not finite has failed, as in the library; it gets zeros."""
         self.failed |= ~coefficients.flatten(1).isfinite().all(1)
         return torch.where(self.failed.reshape(-1, *[1] * (coefficients.ndim - 1)), 0.0, coefficients)
 
@@ -195,4 +195,4 @@ class Runs:
         """Add a point to the curves."""
         with torch.no_grad():
             kl = self.world.kl(self.policy.log_table())
-        self.curve.append(Point(self.sequences, self.passes.clone(), torch.where(self.failed, math.inf, kl)))
+        self.curve.append(CurvePoint(self.sequences, self.passes.clone(), torch.where(self.failed, math.inf, kl)))

@@ -1,4 +1,4 @@
-"""Methods that pull on whole samples: the library's objectives and proposal rules, on many runs at once."""
+"""Methods with coefficients of whole samples: the library's objectives and proposal rules, on many runs at once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from ground.distilled import keep_guide
 from ground.runs import Budget, Falls, Runs, Scored
 from tiltlm.estimation import kl_difference, tv_difference
 from tiltlm.objectives import Objective
+from tiltlm.rollouts.proposal import POLICY
 from tiltlm.training.proposal_rules import Distances, proposal_rule
-from tiltlm.training.surrogate import ignores_the_impossible
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """``objective`` under the proposal ``rule``, ``steps`` updates a batch; with ``reuse`` fit samples come first.
+    """``objective`` under the proposal ``rule``, with ``steps`` updates per batch.
 
-    ``falls`` is what the learning rate falls with; ``keeps_guide``: the policy, that of the fit samples.
+    With ``reuse`` it trains on the fit samples first. ``falls`` is the budget with which the learning rate falls. With
+    ``keeps_guide`` the policy keeps the guide estimated from the fit samples.
     """
 
     objective: Objective
@@ -31,35 +32,35 @@ class Sampled:
     keeps_guide: bool = False
 
     def train(self, runs: Runs, budget: Budget) -> None:
-        """Until the budget is spent."""
+        """Train until the budget is spent."""
         if self.keeps_guide:
             keep_guide(runs)
-        loop = Loop(self, runs)
+        loop = SampledLoop(self, runs)
         while not runs.spent(budget):
             runs.lower_rates(budget, self.falls)
             loop.turn()
 
 
-class Loop:
-    """A method on its runs: draw, pull, follow, as the library's trainer does."""
+class SampledLoop:
+    """The training loop: draw, update the proposal, update the policy, as the library's trainer does."""
 
     def __init__(self, method: Sampled, runs: Runs) -> None:
         self.method, self.runs, self.rule = method, runs, proposal_rule(method.rule)
-        self.skips = ignores_the_impossible(method.objective)
+        self.skips = method.objective.zero_outside_support
         self.proposal = runs.base.repeat(runs.count, 1, 1)
-        self.on_policy = self.rule.first == "policy"
+        self.on_policy = self.rule.first == POLICY
         self.from_base = torch.full((runs.count,), not self.on_policy)
         self.turns = self.reused = 0
 
     def turn(self) -> None:
-        """One batch."""
+        """Train on one batch."""
         runs, objective = self.runs, self.method.objective
         self.turns += 1
         batch, fresh, from_base = self._next()
         log_z = runs.log_z(batch)
         if fresh:
             runs.learn_log_z(batch)
-        # A row that gets no coefficient is not read by the base, nor, where the sampler has told log π, by the policy.
+        # A row with coefficient 0 needs no pass of the base, nor of the policy if the sampler gave log π.
         idle = ~batch.possible & self.skips
         runs.passes += (~idle).sum(1) * ~from_base
         if not (self.on_policy and fresh):
@@ -73,15 +74,15 @@ class Loop:
             if step == 0:
                 if objective.batchwise:
                     advantages = [objective.advantages(record) for record in records]
-                self._follow(batch, table.detach(), policy)
+                self._update_proposal(batch, table.detach(), policy)
             records = [replace(record, advantage=a) for record, a in zip(records, advantages, strict=True)]
             coefficients = torch.stack([objective.coefficients(record) for record in records])
-            pulls = runs.pull(batch.drawn, runs.checked(coefficients))
-            runs.optimizer.step(runs.gradients(table, pulls))
+            totals = runs.total_coefficients(batch.drawn, runs.checked(coefficients))
+            runs.optimizer.step(runs.gradients(table, totals))
         runs.note()
 
     def _next(self) -> tuple[Scored, bool, Tensor]:
-        """The next batch, whether it is fresh, and which runs have it from the base [R]."""
+        """The next batch, whether it is fresh, and in which runs the base drew it [R]."""
         runs, n = self.runs, self.method.batch
         if self.method.reuse and runs.fit_sample is not None and self.reused + n <= len(runs.fit_sample):
             self.reused += n
@@ -96,8 +97,8 @@ class Loop:
                 self.proposal = runs.policy.log_table()
         return runs.score(runs.draw(self.proposal, n))
 
-    def _follow(self, batch: Scored, before: Tensor, policy: Tensor) -> None:
-        """Let q become π, as it was ``before`` the update, in the runs where the rule says so."""
+    def _update_proposal(self, batch: Scored, before: Tensor, policy: Tensor) -> None:
+        """Set q to π as it was ``before`` the update, in the runs where the rule replaces it."""
         runs = self.runs
         if not self.rule.due(self.turns):
             return

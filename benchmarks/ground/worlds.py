@@ -1,4 +1,4 @@
-"""The worlds: a base, a target on it, and everything about both known exactly."""
+"""Worlds: a base and a target, with exact values of log Z, p and KL(p‖π)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MOMENT = 0.5
 class World:
     """A base on a graph, and a target that an automaton over the tokens recognizes.
 
-    ``base`` [M, V] log a(v|node), the law of ``network``; ``state`` [M + L] the automaton's state; ``terms`` the
-    target's, one for each of the automaton's values.
+    ``base`` [M, V] is log a(v|node), given by ``network``; ``state`` [M + L] is the automaton's state; ``terms`` are
+    those of the target, one per value of the automaton.
     """
 
     name: str
@@ -45,7 +45,7 @@ class World:
 
     @property
     def moments(self) -> list[int]:
-        """Which features have a moment, so that a coefficient must be fitted."""
+        """Indices of the features with a moment; their coefficients are fitted."""
         return [k for k, term in enumerate(self.terms) if term.kind == "moment"]
 
     def fitted(self, values: Tensor, log_weights: Tensor | None = None) -> TiltedTarget:
@@ -54,8 +54,8 @@ class World:
             return TiltedTarget(self.terms)
         neutral = TiltedTarget(tuple(_with(term, 0.0) for term in self.terms))
         weights = neutral.log_tilt(values) + (0.0 if log_weights is None else log_weights)
-        wanted = [self.terms[k] for k in self.moments]
-        goals, names = [term.goal or 0.0 for term in wanted], [term.feature.name for term in wanted]
+        moment_terms = [self.terms[k] for k in self.moments]
+        goals, names = [term.goal or 0.0 for term in moment_terms], [term.feature.name for term in moment_terms]
         fit = fit_moments(values[:, self.moments], weights, goals, names)
         found = dict(zip(self.moments, fit.coefficients.tolist(), strict=True))
         return TiltedTarget(tuple(_with(term, found.get(k, 0.0)) for k, term in enumerate(self.terms)))
@@ -67,28 +67,28 @@ class World:
         return self.fitted(self.values, reached.log())
 
     @cached_property
-    def promise(self) -> Tensor:
+    def log_values(self) -> Tensor:
         """log ψ [M + L] of the exact target."""
-        return self.graph.promise(self.base, self.target.log_tilt(self.values))
+        return self.graph.log_values(self.base, self.target.log_tilt(self.values))
 
     @property
     def log_z(self) -> float:
-        return float(self.promise[0])
+        return float(self.log_values[0])
 
     @cached_property
-    def law(self) -> Tensor:
+    def target_logprobs(self) -> Tensor:
         """log p(v|node) [M, V]."""
-        return self.graph.tilted(self.base, self.promise)
+        return self.graph.tilted(self.base, self.log_values)
 
     @cached_property
     def mass(self) -> Tensor:
-        """How often p is at each node and goes on with each token [M, V]; the sum is T."""
-        return self.graph.occupancy(self.law)[: len(self.base), None] * self.law.exp()
+        """The probability under p of each node and next token [M, V]; the sum is T."""
+        return self.graph.occupancy(self.target_logprobs)[: len(self.base), None] * self.target_logprobs.exp()
 
     @cached_property
     def negative_entropy(self) -> float:
         """Σ_x p log p."""
-        return float(torch.where(self.mass > 0, self.mass * self.law, 0.0).sum())
+        return float(torch.where(self.mass > 0, self.mass * self.target_logprobs, 0.0).sum())
 
     def kl(self, log_policy: Tensor) -> Tensor:
         """KL(p‖π) [R], exactly, from log π(v|node) [R, M, V]."""
@@ -101,16 +101,16 @@ def _with(term: Term, coefficient: float) -> Term:
 
 
 def named(name: str) -> Feature:
-    """A feature for reports; its values come from an automaton."""
+    """A feature that only has a name; its values come from an automaton."""
     return contains(name).renamed(name)
 
 
 def enumerable(name: str, seed: int = 0) -> World:
-    """15,625 sequences of 6 tokens of a vocabulary of 5, whose base and policies are one small network.
+    """All 15,625 sequences of 6 tokens of a vocabulary of 5; base and policies are a small network.
 
-    Of all phrases or pairs of tokens the target takes that with the rate nearest to the one wanted: ``pointwise-2`` and
-    ``pointwise-3`` a phrase with Z = 1e-2 and 1e-3, ``moment`` more of one token than of another, from 0.08 to 0.5,
-    ``hybrid`` a rarer such moment under a phrase of rate 0.1.
+    The target uses the phrase or pair of tokens with the base rate nearest to the one required. ``pointwise-2`` and
+    ``pointwise-3``: a phrase with Z = 1e-2 and 1e-3. ``moment``: more of one token than of another, from 0.08 to 0.5.
+    ``hybrid``: such a moment, rarer, under a phrase of rate 0.1.
     """
     graph = prefix_tree(VOCABULARY, LENGTH)
     network = PrefixNetwork.random(VOCABULARY, LENGTH, HIDDEN, torch.Generator().manual_seed(seed))
@@ -121,7 +121,7 @@ def enumerable(name: str, seed: int = 0) -> World:
     def nearest(
         rate: float, candidates: Iterable[tuple[str, TokenAutomaton]], among: Tensor
     ) -> tuple[str, TokenAutomaton]:
-        """The candidate that holds with this rate in the part ``among`` [L] of the sequences."""
+        """The candidate with the rate nearest to ``rate`` in the part ``among`` [L] of the sequences."""
 
         def distance(candidate: tuple[str, TokenAutomaton]) -> float:
             values = candidate[1].values[candidate[1].read(tokens)[:, -1], 0]
@@ -157,21 +157,21 @@ def enumerable(name: str, seed: int = 0) -> World:
 
 
 def rare_phrase(rate: float = 1e-5, vocabulary: int = 50, length: int = 40, seed: int = 0) -> World:
-    """Sequences of ``length`` tokens of a Markov base, of which those with a phrase of three tokens are wanted.
+    """Sequences of ``length`` tokens of a Markov base; the target is the filter of a phrase of three tokens.
 
-    Of all phrases of three different tokens it is that with the rate nearest to the one wanted. A node tells the last
-    token, how much of the phrase has been read, and the position. Policies see all three, and begin as the base, which
-    uses the token alone; what p does with them is the sum of log a and the log of a promise, and not of their form.
+    Of all phrases of three different tokens, it is the one with the rate nearest to ``rate``. A node is the last token,
+    the state within the phrase, and the position. Policies see all three. They start as the base, which depends on the
+    token alone. log p is log a plus a log value, which policies of this form cannot represent exactly.
     """
     generator = torch.Generator().manual_seed(seed)
     network = NodeNetwork.random(vocabulary, 4, length, HIDDEN, generator)
-    law = network.log_table()[0].double().log_softmax(-1)
-    began, passed = torch.zeros(vocabulary, dtype=torch.float64), torch.eye(vocabulary, dtype=torch.float64)[0]
+    logprobs = network.log_table()[0].double().log_softmax(-1)
+    visits, reached_now = torch.zeros(vocabulary, dtype=torch.float64), torch.eye(vocabulary, dtype=torch.float64)[0]
     for _ in range(length - 2):
-        passed = passed @ law.exp()
-        began += passed
-    # How often each phrase is to be expected; one of different tokens so rare is hardly ever there twice.
-    expected = (began.log()[:, None] + law)[..., None] + law
+        reached_now = reached_now @ logprobs.exp()
+        visits += reached_now
+    # The expected number of occurrences of each phrase. Two in one sequence are so rare that this is the rate.
+    expected = (visits.log()[:, None] + logprobs)[..., None] + logprobs
     i, j, k = torch.meshgrid(*[torch.arange(vocabulary)] * 3, indexing="ij")
     distance = (expected - math.log(rate)).abs().where((i != j) & (j != k) & (i != k), math.inf)
     ids = [int(x) for x in torch.unravel_index(distance.argmin(), distance.shape)]
@@ -182,4 +182,4 @@ def rare_phrase(rate: float = 1e-5, vocabulary: int = 50, length: int = 40, seed
     network = replace(network, node=torch.cat([inner, position[:, None]], -1))
     title = "phrase " + "-".join(map(str, ids))
     terms = (Term(named(title), "filter", 1.0),)
-    return World("pointwise-5", graph, law[inner[:, 0]], automaton, state, terms, network)
+    return World("pointwise-5", graph, logprobs[inner[:, 0]], automaton, state, terms, network)
