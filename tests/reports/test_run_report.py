@@ -269,7 +269,7 @@ def test_no_model_library_is_loaded(make_run: MakeRun) -> None:
 
 
 def test_a_report_of_no_run_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no run directory"):
+    with pytest.raises(UsageError, match="not a run directory"):
         write_report(tmp_path)
 
 
