@@ -137,7 +137,7 @@ class DirectGDC:
         return to_policy, to_proposal
 
 
-def straightforward(turns: Turns, folder: str, batch: int, length: int, cycle: int, rows: int, device: str) -> None:
+def direct(turns: Turns, folder: str, batch: int, length: int, cycle: int, rows: int, device: str) -> None:
     loop = DirectGDC(folder, batch, length, rows, device)
 
     def steps() -> None:
@@ -164,7 +164,7 @@ def main() -> None:
             sizes["device"] = args.device
             trained = args.cycle * case.n
             sides = [
-                Side("straightforward", straightforward, trained, {**sizes, "rows": args.rows}),
+                Side("direct", direct, trained, {**sizes, "rows": args.rows}),
                 *(
                     Side(f"ours, rule {rule}", ours, trained, {**sizes, "dtype": args.dtype, "rule": rule})
                     for rule in ("published", "kl")

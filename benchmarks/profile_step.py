@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 
 import torch
-from models import add_cases, folder_of
+from models import Case, add_cases, folder_of
 from side_by_side import add_dtype, machine, parser
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,6 +38,8 @@ def main() -> None:
     add_dtype(arguments)
     add_cases(arguments, "embedded:512", "gpt2:32")
     args = arguments.parse_args()
+    if args.quick:
+        args.case, args.length, args.rounds = [Case("tiny", 8)], 5, 1
     from sides import our_trainer
 
     print(machine())
