@@ -1,4 +1,4 @@
-"""Line plots with error bands as inline SVG, whose colours are CSS variables of the page that holds them."""
+"""Line plots with error bands as inline SVG; the colours are CSS variables of the page."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _thin(series: Sequence[Series]) -> tuple[list[Series], int]:
 
 
 def _mean_point(points: Sequence[Point]) -> Point:
-    """The mean of independent estimates, whose variance is the mean of theirs over their number."""
+    """The mean of independent estimates, with its standard error."""
     count = len(points)
     se = math.sqrt(sum(_se(point) ** 2 for point in points)) / count
     return Point(sum(point.sequences for point in points) / count, sum(point.value for point in points) / count, se)
