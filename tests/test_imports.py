@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "_version",
         "config",
         "lm",
+        "rollouts",
         "sampling",
         "evaluation",
         "runs",

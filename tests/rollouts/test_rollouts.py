@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from tiltlm.evaluation.evaluate import draw_control, evaluate_base, evaluate_model, evaluate_policy
 from tiltlm.lm import LanguageModel, Roles, Samples
 from tiltlm.rollouts import LocalRollouts, Proposal
+from tiltlm.sampling.target_proposal import TargetProposal
 from tiltlm.targets import draw_base_sample, fit_target
+from tiltlm.training.checkpoint import load_base_sample, save_base_sample
 from tiny_world import LENGTH, World, build_trainer, gradient, near, tiny_world
 
 torch.set_num_threads(1)
@@ -66,6 +69,7 @@ def test_a_base_sample_holds_the_base_own_log_probabilities(world: World) -> Non
     lengths = known.samples.lengths.double()
     torch.testing.assert_close(drawn.log_weights(world.target), known.log_weights(world.target) - OFF * lengths)
     own = drawn.of_the_base()
+    assert own.samples.exact
     torch.testing.assert_close(own.samples.sequence_logprob, known.samples.sequence_logprob, atol=1e-9, rtol=0)
 
 
@@ -86,7 +90,7 @@ def test_an_evaluation_reads_both_models(world: World, off: float) -> None:
     exact, unsure = (
         evaluate_policy(roles, world.target, 400, rollouts=make, **settings) for make in (LocalRollouts, off_by(off))
     )
-    for name in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "entropy", "perplexity_base"):
+    for name in ("kl_p_pi", "kl_pi_a", "tv_p_pi", "log_z", "ess", "entropy", "perplexity_base"):
         one, other = getattr(exact, name), getattr(unsure, name)
         assert one.value == pytest.approx(other.value, abs=1e-5), name
     assert exact.top_p["entropy"].value == pytest.approx(unsure.top_p["entropy"].value, abs=1e-5)
@@ -97,6 +101,30 @@ def test_an_evaluation_reads_both_models(world: World, off: float) -> None:
     assert one.kl_p_pi is not None
     assert other.kl_p_pi is not None
     assert one.kl_p_pi.value == pytest.approx(other.kl_p_pi.value, abs=1e-5)
+
+
+def test_a_kept_base_sample_remembers_whether_it_is_exact(world: World, tmp_path: Path) -> None:
+    for make in (LocalRollouts, off_by(OFF)):
+        drawn = draw_base_sample(world.base, world.target.features, 20, None, LENGTH, 2, rollouts=make)
+        save_base_sample(tmp_path, drawn)
+        kept = load_base_sample(tmp_path, world.base)
+        assert kept is not None
+        assert kept.samples.exact == drawn.samples.exact
+        assert torch.equal(kept.log_weights(world.target), drawn.log_weights(world.target))
+
+
+@pytest.mark.parametrize("off", [-OFF, OFF])
+def test_draws_of_the_base_are_weighted_by_its_own_log_probabilities(world: World, off: float) -> None:
+    """Otherwise an engine's error would exceed the bound of P/a, and rejection would stop."""
+    roles = Roles(world.base, base=world.base)
+    exact, unsure = (
+        TargetProposal(roles, world.target, "base", world.base.encode_prompts(None), LENGTH, rollouts=make).draw(
+            50, [0], torch.Generator().manual_seed(5)
+        )
+        for make in (LocalRollouts, off_by(off))
+    )
+    assert torch.equal(exact.samples.tokens, unsure.samples.tokens)
+    torch.testing.assert_close(exact.log_weights, unsure.log_weights, atol=1e-9, rtol=0)
 
 
 def test_a_model_alone_is_measured_by_its_own_numbers(world: World) -> None:

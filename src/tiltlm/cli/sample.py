@@ -126,7 +126,8 @@ def _sample_model(
         )
     run = run_of(source)
     from tiltlm.app.load import load_policy
-    from tiltlm.lm import LanguageModel
+    from tiltlm.lm import LanguageModel, SamplingSettings
+    from tiltlm.rollouts import LocalRollouts
 
     quiet()
     length = 40
@@ -135,7 +136,13 @@ def _sample_model(
     else:
         config, model = load_policy(run, device)
         length = config.max_completion_length
-    drawn = model.sample(n, prompt, seed, max_completion_length=max_completion_length or length, **decoding)
+    drawn = LocalRollouts(model).generate(
+        model.encode_prompts(prompt),
+        n,
+        seed=seed,
+        max_completion_length=max_completion_length or length,
+        settings=SamplingSettings(**decoding),
+    )
     _write(drawn, jsonl)
 
 

@@ -283,10 +283,10 @@ def _evaluation(
     prompts_from: str,
 ) -> Evaluation:
     tokens = samples.completion_ids
-    own_logprob = samples.sequence_logprob if samples.exact or scores is None else scores.policy_logprob
+    model_logprob = samples.sequence_logprob if samples.exact or scores is None else scores.policy_logprob
     common: dict[str, Any] = {
         "samples": len(samples),
-        "entropy": estimation.entropy(own_logprob),
+        "entropy": estimation.entropy(model_logprob),
         "distinct_1": estimation.distinct_1(tokens),
         "distinct_1_corpus": estimation.distinct_n(tokens),
         "self_bleu_5": estimation.self_bleu_5(tokens),
@@ -307,6 +307,7 @@ def _evaluation(
     partition = partition_for(len(found)).updated(log_weights, place)
     normalized = replace(pooled.scores, prompt_ids=place).normalized(partition)
     own = replace(scores, prompt_ids=torch.searchsorted(found, scores.prompt_ids)).normalized(partition)
+    sampled_logprob = own.proposal_logprob if samples.exact else own.policy_logprob
     score, mixture = normalized.target_logscore, pooled.mixture_logprob
     over_target = zip(columns, pooled.features.unbind(-1), strict=True)
     return Evaluation(
@@ -317,6 +318,6 @@ def _evaluation(
         kl_pi_a=kl_policy_base(scores),
         tv_p_pi=estimation.tv_from_target(score, mixture, pooled.scores.policy_logprob),
         log_z=partition.log_z,
-        ess=estimation.effective_sample_size(own.target_logscore - own.proposal_logprob),
+        ess=estimation.effective_sample_size(own.target_logscore - sampled_logprob),
         per_prompt=evaluate_prompts(samples, scores, pooled, columns) if len(found) > 1 else (),
     )

@@ -83,6 +83,9 @@ class TargetProposal:
         if self.source != "base" or not samples.exact:
             with self.roles.use("base") as base:
                 base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+            if self.source == "base":
+                # With one log a for P and q, P/q is exactly P/a, and a bound of P/a holds for every draw.
+                logprob = base_logprob
         log_weights = log_importance_weights(self.target.log_score(base_logprob, features), logprob)
         prompt_index = torch.tensor(prompts, device=samples.tokens.device)[samples.prompt_index]
         return Draws(replace(samples, prompts=self.prompts, prompt_index=prompt_index), log_weights)

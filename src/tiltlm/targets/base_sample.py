@@ -69,7 +69,7 @@ class BaseSample:
         rows = torch.arange(self.plain or 0)
         own = self.select(rows)
         assert own.base_logprob is not None
-        samples = replace(own.samples, proposal_logprob=own.base_logprob)
+        samples = replace(own.samples, proposal_logprob=own.base_logprob, exact=True)
         return BaseSample(samples, own.features, self.max_completion_length)
 
 

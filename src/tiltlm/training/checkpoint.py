@@ -116,6 +116,7 @@ def save_base_sample(folder: Path, sample: BaseSample) -> None:
     samples = sample.samples
     state = {
         **{name: getattr(samples, name) for name in ("tokens", "mask", "proposal_logprob", "prompt_index")},
+        "exact": samples.exact,
         "prompts": {name: _plain(value) for name, value in vars(samples.prompts).items()},
         "features": sample.features,
         **{

@@ -44,13 +44,13 @@ def evaluated(world: World, policy: LanguageModel) -> Evaluation:
 def test_every_distance_is_the_enumerated_one(world: World, kind: str) -> None:
     policy = near(world.base, 0.1) if kind == "near" else collapsed(world.base)
     result = evaluated(world, policy)
-    law = world.logprob(policy)
+    logprob = world.logprob(policy)
     assert within_five_errors(result.kl_p_pi, world.kl(policy))
     assert within_five_errors(result.tv_p_pi, world.tv(policy))
     assert within_five_errors(result.log_z, world.truth.log_z)
-    assert within_five_errors(result.kl_pi_a, exact_kl(law, world.truth.base_logprob))
-    assert within_five_errors(result.entropy, float(-(law.exp() * law).sum()))
-    under_policy = exact_moments(law, world.truth.features)
+    assert within_five_errors(result.kl_pi_a, exact_kl(logprob, world.truth.base_logprob))
+    assert within_five_errors(result.entropy, float(-(logprob.exp() * logprob).sum()))
+    under_policy = exact_moments(logprob, world.truth.features)
     for k, name in enumerate(result.moments):
         assert abs(result.moments[name].value - float(under_policy[k])) < 5 * max(result.moments[name].se, 1e-3)
         p_moment = float(world.truth.moments[k])
@@ -105,7 +105,7 @@ def test_the_base_is_evaluated_and_the_target_fitted_on_any_of_the_prompts(world
     assert evaluate_base(many, world.target, 60, seed=1).samples == 48
 
 
-def test_top_p_moments_are_of_another_law(world: World) -> None:
+def test_top_p_moments_are_of_another_distribution(world: World) -> None:
     result = evaluated(world, near(world.base, 0.1))
     assert set(result.moments_top_p) == set(result.moments)
     assert result.moments_top_p["words"].value != result.moments["words"].value
