@@ -35,7 +35,9 @@ def study_figures(study: Study) -> Iterator[StudyFigure]:
         "Lines: means over seeds. Bands: ± two standard errors over seeds (with one seed, of its estimate). "
         "Open marks: the end of a run."
     )
-    drawn = "The first sequences of a run are its fit samples. Steps on these draw no more, so a line can be vertical there."
+    drawn = (
+        "The first sequences of a run are its fit samples. Steps on these draw no more: a line can be vertical there."
+    )
     log_scale = "An axis is logarithmic if one line would otherwise flatten the others."
     for metric in ("kl_p_pi", "kl_pi_a", "distinct_1", "self_bleu_5"):
         panels = [_curve(study, task.name, task.label, metric) for task in study.tasks]
@@ -108,7 +110,10 @@ def _note_on_curve_sample(study: Study) -> str:
     settings = study.made.get("study") or {}
     reference, during = settings.get("reference", {}), settings.get("curve", {}).get("reference", 0)
     end = min(reference.get("scored", 0), reference.get("samples", 0))
-    text = f" During a run KL(p‖π) is measured on the first {during:,} texts of the reference, at the end on up to {end:,}."
+    text = (
+        f" During a run KL(p‖π) is measured on the first {during:,} texts of the reference, "
+        f"at the end on up to {end:,}."
+    )
     return text if during < end else ""
 
 
