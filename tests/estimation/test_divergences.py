@@ -120,23 +120,23 @@ CASES: dict[str, Case] = {
 }
 
 
-def draw(law: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    return torch.multinomial(law.exp(), n, replacement=True, generator=generator)
+def draw(logprob: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    return torch.multinomial(logprob.exp(), n, replacement=True, generator=generator)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mean_is_the_enumerated_truth_and_the_error_is_the_spread(name):
-    truth, law, estimate = CASES[name]
+def test_mean_is_the_enumerated_truth_and_the_error_is_the_standard_deviation(name):
+    truth, logprob, estimate = CASES[name]
     generator = torch.Generator().manual_seed(5)
-    batches = [draw(law, BATCH, generator) for _ in range(REPEATS)]
-    sizes = [effective_sample_size(log_importance_weights(W.target[i], law[i])).value for i in batches[:20]]
+    batches = [draw(logprob, BATCH, generator) for _ in range(REPEATS)]
+    sizes = [effective_sample_size(log_importance_weights(W.target[i], logprob[i])).value for i in batches[:20]]
     assert min(sizes) > 0.4 * BATCH
     estimates = [estimate(i) for i in batches]
     values = torch.tensor([e.value for e in estimates], dtype=torch.float64)
-    spread = values.std().item()
-    assert abs(values.mean().item() - truth) < 5 * spread / math.sqrt(REPEATS)
-    assert torch.tensor([e.se for e in estimates]).mean().item() == pytest.approx(spread, rel=0.17)
-    assert spread < 0.1
+    deviation = values.std().item()
+    assert abs(values.mean().item() - truth) < 5 * deviation / math.sqrt(REPEATS)
+    assert torch.tensor([e.se for e in estimates]).mean().item() == pytest.approx(deviation, rel=0.17)
+    assert deviation < 0.1
 
 
 def test_the_world_is_asymmetric():
@@ -239,14 +239,14 @@ def test_rao_blackwell_has_the_same_mean_and_less_variance():
     policy = (policy_first[:, None] + policy_next).flatten()
     base = (base_first[:, None] + base_next).flatten()
     sums = (first_kl + next_kl)[:, None].expand(6, 6).flatten()
-    for law in (policy, base):
-        i = draw(law, 20_000, generator)
-        proposal = None if law is policy else law[i]
+    for proposal_logprob in (policy, base):
+        i = draw(proposal_logprob, 20_000, generator)
+        proposal = None if proposal_logprob is policy else proposal_logprob[i]
         plain = kl_policy_base(policy[i], base[i], proposal)
         smooth = kl_policy_base(policy[i], base[i], proposal, rao_blackwell_N=sums[i])
         assert abs(plain.value - truth) < 5 * plain.se
         assert abs(smooth.value - truth) < 5 * smooth.se
-        if law is policy:
+        if proposal_logprob is policy:
             assert smooth.se < 0.7 * plain.se
 
 

@@ -119,7 +119,7 @@ def test_entropy_and_perplexity_by_hand():
     assert perplexity(torch.tensor([-math.inf, -1.0]), torch.tensor([2, 2])).value == math.inf
 
 
-def test_the_error_of_perplexity_is_its_spread():
+def test_the_error_of_perplexity_is_its_standard_deviation():
     generator = torch.Generator().manual_seed(1)
     values, errors = [], []
     for _ in range(300):
@@ -128,6 +128,6 @@ def test_the_error_of_perplexity_is_its_spread():
         estimate = perplexity(-2.0 * tokens - noise * tokens.sqrt(), tokens)
         values.append(estimate.value)
         errors.append(estimate.se)
-    spread = torch.tensor(values).std().item()
-    assert abs(sum(values) / 300 - math.exp(2)) < 5 * spread / math.sqrt(300)
-    assert sum(errors) / 300 == pytest.approx(spread, rel=0.17)
+    deviation = torch.tensor(values).std().item()
+    assert abs(sum(values) / 300 - math.exp(2)) < 5 * deviation / math.sqrt(300)
+    assert sum(errors) / 300 == pytest.approx(deviation, rel=0.17)

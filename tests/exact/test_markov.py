@@ -53,8 +53,8 @@ def contexts(order: int) -> list[list[int]]:
 
 
 def base_logprob(order: int) -> Tensor:
-    law = model(order).logprob
-    return torch.stack([law[c, x].sum() for c, x in zip(torch.tensor(contexts(order)), SEQUENCES, strict=True)])
+    logprob = model(order).logprob
+    return torch.stack([logprob[c, x].sum() for c, x in zip(torch.tensor(contexts(order)), SEQUENCES, strict=True)])
 
 
 def has_phrase(sequence: list[int]) -> bool:
@@ -88,7 +88,7 @@ def truth(order: int, name: str) -> tuple[MarkovTarget, Tensor]:
 CASES = list(itertools.product([1, 2], TARGETS))
 
 
-def test_automata_say_what_the_tokens_say() -> None:
+def test_automata_have_the_values_of_the_features() -> None:
     assert BOTH.values[BOTH.read(SEQUENCES)[:, -1]].tolist() == features().tolist()
 
 
@@ -100,7 +100,7 @@ def test_scores_and_log_z_are_those_of_all_sequences(order: int, name: str) -> N
 
 
 @pytest.mark.parametrize(("order", "name"), CASES)
-def test_the_next_token_laws_multiply_to_p(order: int, name: str) -> None:
+def test_next_token_distributions_multiply_to_p(order: int, name: str) -> None:
     target, score = truth(order, name)
     states = target.automaton.read(SEQUENCES)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
@@ -148,14 +148,14 @@ def test_a_policy_without_the_support_is_infinitely_far() -> None:
     assert target.kl(policy.log()) == math.inf
 
 
-def test_samples_have_the_law_of_p() -> None:
+def test_samples_follow_p() -> None:
     target, score = truth(2, "hybrid")
     n = 40_000
     index = (target.sample(n, seed=0) * V ** torch.arange(T - 1, -1, -1)).sum(-1)
-    share, p = torch.bincount(index, minlength=V**T) / n, score.softmax(0)
-    assert bool((share[p == 0] == 0).all())
+    frequency, p = torch.bincount(index, minlength=V**T) / n, score.softmax(0)
+    assert bool((frequency[p == 0] == 0).all())
     inside = p > 0
-    chi_square = float((n * (share - p).square() / p.clamp_min(1e-300))[inside].sum())
+    chi_square = float((n * (frequency - p).square() / p.clamp_min(1e-300))[inside].sum())
     freedom = int(inside.sum()) - 1
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
 
@@ -176,7 +176,7 @@ def test_a_rare_phrase_of_forty_tokens() -> None:
     assert float((target.score(target.sample(500, seed=0)) == -math.inf).sum()) == 0
 
 
-def test_what_the_model_cannot_have_is_refused() -> None:
+def test_unreachable_targets_are_refused() -> None:
     never = MarkovModel(torch.tensor([[0.5, 0.5, 0.0]]).expand(V, -1).log(), T)
     with pytest.raises(UnreachableTargetError, match="no sequence"):
         markov_target(never, phrase([2], V), [Term(CONTAINS, "filter")])
@@ -184,7 +184,7 @@ def test_what_the_model_cannot_have_is_refused() -> None:
         markov_target(never, count_difference([2], [0], V, T), [Term(MORE, "moment", goal=0.5)])
 
 
-def test_laws_of_another_shape_or_sum_are_refused() -> None:
+def test_tables_of_another_shape_or_sum_are_refused() -> None:
     with pytest.raises(UsageError, match="order 2"):
         MarkovModel(torch.zeros(V, V), T, order=2)
     with pytest.raises(UsageError, match="sum to 1"):

@@ -2,7 +2,7 @@
 
 All functions take ``log_weights_N``, log w = log P(x) − log q(x) [N] of draws x ~ q, −inf where P = 0. The distribution
 r of the texts differs from p by a function of w alone, so KL(p‖r) and TV(p, r) follow from the weights. Given
-``shares_N``, the probabilities q(x) [N] of all x, the formulas are exact, with error 0. Otherwise standard errors come
+``probabilities_N``, the probabilities q(x) [N] of all x, the formulas are exact, with error 0. Otherwise standard errors come
 from a jackknife over groups of draws. KL is in nats; both are nan ± nan where no draw has P > 0.
 """
 
@@ -28,7 +28,7 @@ NEGLIGIBLE_NATS = 40.0
 # In units of the largest weight; smaller weights have no visible part of p.
 SMALLEST_WEIGHT = 1e-12
 
-# A distribution r, given the shares [N] of the rows: its density r/p [N], and its mass where P = 0.
+# A distribution r, given the probabilities [N] of the rows: its density r/p [N], and its mass where P = 0.
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -40,22 +40,22 @@ class Closeness:
     tv: Estimate
 
 
-def proposal_closeness(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Closeness:
+def proposal_closeness(log_weights_N: Tensor, probabilities_N: Tensor | None = None) -> Closeness:
     """The closeness of q itself: all draws are accepted."""
 
     def density_of(weights: Tensor) -> Density:
-        return lambda shares: ((shares @ weights) / weights, shares[weights == 0].sum())
+        return lambda probabilities: ((probabilities @ weights) / weights, probabilities[weights == 0].sum())
 
-    return _closeness(log_weights_N, shares_N, density_of)
+    return _closeness(log_weights_N, probabilities_N, density_of)
 
 
-def acceptance_rate(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Estimate:
+def acceptance_rate(log_weights_N: Tensor, log_beta: float, probabilities_N: Tensor | None = None) -> Estimate:
     """E_q[min(1, w/β)]: the acceptance rate of (quasi-)rejection with the bound β."""
     accepted = (checked_log_weights(log_weights_N) - log_beta).clamp_max(0).exp()
-    return _estimates(len(accepted), shares_N, lambda shares: [shares @ accepted])[0]
+    return _estimates(len(accepted), probabilities_N, lambda probabilities: [probabilities @ accepted])[0]
 
 
-def accepted_closeness(log_weights_N: Tensor, log_beta: float, shares_N: Tensor | None = None) -> Closeness:
+def accepted_closeness(log_weights_N: Tensor, log_beta: float, probabilities_N: Tensor | None = None) -> Closeness:
     """The closeness of p_β ∝ min(P, βq): draws accepted with probability min(1, w/β). p_β is p if β ≥ max w.
 
     Source: quasi-rejection sampling, Eikema et al. 2022 (arXiv 2112.05702).
@@ -66,12 +66,12 @@ def accepted_closeness(log_weights_N: Tensor, log_beta: float, shares_N: Tensor 
         beta = math.exp(min(log_beta - most, 0.0))
         cut = weights.clamp_max(beta)
         kept = torch.where(weights > 0, cut / weights, 0.0)
-        return lambda shares: (kept * (shares @ weights) / (shares @ cut), torch.zeros(()))
+        return lambda probabilities: (kept * (probabilities @ weights) / (probabilities @ cut), torch.zeros(()))
 
-    return _closeness(log_weights_N, shares_N, density_of)
+    return _closeness(log_weights_N, probabilities_N, density_of)
 
 
-def resampled_closeness(log_weights_N: Tensor, pool: int, shares_N: Tensor | None = None) -> Closeness:
+def resampled_closeness(log_weights_N: Tensor, pool: int, probabilities_N: Tensor | None = None) -> Closeness:
     """The closeness of one of ``pool`` draws, chosen in proportion to its weight; pools with Σ w = 0 are discarded.
 
     For a pool of M the density r/p is M Z E[1/(w(x) + S)] / (1 − q(P = 0)^M), where S is the sum of M − 1 further
@@ -86,18 +86,18 @@ def resampled_closeness(log_weights_N: Tensor, pool: int, shares_N: Tensor | Non
         hits = weights > 0
         decay = (-log_t.exp()[:, None] * weights.clamp_min(SMALLEST_WEIGHT)).exp()
 
-        def density(shares: Tensor) -> tuple[Tensor, Tensor]:
-            missed = shares[~hits].sum()
-            laplace = missed + decay[:, hits] @ shares[hits]
+        def density(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+            missed = probabilities[~hits].sum()
+            laplace = missed + decay[:, hits] @ probabilities[hits]
             mass = (log_t + torch.special.xlogy(pool - 1, laplace)).exp() * STEP
-            return pool * (shares @ weights) * (mass @ decay) / (1 - missed**pool), torch.zeros(())
+            return pool * (probabilities @ weights) * (mass @ decay) / (1 - missed**pool), torch.zeros(())
 
         return density
 
-    return _closeness(log_weights_N, shares_N, density_of)
+    return _closeness(log_weights_N, probabilities_N, density_of)
 
 
-def chain_closeness(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Closeness:
+def chain_closeness(log_weights_N: Tensor, steps: int, probabilities_N: Tensor | None = None) -> Closeness:
     """The closeness of an independent Metropolis–Hastings chain after ``steps`` draws; it starts at one with P > 0.
 
     With w in units of Z and λ(v) = E_q[(1 − w/v)⁺], the probability to stay where w = v, the density r/p after n steps
@@ -112,46 +112,46 @@ def chain_closeness(log_weights_N: Tensor, steps: int, shares_N: Tensor | None =
         first = int((ordered == 0).sum())
         back = order.argsort()
 
-        def density(shares: Tensor) -> tuple[Tensor, Tensor]:
-            share = shares[order]
-            missed = share[:first].sum()
-            upto, w, weight_upto, stay = _staying(ordered, share, first)
+        def density(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+            probability = probabilities[order]
+            missed = probability[:first].sum()
+            upto, w, weight_upto, stay = _staying(ordered, probability, first)
             left = torch.cat([upto[:-1] - weight_upto[:-1] / w[1:], torch.ones(1, dtype=w.dtype)])
             # Between two neighbouring weights λ is A − B/u, and the integral a difference of powers of it.
             pieces = torch.where(weight_upto > 0, (left**steps - stay**steps) / weight_upto.clamp_min(1e-300), 0.0)
             t = pieces.flip(0).cumsum(0).flip(0)
-            above = (share[first:] * t).flip(0).cumsum(0).flip(0) - share[first:] * t
+            above = (probability[first:] * t).flip(0).cumsum(0).flip(0) - probability[first:] * t
             found = ((upto - missed) * t + above + stay**steps / w) / (1 - missed)
             return torch.cat([torch.zeros(first, dtype=w.dtype), found])[back], torch.zeros(())
 
         return density
 
-    return _closeness(log_weights_N, shares_N, density_of)
+    return _closeness(log_weights_N, probabilities_N, density_of)
 
 
-def chain_acceptance(log_weights_N: Tensor, shares_N: Tensor | None = None) -> Estimate:
+def chain_acceptance(log_weights_N: Tensor, probabilities_N: Tensor | None = None) -> Estimate:
     """E[min(1, w(y)/w(x))], x ~ p and y ~ q: the acceptance rate of a converged chain."""
     ordered, order = _relative(log_weights_N).sort()
 
-    def moves(shares: Tensor) -> list[Tensor]:
-        share = shares[order]
-        above = share.flip(0).cumsum(0).flip(0) - share
-        return [(share * ordered * (share + 2 * above)).sum() / (share @ ordered)]
+    def moves(probabilities: Tensor) -> list[Tensor]:
+        probability = probabilities[order]
+        above = probability.flip(0).cumsum(0).flip(0) - probability
+        return [(probability * ordered * (probability + 2 * above)).sum() / (probability @ ordered)]
 
-    return _estimates(len(ordered), shares_N, moves)[0]
+    return _estimates(len(ordered), probabilities_N, moves)[0]
 
 
-def chain_repeats(log_weights_N: Tensor, steps: int, shares_N: Tensor | None = None) -> Estimate:
+def chain_repeats(log_weights_N: Tensor, steps: int, probabilities_N: Tensor | None = None) -> Estimate:
     """E_p[λ^steps]: the probability that a converged chain has the same text after ``steps`` draws."""
     ordered, order = _relative(log_weights_N).sort()
     first = int((ordered == 0).sum())
 
-    def repeats(shares: Tensor) -> list[Tensor]:
-        share = shares[order]
-        _, w, _, stay = _staying(ordered, share, first)
-        return [(share[first:] * w * stay**steps).sum()]
+    def repeats(probabilities: Tensor) -> list[Tensor]:
+        probability = probabilities[order]
+        _, w, _, stay = _staying(ordered, probability, first)
+        return [(probability[first:] * w * stay**steps).sum()]
 
-    return _estimates(len(ordered), shares_N, repeats)[0]
+    return _estimates(len(ordered), probabilities_N, repeats)[0]
 
 
 def log_beta_for_acceptance(log_weights: Sequence[Tensor], acceptance: float) -> float:
@@ -212,34 +212,36 @@ def _relative(log_weights_N: Tensor) -> Tensor:
     return torch.zeros_like(log_weights) if no_hit(log_weights) else (log_weights - log_weights.max()).exp()
 
 
-def _staying(ordered: Tensor, share: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _staying(ordered: Tensor, probability: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For the ascending weights above 0, from index ``first``: cumulative q, w in units of Z, cumulative E_q[w], and
     the probability λ that a chain stays there."""
-    w = ordered[first:] / (share @ ordered)
-    upto, weight_upto = share.cumsum(0)[first:], (share[first:] * w).cumsum(0)
+    w = ordered[first:] / (probability @ ordered)
+    upto, weight_upto = probability.cumsum(0)[first:], (probability[first:] * w).cumsum(0)
     return upto, w, weight_upto, (upto - weight_upto / w).clamp(0, 1)
 
 
-def _closeness(log_weights_N: Tensor, shares_N: Tensor | None, density_of: Callable[[Tensor], Density]) -> Closeness:
+def _closeness(
+    log_weights_N: Tensor, probabilities_N: Tensor | None, density_of: Callable[[Tensor], Density]
+) -> Closeness:
     """KL(p‖r) = −E_p[log r/p] and TV(p, r) = ½ (E_p|1 − r/p| + the mass of r where P = 0)."""
     weights = _relative(log_weights_N)
     density_at = density_of(weights)
 
-    def distances(shares: Tensor) -> list[Tensor]:
-        p = shares * weights / (shares @ weights)
-        density, outside = density_at(shares)
+    def distances(probabilities: Tensor) -> list[Tensor]:
+        p = probabilities * weights / (probabilities @ weights)
+        density, outside = density_at(probabilities)
         relevant = torch.where(p > 0, density, 1.0)
         return [-(p @ relevant.log()), 0.5 * (p @ (1 - relevant).abs() + outside)]
 
-    kl, tv = _estimates(len(weights), shares_N, distances)
+    kl, tv = _estimates(len(weights), probabilities_N, distances)
     return Closeness(kl, tv)
 
 
-def _estimates(n: int, shares_N: Tensor | None, statistics: Callable[[Tensor], list[Tensor]]) -> list[Estimate]:
-    """Functions of the rows' probabilities: exact at ``shares_N``, else at equal ones with jackknife errors."""
-    if shares_N is not None:
-        (shares,) = float64_rows(shares_N=shares_N)
-        return [Estimate(float(value), 0.0) for value in statistics(shares)]
+def _estimates(n: int, probabilities_N: Tensor | None, statistics: Callable[[Tensor], list[Tensor]]) -> list[Estimate]:
+    """Functions of the rows' probabilities: exact at ``probabilities_N``, else at equal ones with jackknife errors."""
+    if probabilities_N is not None:
+        (probabilities,) = float64_rows(probabilities_N=probabilities_N)
+        return [Estimate(float(value), 0.0) for value in statistics(probabilities)]
     values = torch.stack(statistics(torch.full((n,), 1 / n, dtype=torch.float64)))
     groups = min(n, JACKKNIFE_GROUPS)
     if groups < 2:
@@ -249,6 +251,6 @@ def _estimates(n: int, shares_N: Tensor | None, statistics: Callable[[Tensor], l
     for left_out in range(groups):
         kept = (group != left_out).double()
         without.append(torch.stack(statistics(kept / kept.sum())))
-    spread = torch.stack(without) - torch.stack(without).mean(0)
-    errors = ((groups - 1) / groups * spread.square().sum(0)).sqrt()
+    deviation = torch.stack(without) - torch.stack(without).mean(0)
+    errors = ((groups - 1) / groups * deviation.square().sum(0)).sqrt()
     return [Estimate(float(value), float(error)) for value, error in zip(values, errors, strict=True)]

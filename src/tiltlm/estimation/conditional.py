@@ -110,7 +110,7 @@ class PromptPartition:
         seen, hit = self.rated > 0, self.hits > 0
         n = torch.where(seen, self.rated**2 / self.rated_twice.clamp_min(1e-300), 1.0)
         h = torch.where(hit, self.hits**2 / self.hits_twice.clamp_min(1e-300), HALF_A_HIT)
-        kappa = self._spread_of_hits()
+        kappa = self._relative_variance_of_hits()
         half = math.log(HALF_A_HIT) + self.log_weights.logsumexp(0) - self.hits.sum().log() - n.log()
         own = torch.where(hit, self.log_weights - self.rated.clamp_min(1e-300).log(), half)
         variance = ((1 + kappa) / h - 1 / n).clamp_min(LEAST_VARIANCE)
@@ -118,7 +118,7 @@ class PromptPartition:
         weight = torch.where(seen & variance.isfinite(), between / (between + variance), 0.0)
         return torch.where(weight > 0, own, 0.0), torch.where(weight > 0, variance, 0.0), weight
 
-    def _spread_of_hits(self) -> float:
+    def _relative_variance_of_hits(self) -> float:
         """κ: Σ_c Σ α²(w/w̄_c − 1)² over hits, w̄_c their mean weight, per degree of freedom; inf where there is none."""
         hit = self.hits > 0
         hits, twice = self.hits[hit], self.hits_twice[hit]

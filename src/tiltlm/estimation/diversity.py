@@ -23,8 +23,8 @@ ORDERS = 5
 
 def distinct_1(token_lists: TokenLists) -> Estimate:
     """Mean over samples of unique tokens / tokens per sample (Li et al. 2016); empty samples are left out."""
-    shares = [len(set(tokens)) / len(tokens) for tokens in token_lists if len(tokens) > 0]
-    return mean(torch.tensor(shares, dtype=torch.float64)) if shares else UNKNOWN
+    ratios = [len(set(tokens)) / len(tokens) for tokens in token_lists if len(tokens) > 0]
+    return mean(torch.tensor(ratios, dtype=torch.float64)) if ratios else UNKNOWN
 
 
 def distinct_n(token_lists: TokenLists, n: int = 1) -> Estimate:
@@ -92,8 +92,10 @@ def self_bleu_5(token_lists: TokenLists) -> Estimate:
     without = correct[i]
     np.subtract.at(without, (row[: len(loss)], orders), loss)
     nearest_without = nearest[i]
-    moved = only_by[i] == j
-    nearest_without[moved] = [_second_closest_length(lengths, a, b) for a, b in zip(i[moved], j[moved], strict=True)]
+    changed = only_by[i] == j
+    nearest_without[changed] = [
+        _second_closest_length(lengths, a, b) for a, b in zip(i[changed], j[changed], strict=True)
+    ]
     change = _bleu(without, totals[i], lengths[i], nearest_without) - scores[i]
     sums = scores.sum() - scores + np.bincount(j, weights=change, minlength=samples)
     return Estimate(value, _jackknife(sums / (samples - 1)))

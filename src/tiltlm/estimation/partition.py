@@ -87,7 +87,7 @@ class Partition:
             return Estimate(-math.inf, math.nan)
         log_z = self.log_weight_sum - math.log(self.rating_sum)
         # Σ α²(w/Ẑ − 1)², about the pooled mean, so that a round without hits has a variance too.
-        spread = (
+        variance_sum = (
             math.exp(self.log_square_rated_twice - 2 * log_z)
             - 2 * math.exp(self.log_weight_rated_twice - log_z)
             + self.rating_squares
@@ -95,7 +95,7 @@ class Partition:
         rated = self.rating_sum**2 / self.rating_squares
         if rated <= 1 + 1e-9:
             return Estimate(log_z, math.nan)
-        return Estimate(log_z, math.sqrt(max(spread, 0.0) * rated / (rated - 1)) / self.rating_sum)
+        return Estimate(log_z, math.sqrt(max(variance_sum, 0.0) * rated / (rated - 1)) / self.rating_sum)
 
     def at(self, prompts_N: Tensor) -> float:
         """log Ẑ of the one prompt."""

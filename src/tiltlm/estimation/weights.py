@@ -95,7 +95,7 @@ def _generalized_pareto_shape(excesses: Tensor) -> float:
     """Posterior mean of the shape from ascending excesses over a threshold (Zhang & Stephens 2009, equations 5 to 8).
 
     Their profile likelihood in b = −k/σ is averaged over a grid with their data-dependent prior; then Vehtari et al.'s
-    weak prior pulls the shape toward 0.5 with the weight of ten observations.
+    weak prior shrinks the shape toward 0.5 with the weight of ten observations.
     """
     n = len(excesses)
     points = 30 + math.isqrt(n)

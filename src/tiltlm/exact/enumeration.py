@@ -165,8 +165,8 @@ def weighted_gradient(policy: LanguageModel, samples: Samples, weights: Tensor) 
         logprob = policy.logprob(samples.select(rows), settings=SamplingSettings())
         weight = weights[rows.cpu()].to(logprob)
         weight = weight if weight.ndim == 2 else weight[:, None]
-        pull = torch.where(weight != 0, weight * logprob, 0.0).sum()
-        gradients = torch.autograd.grad(pull, list(parameters.values()), allow_unused=True)
+        surrogate = torch.where(weight != 0, weight * logprob, 0.0).sum()
+        gradients = torch.autograd.grad(surrogate, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient

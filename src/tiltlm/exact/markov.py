@@ -128,10 +128,10 @@ class MarkovTarget:
     def log_value_table(self) -> Tensor:
         """log ψ_t(c, s) = log E_a[P/a | context c, state s after t tokens] [T + 1, C, S]."""
         contexts = len(self.model.logprob)
-        twists = [self.log_tilt.double().expand(contexts, -1)]
+        tables = [self.log_tilt.double().expand(contexts, -1)]
         for _ in range(self.model.length):
-            twists.append((self.model.logprob[:, None] + self._after(twists[-1])).logsumexp(-1))
-        return torch.stack(twists[::-1])
+            tables.append((self.model.logprob[:, None] + self._after(tables[-1])).logsumexp(-1))
+        return torch.stack(tables[::-1])
 
     @property
     def log_z(self) -> float:
@@ -153,8 +153,8 @@ class MarkovTarget:
         mass[self.model.start * states + self.automaton.start] = 1.0
         passed = [mass]
         for t in range(self.model.length):
-            moved = passed[-1].reshape(contexts, states, 1) * self.next_token(t).exp()
-            passed.append(torch.zeros_like(mass).index_add_(0, places.reshape(-1), moved.reshape(-1)))
+            mass_after = passed[-1].reshape(contexts, states, 1) * self.next_token(t).exp()
+            passed.append(torch.zeros_like(mass).index_add_(0, places.reshape(-1), mass_after.reshape(-1)))
         return torch.stack(passed).reshape(-1, contexts, states).log()
 
     @property

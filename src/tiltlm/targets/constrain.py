@@ -183,8 +183,8 @@ def report_fit(
     log_tilt = torch.where(weights > 0, log_weights - base_sample.log_ratio - by_prompt[strata.index], 0.0)
     kl = float((weights * log_tilt).sum())
     around = strata.sum(weights * log_tilt)[strata.index] * count
-    share = torch.where(held, 1 / (count * strata.sizes), 0.0)[strata.index]
-    kl_se = float((weights * (log_tilt - around - 1) + share).square().sum().sqrt())
+    hit_weight = torch.where(held, 1 / (count * strata.sizes), 0.0)[strata.index]
+    kl_se = float((weights * (log_tilt - around - 1) + hit_weight).square().sum().sqrt())
     terms = []
     specs = target.terms if isinstance(target, TiltedTarget) else [Term(f, "reward") for f in target.features]
     for k, term in enumerate(specs):

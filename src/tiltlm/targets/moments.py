@@ -106,13 +106,13 @@ def _newton(features: Tensor, log_weights: Tensor, goal: Tensor, names: Sequence
         value, gradient, hessian, means = trial
         if rate <= 1e-10:
             break
-    if not float(gradient.abs().max()) < TOLERANCE or _spread_left(_within(z, strata), hessian) < EDGE:
+    if not float(gradient.abs().max()) < TOLERANCE or _least_variance_ratio(_within(z, strata), hessian) < EDGE:
         raise _out_of_reach(features, goal, names)
     weights = strata.softmax(log_weights + z @ coefficients)
     noise = z if strata.count == 1 else z - means[strata.index]
-    spread = (noise * weights[:, None]).T @ (noise * weights[:, None])
+    sandwich = (noise * weights[:, None]).T @ (noise * weights[:, None])
     inverse = torch.linalg.pinv(hessian)
-    covariance = inverse @ spread @ inverse / scale[:, None] / scale[None, :]
+    covariance = inverse @ sandwich @ inverse / scale[:, None] / scale[None, :]
     residual = float((gradient * scale).abs().max())
     return MomentFit(coefficients / scale, covariance, residual)
 
@@ -166,7 +166,7 @@ def _check_collinear(features: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def _spread_left(z: Tensor, hessian: Tensor) -> float:
+def _least_variance_ratio(z: Tensor, hessian: Tensor) -> float:
     """The smallest ratio, over all directions, of the variance under λ to that of the samples."""
     centred = z - z.mean(0)
     factor = torch.linalg.cholesky(centred.T @ centred / len(z))
