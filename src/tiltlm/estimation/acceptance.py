@@ -2,8 +2,8 @@
 
 All functions take ``log_weights_N``, log w = log P(x) − log q(x) [N] of draws x ~ q, −inf where P = 0. The distribution
 r of the texts differs from p by a function of w alone, so KL(p‖r) and TV(p, r) follow from the weights. Given
-``probabilities_N``, the probabilities q(x) [N] of all x, the formulas are exact, with error 0. Otherwise standard errors come
-from a jackknife over groups of draws. KL is in nats; both are nan ± nan where no draw has P > 0.
+``probabilities_N``, the probabilities q(x) [N] of all x, the formulas are exact, with error 0. Otherwise standard
+errors come from a jackknife over groups of draws. KL is in nats; both are nan ± nan where no draw has P > 0.
 """
 
 from __future__ import annotations
