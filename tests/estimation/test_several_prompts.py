@@ -25,7 +25,7 @@ def tilted(log_z: Tensor, samples: int, seed: int, spread: float = 0.8) -> tuple
 
 
 def filtered(log_z: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The same for a filter that lets a share Z of each prompt's samples pass."""
+    """The same for a filter that a fraction Z of each prompt's samples passes."""
     prompts = torch.arange(len(log_z)).repeat_interleave(samples)
     passes = torch.rand(len(prompts), generator=generator(seed), dtype=torch.float64) < log_z.exp()[prompts]
     return torch.where(passes, 0.0, -math.inf).double(), prompts
@@ -68,7 +68,7 @@ def test_with_many_samples_each_prompt_has_its_own() -> None:
 @pytest.mark.parametrize("samples", [2, 4, 16, 64])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("make", [tilted, filtered])
-def test_between_few_and_many_it_is_about_as_good_as_the_better_of_both(make, spread, samples) -> None:  # type: ignore[no-untyped-def]
+def test_the_shrunk_estimate_is_about_as_good_as_the_better_of_both(make, spread, samples) -> None:  # type: ignore[no-untyped-def]
     found: dict[str, list[float]] = {"own": [], "pooled": [], "shrunk": []}
     for seed in range(20):
         truth = between(spread, seed)
@@ -91,7 +91,7 @@ def test_a_prompt_without_samples_or_a_lone_sample_each_has_the_pooled_estimate(
     state = PromptPartition.empty(6).updated(log_weights, prompts)
     assert state.by_prompt[5] == state.pooled.log_z.value
     assert (state.by_prompt[:5] != state.pooled.log_z.value).all()
-    # What a weight says of its prompt cannot be told from noise where no prompt has two.
+    # Without two samples of a prompt, differences between prompts look the same as noise.
     lone = PromptPartition.empty(5).updated(log_weights[::40], prompts[::40])
     assert lone.by_prompt.tolist() == [lone.pooled.log_z.value] * 5
 
@@ -122,7 +122,7 @@ def test_rounds_add_up_whatever_their_order_of_prompts() -> None:
     assert streamed.log_z.value == pytest.approx(whole.log_z.value, abs=0.1)
 
 
-def test_the_mean_over_prompts_has_an_honest_error() -> None:
+def test_the_error_of_the_mean_over_prompts_is_right() -> None:
     off = []
     for seed in range(200):
         truth = between(0.7, 1, count=10)

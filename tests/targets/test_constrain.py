@@ -1,4 +1,4 @@
-"""From stated moments to a fitted target and its report; how far the report's errors can be believed."""
+"""From wanted moments to a fitted target and its report, and whether the report's standard errors are right."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_hybrid_target_has_its_moments_under_the_exact_base(
     assert achieved.se < 0.05
 
 
-def test_kinds_goals_and_coefficients_are_those_that_were_asked_for(fitted: FittedTarget) -> None:
+def test_kinds_goals_and_coefficients_are_as_given(fitted: FittedTarget) -> None:
     assert [term.kind for term in fitted.terms] == ["filter", "moment", "reward"]
     assert [term.goal for term in fitted.terms] == [1.0, 0.5, None]
     assert fitted.terms[2].coefficient == 0.5
@@ -114,7 +114,7 @@ def test_the_base_sample_is_kept_with_its_length_and_values(base: LanguageModel,
 def test_the_reports_errors_cover_the_truth_of_the_fitted_target(
     base: LanguageModel, everything: Samples, kind: str
 ) -> None:
-    """Over many small samples, z = (estimate − truth)/se must have mean 0 and spread 1."""
+    """Over many small samples, z = (estimate − truth)/se must have mean 0 and standard deviation 1."""
     stated = {
         "moments": target_terms([(A, 0.6), (WORDS, 2.5)]),
         "filter": target_terms([(B, 1.0), (A, 0.6)]),
@@ -162,7 +162,7 @@ def test_a_filter_alone_is_the_share_of_its_hits(everything: Samples) -> None:
     assert report.terms[0].achieved.value == pytest.approx(1.0)
 
 
-def test_few_effective_samples_are_a_warning_with_a_number_to_ask_for(everything: Samples) -> None:
+def test_few_effective_samples_give_a_warning_with_a_number_of_samples(everything: Samples) -> None:
     many = fit_target(target_terms([(A, 0.5)]), drawn(everything, 2000, 0, measure([A], everything.texts))).report
     few = fit_target(target_terms([(A, 0.5)]), drawn(everything, 60, 0, measure([A], everything.texts))).report
     assert many.warnings == ()
@@ -188,7 +188,7 @@ def test_the_report_is_the_target_section_of_run_json(fitted: FittedTarget) -> N
     assert record["samples"] == 4000
 
 
-def test_short_forms_mappings_and_pairs_state_the_same_target(base: LanguageModel, everything: Samples) -> None:
+def test_short_forms_mappings_and_pairs_give_the_same_target(base: LanguageModel, everything: Samples) -> None:
     arguments = {"samples": 300, "max_completion_length": LENGTH, "seed": 1}
     one = constrain(base, {"contains:a": 0.5}, **arguments)
     two = constrain(base, [("contains:a", 0.5)], **arguments)
@@ -222,7 +222,7 @@ def test_moment_one_of_a_number_is_a_moment_not_a_filter() -> None:
         ([("contians:a", 0.5)], {}, ["contians", "contains"]),
     ],
 )
-def test_what_is_wrong_as_stated_is_a_usage_error(
+def test_wrong_constraints_are_a_usage_error(
     constraints: list[tuple[Feature | str, float]], settings: dict[str, float], parts: list[str]
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -245,7 +245,7 @@ def binary(name: str) -> Feature:
         ([1.0, 0.5], [[1.0, 1.0], [0.0, 0.0]] * 30, ["'y'", "1 in all 30", "leave it out"]),
     ],
 )
-def test_what_no_sample_shows_is_refused(moments: list[float], values: list[list[float]], parts: list[str]) -> None:
+def test_unreachable_moments_are_refused(moments: list[float], values: list[list[float]], parts: list[str]) -> None:
     terms = target_terms(list(zip([binary("x"), binary("y")], moments, strict=False)))
     with pytest.raises(UnreachableTargetError) as caught:
         fit_target(terms, written(torch.tensor(values)))
@@ -302,7 +302,7 @@ def test_a_users_own_target_is_reported_like_ours(everything: Samples) -> None:
 
 
 @pytest.mark.parametrize(("strength", "error"), [(math.nan, NumericalError), (math.inf, NumericalError)])
-def test_a_users_target_that_gives_no_number_is_refused(
+def test_a_users_target_with_a_log_score_that_is_no_number_is_refused(
     everything: Samples, strength: float, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match="log_score gave"):

@@ -108,7 +108,7 @@ def test_the_scale_of_a_feature_only_scales_its_coefficient() -> None:
 
 
 def test_far_outliers_do_not_throw_it_off() -> None:
-    """A lognormal feature pulled below its median, where a plain Newton step lands far outside."""
+    """A lognormal feature with a goal below its median, where a plain Newton step lands far outside."""
     heavy = (3 * torch.randn(3000, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).exp()
     for goal in (0.5, 3.0, 300.0):
         fit = fit_moments(heavy, flat(3000), [goal], ["heavy"])
@@ -126,7 +126,7 @@ def test_rows_outside_of_the_filter_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_standard_error_is_the_spread_over_many_samples(weighted: bool) -> None:
+def test_the_standard_error_is_the_standard_deviation_over_many_samples(weighted: bool) -> None:
     fits = []
     for seed in range(200):
         features = draw(600, 1000 + seed)
@@ -166,7 +166,7 @@ FOURTH = (STEPS % 4 == 0).double()
         ([HALF], [1e-12], ["rare"], ["'rare'", "1e-12", "edge", "0.5", "target.samples"]),
     ],
 )
-def test_what_the_samples_cannot_express_is_refused_by_name(
+def test_goals_that_the_samples_cannot_reach_are_refused_by_name(
     columns: list[Tensor], goals: list[float], names: list[str], parts: list[str]
 ) -> None:
     with pytest.raises(UnreachableTargetError) as caught:
@@ -175,7 +175,7 @@ def test_what_the_samples_cannot_express_is_refused_by_name(
         assert part in str(caught.value)
 
 
-def test_a_collinear_message_leaves_the_innocent_out() -> None:
+def test_a_message_on_collinear_features_names_no_other() -> None:
     columns = torch.stack([HALF, STEPS, STEPS.sin(), 2 * STEPS], 1)
     with pytest.raises(UnreachableTargetError) as caught:
         fit_moments(columns, flat(100), [0.3, 50, 0, 99], ["a", "b", "c", "twice"])
@@ -201,7 +201,7 @@ def test_a_value_that_is_not_finite_is_an_error_of_its_feature(wrong: float) -> 
         fit_moments(features, flat(50), [0.3, 0.5, 1.5], ["rare", "related", "skewed"])
 
 
-def test_a_moment_is_judged_among_the_texts_that_pass_the_filter() -> None:
+def test_the_range_of_a_moment_is_that_of_the_texts_that_pass_the_filter() -> None:
     log_weights = torch.where(HALF > 0, 0.0, -math.inf)
     with pytest.raises(UnreachableTargetError, match="'even': it was 1 in all 50"):
         fit_moments(HALF[:, None], log_weights, [0.5], ["even"])

@@ -1,4 +1,4 @@
-"""How far the sampler and a scoring pass are apart: nothing in float64, and exactly what is put between them."""
+"""The mismatch of sampler and scoring pass: zero in float64, and exactly the error that a test adds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def rescored(scores: Scores) -> Tensor:
     return scores.rescored
 
 
-# Where some pass of a step takes the law that drew its samples.
-TOLD: dict[str, dict[str, Any]] = {
+# A step whose scoring pass reads the distribution that drew its samples.
+MEASURED: dict[str, dict[str, Any]] = {
     "on-policy": {"rule": "on_policy"},
     "on-policy, lora": {"rule": "on_policy", "lora": True},
     "on-policy, in pieces": {"rule": "on_policy", "per_device_train_batch_size": 7},
@@ -40,8 +40,8 @@ TOLD: dict[str, dict[str, Any]] = {
     "guided, lora": {"rule": "guided", "method": Guided(correction=0.0), "lora": True},
     "from the base, distilled": {"rule": "kl", "check_steps": 9, "method": "guided"},
 }
-# Where none does: the base is not read, or not under its guide, and an earlier policy never is.
-UNTOLD: dict[str, dict[str, Any]] = {
+# A step without such a pass: the base is not read, or not under its guide; an earlier policy never is.
+UNMEASURED: dict[str, dict[str, Any]] = {
     "from the base": {"rule": "kl", "check_steps": 9},
     "from the base, lora": {"rule": "kl", "check_steps": 9, "lora": True},
     "from the base, gdc": {"rule": "kl", "check_steps": 9, "method": "gdc"},
@@ -49,9 +49,9 @@ UNTOLD: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_in_float64_nothing_is_between_them(world: World, name: str) -> None:
-    trainer = trainer_of(world, **TOLD[name])
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_mismatch_is_zero_in_float64(world: World, name: str) -> None:
+    trainer = trainer_of(world, **MEASURED[name])
     for _ in range(2):
         mismatch = trainer.train_step().mismatch
         assert mismatch is not None
@@ -59,9 +59,9 @@ def test_in_float64_nothing_is_between_them(world: World, name: str) -> None:
         assert not mismatch.is_large
 
 
-@pytest.mark.parametrize("name", UNTOLD)
-def test_what_no_pass_has_read_is_not_known(world: World, name: str) -> None:
-    trainer = trainer_of(world, **UNTOLD[name])
+@pytest.mark.parametrize("name", UNMEASURED)
+def test_without_a_scoring_pass_there_is_no_mismatch(world: World, name: str) -> None:
+    trainer = trainer_of(world, **UNMEASURED[name])
     batch = trainer.draw()
     assert trainer.accumulate(batch, 0.0).scores.rescored is None
     metrics = trainer.train_step()
@@ -69,7 +69,7 @@ def test_what_no_pass_has_read_is_not_known(world: World, name: str) -> None:
     assert metrics.to_json()["mismatch"] is None
 
 
-def test_of_an_earlier_policy_nothing_is_known(world: World) -> None:
+def test_an_earlier_policy_has_no_mismatch(world: World) -> None:
     trainer = trainer_of(world, rule="interval", check_steps=1)
     for source in ("base", "step 1"):
         metrics = trainer.train_step()
@@ -83,7 +83,7 @@ def test_a_reused_sample_of_the_base_is_not_compared_with_the_policy(world: Worl
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_an_evaluation_says_it_too(world: World, lora: bool) -> None:
+def test_an_evaluation_reports_the_mismatch(world: World, lora: bool) -> None:
     policy = world.base.copy().with_lora(**LORA) if lora else near(world.base)
     roles = Roles(policy) if lora else Roles(policy, base=world.base)
     mismatch = evaluate_policy(roles, world.target, N, max_completion_length=LENGTH).mismatch
@@ -91,17 +91,17 @@ def test_an_evaluation_says_it_too(world: World, lora: bool) -> None:
     assert 0 <= mismatch.mean <= mismatch.worst < 1e-9
 
 
-def test_where_no_model_is_called_an_evaluation_says_nothing_of_it(world: World) -> None:
+def test_an_evaluation_without_a_model_has_no_mismatch(world: World) -> None:
     assert evaluate_base(world.base_sample, world.target, N).mismatch is None
 
 
 def apart(n: int) -> Tensor:
-    """By how many nats each row of n is off: some too high, some too low, the last by most."""
+    """The error of each of n rows in nats: some too low, some too high, the last one largest."""
     return torch.linspace(-0.3, 0.5, n, dtype=torch.float64)
 
 
 def off(samples: Samples) -> Samples:
-    """The same samples with log-probabilities that are off by that much, all of it at their first token."""
+    """The same samples with these errors added to the log-probability of their first token."""
     recorded = samples.proposal_logprob.clone()
     recorded[:, 0] += apart(len(samples)).to(recorded)
     return replace(samples, proposal_logprob=recorded)
@@ -109,7 +109,7 @@ def off(samples: Samples) -> Samples:
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampler that records what it did not draw with."""
+    """A sampler that records wrong log-probabilities."""
     sample = LanguageModel.sample
     monkeypatch.setattr(LanguageModel, "sample", lambda *args, **kwargs: off(sample(*args, **kwargs)))
 
@@ -117,10 +117,10 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 EXPECTED = Mismatch(mean=float(apart(N).abs().mean()), worst=0.5)
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.usefixtures("wrong")
-def test_what_is_between_them_is_told(world: World, name: str) -> None:
-    trainer = trainer_of(world, **TOLD[name])
+def test_a_step_measures_the_mismatch(world: World, name: str) -> None:
+    trainer = trainer_of(world, **MEASURED[name])
     metrics = trainer.train_step()
     assert metrics.mismatch is not None
     assert metrics.mismatch.mean == pytest.approx(EXPECTED.mean, abs=1e-9)
@@ -142,7 +142,7 @@ def test_every_row_is_compared_with_itself(world: World, pieces: int | None) -> 
 
 
 @pytest.mark.usefixtures("wrong")
-def test_an_evaluation_tells_what_is_between_them(world: World) -> None:
+def test_an_evaluation_measures_the_mismatch(world: World) -> None:
     roles = Roles(near(world.base), base=world.base)
     mismatch = evaluate_policy(roles, world.target, N, max_completion_length=LENGTH).mismatch
     assert mismatch is not None
@@ -154,20 +154,20 @@ def test_an_evaluation_tells_what_is_between_them(world: World) -> None:
 
 def test_a_line_of_metrics_carries_it(world: World) -> None:
     metrics = trainer_of(world, rule="on_policy").train_step()
-    told = replace(metrics, mismatch=Mismatch(0.125, 0.5)).to_json()
-    assert json.loads(json.dumps(told, allow_nan=False))["mismatch"] == {"mean": 0.125, "worst": 0.5}
+    line = replace(metrics, mismatch=Mismatch(0.125, 0.5)).to_json()
+    assert json.loads(json.dumps(line, allow_nan=False))["mismatch"] == {"mean": 0.125, "worst": 0.5}
     assert metrics.mismatch is not None
-    line = metrics.to_json()["mismatch"]
-    assert line == {"mean": metrics.mismatch.mean, "worst": metrics.mismatch.worst}
+    written = metrics.to_json()["mismatch"]
+    assert written == {"mean": metrics.mismatch.mean, "worst": metrics.mismatch.worst}
 
 
-def test_it_is_large_by_its_mean_and_not_by_its_worst() -> None:
+def test_its_mean_decides_whether_it_is_large() -> None:
     assert not Mismatch(LARGEST_MEAN_MISMATCH, 50.0).is_large
     assert Mismatch(LARGEST_MEAN_MISMATCH * 1.001, 0.3).is_large
     assert str(Mismatch(0.25, 1.5)) == "0.25 nats a sequence on average, 1.5 at worst"
 
 
-def test_rows_of_which_it_is_not_known_are_left_out() -> None:
+def test_rows_without_a_scoring_pass_are_left_out() -> None:
     column = torch.zeros(3, dtype=torch.float64)
     unknown = Scores(column, column, column, column, None)
     known = unknown.with_rescored(torch.ones(3, 2))
