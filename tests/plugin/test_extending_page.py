@@ -32,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     tiny_model("gpt2", "pad_is_eos", dtype=torch.float32).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 

@@ -61,8 +61,8 @@ def prefix_automaton(features: Sequence[Feature]) -> Automaton:
     if automaton is None:
         names = ", ".join(f"'{feature.name}'" for feature in features)
         raise UsageError(
-            f"method: a guide needs a feature that can be read off a prefix (words, phrases, pronouns, word counts, "
-            f"and combinations of them), and {names} cannot; choose another method, e.g. gdc++"
+            f"method: a guide needs a feature that can be computed from a prefix (words, phrases, pronouns, "
+            f"word counts, and combinations of them), and {names} cannot; choose another method, e.g. gdc++"
         )
     return automaton
 
