@@ -74,6 +74,7 @@ def test_everything_is_made_once(
 
     for command in (
         ("eval", "run", "--samples", 20, "--device", "cpu"),
+        ("eval", "run", "--samples", 20, "--device", "cpu", "--prompts", "she"),
         ("sample", "run", "--sampler", "resample", "-n", 2, "--pilot", 64, "--device", "cpu"),
         ("sample", "run.yaml", "--sampler", "resample", "-n", 2, "--pilot", 64),
         ("fit", "run.yaml"),

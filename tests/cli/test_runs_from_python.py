@@ -14,6 +14,7 @@ import torch
 import tiltlm
 from command_line import Command, assert_one_error
 from tiltlm import load_run
+from tiltlm.errors import UsageError
 from tiltlm.evaluation.evaluate import evaluate_policy
 
 MEASURES = """
@@ -101,3 +102,13 @@ def test_a_feature_that_no_run_file_can_name_is_recorded_by_its_name(
 
     _, roles, target = load_run("unnamed", "cpu", features=[wordy])
     assert evaluate_policy(roles, target, 20, max_completion_length=10).moments["wordy"].value >= 0
+
+
+def test_a_method_that_cannot_match_the_target_is_refused_before_anything_is_written(
+    here: Path, base: tiltlm.LanguageModel
+) -> None:
+    target = tiltlm.constrain(base, {"pronouns:female": 1.0}, samples=150, max_completion_length=10, prompts=PROMPTS)
+    with pytest.raises(UsageError, match="vargrad cannot reach a target with the filter"):
+        tiltlm.tune(base, target, output_dir="refused", method="vargrad", peft={"r": 2})
+    assert not Path("refused").exists()
+    assert not hasattr(base.model, "peft_config")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tiltlm.app.fit import stream
 from tiltlm.app.load import load_run
 from tiltlm.app.prompts import encode_prompts, other_prompts, read_prompts
+from tiltlm.config.prompt_data import PromptData
 from tiltlm.evaluation.evaluate import HELD_OUT, TRAINING, Evaluation, evaluate_model, evaluate_policy
 from tiltlm.lm import LanguageModel
 from tiltlm.runs.directory import RunDirectory
@@ -43,9 +44,12 @@ def evaluate_source(name: str, request: EvaluationRequest) -> Evaluation:
 def evaluate_run(run: RunDirectory, request: EvaluationRequest, top_p: float | None) -> Evaluation:
     """Evaluate the tuned model of a run, on its held-out prompts if it has any. Raises CheckpointError, UsageError."""
     config, roles, target = load_run(run, request.device)
-    split = read_prompts(config)
-    known = (split.held_out, HELD_OUT) if split.held_out is not None else (split.training, TRAINING)
-    data, prompts_from = known if request.prompts is None else (other_prompts(config, request.prompts), request.prompts)
+    data: PromptData | None
+    if request.prompts is not None:
+        data, prompts_from = other_prompts(config, request.prompts), request.prompts
+    else:
+        split = read_prompts(config)
+        data, prompts_from = (split.held_out, HELD_OUT) if split.held_out is not None else (split.training, TRAINING)
     return evaluate_policy(
         roles,
         target,

@@ -37,7 +37,7 @@ def build_method(config: MethodConfig) -> Method:
 def check_expressible(objective: Objective, target: Target) -> None:
     """Raise MethodTargetError if the method cannot match the target, e.g. if its loss is infinite where P = 0."""
     reason = objective.needs_full_support
-    filters = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "filter"]
+    filters = _features(target, "filter")
     if reason and filters:
         raise MethodTargetError(
             f"method.name: {objective.name} cannot reach a target with the filter '{filters[0]}': {reason}; or ask for "
@@ -53,13 +53,18 @@ def method_notes(objective: Objective, target: Target) -> list[str]:
             f"loads both; other libraries load only the weights, which define a different distribution. guided and "
             f"gdc++ leave a plain model"
         ]
-    moments = [term.feature.name for term in getattr(target, "terms", ()) if term.kind == "moment"]
+    moments = _features(target, "moment")
     if not moments or not objective.maximizes_reward:
         return []
     return [
         f"{objective.name} maximizes a reward and cannot stop at a moment: the reward is the sum of the target's tilts "
         f"λφ, and {', '.join(moments)} will end where that is largest, or where the KL penalty holds it"
     ]
+
+
+def _features(target: Target, kind: str) -> list[str]:
+    """The names of the features of this kind; a user's own target may not say, then none."""
+    return [term.feature.name for term in getattr(target, "terms", ()) if term.kind == kind]
 
 
 def _built_in(name: str, args: dict[str, Any]) -> Objective:

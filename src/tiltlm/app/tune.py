@@ -107,6 +107,7 @@ def tune(
     directory = RunDirectory(Path(output_dir))
     directory.check_free()
     plan = RunPlan(config, build_method(config.method), target.terms, None, read_prompts(config))
+    check_expressible(plan.method.objective, target)
     roles = build_roles(config, base)
     fitted = RunTarget(target, target.base_sample, target.report)
     display = Display(plain_console(), goals(fitted.report))
@@ -195,7 +196,6 @@ class TuneJob:
     def run(self, *, resume: bool) -> Run:
         """Do the job; with ``resume`` from the latest checkpoint."""
         config, method, target = self.plan.config, self.plan.method, self.target.target
-        check_expressible(method.objective, target)
         for note in method_notes(method.objective, target):
             self.display.say(f"note: {note}")
         trainer = self._trainer()

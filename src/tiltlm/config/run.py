@@ -13,15 +13,13 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from tiltlm.config.training import TrainingArguments
-from tiltlm.config.validation import explained, reject_booleans
-from tiltlm.config.yaml_file import apply_override, read_mapping
-from tiltlm.errors import UsageError
+from tiltlm.config.validation import validated
+from tiltlm.config.yaml_file import read_mapping
 
 FeatureSpec = str | dict[str, Any]
 
@@ -199,20 +197,13 @@ def _difference(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[st
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
-    raw = read_mapping(Path(path), "config", "`model: embedded`", "`tiltlm init` writes one to start from")
-    for override in overrides:
-        apply_override(raw, override)
-    return parse_config(raw)
+    example, advice = "`model: embedded`", "`tiltlm init` writes one to start from"
+    return parse_config(read_mapping(Path(path), overrides, "config", example, advice))
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     """Validate a raw config. Raises UsageError that names each wrong key, its value and the nearest valid one."""
-    try:
-        config = RunConfig.model_validate(dict(raw))
-    except ValidationError as error:
-        raise UsageError(f"config: {explained(error, _valid_keys)}") from error
-    reject_booleans(raw, config)
-    return config
+    return validated(RunConfig, raw, "config", _valid_keys)
 
 
 def _valid_keys(location: Sequence[str]) -> list[str]:

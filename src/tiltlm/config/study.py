@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tiltlm.config.run import RunConfig, Section
-from tiltlm.config.validation import explained, reject_booleans
-from tiltlm.config.yaml_file import apply_override, read_mapping
+from tiltlm.config.validation import validated
+from tiltlm.config.yaml_file import read_mapping
 from tiltlm.errors import UsageError, nearest
 
 # Keys of a run file that a study sets itself.
@@ -135,19 +135,13 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a YAML study file and apply ``key=value`` overrides (dotted keys). Raises UsageError."""
-    raw = read_mapping(Path(path), "study", "`tasks: …` and `methods: …`", "docs/compare.md shows how to write one")
-    for override in overrides:
-        apply_override(raw, override)
-    return parse_study(raw)
+    example, advice = "`tasks: …` and `methods: …`", "docs/compare.md shows how to write one"
+    return parse_study(read_mapping(Path(path), overrides, "study", example, advice))
 
 
 def parse_study(raw: Mapping[str, Any]) -> StudyConfig:
     """Validate a raw study file; ``grid.expand`` validates the configs of its runs. Raises UsageError."""
-    try:
-        study = StudyConfig.model_validate(dict(raw))
-    except ValidationError as error:
-        raise UsageError(f"study: {explained(error, _valid_keys)}") from error
-    reject_booleans(raw, study, what="study")
+    study = validated(StudyConfig, raw, "study", _valid_keys)
     for key in study.shared:
         if key in SET_BY_STUDY:
             raise UsageError(f"study: shared.{key}: {_where_to_set(key)}")

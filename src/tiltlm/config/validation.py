@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tiltlm.errors import UsageError, nearest
 
+Model = TypeVar("Model", bound=BaseModel)
 
-def explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
-    """The errors field by field; ``valid_keys`` gives the valid keys at a place of the file."""
+
+def validated(
+    model: type[Model], raw: Mapping[str, Any], what: str, valid_keys: Callable[[Sequence[str]], list[str]]
+) -> Model:
+    """The raw keys and values as a model. Raises UsageError that names each wrong key, its value and the nearest one.
+
+    ``what`` names the kind of file in errors; ``valid_keys`` gives the valid keys at a place of the file.
+    """
+    try:
+        parsed = model.model_validate(dict(raw))
+    except ValidationError as error:
+        raise UsageError(f"{what}: {_explained(error, valid_keys)}") from error
+    _reject_booleans(raw, parsed, "", what)
+    return parsed
+
+
+def _explained(error: ValidationError, valid_keys: Callable[[Sequence[str]], list[str]]) -> str:
+    """The errors field by field."""
     problems: dict[str, list[Any]] = {}
     for problem in error.errors():
         location = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(str(part)))
@@ -44,7 +61,7 @@ def _is_union_tag(part: str) -> bool:
     return "[" in part or part in ("str", "text", "list", "mapping")
 
 
-def reject_booleans(raw: Any, parsed: Any, field: str = "", what: str = "config") -> None:
+def _reject_booleans(raw: Any, parsed: Any, field: str, what: str) -> None:
     """Raise UsageError for true or false where a number belongs.
 
     Pydantic reads them as 1 and 0, and a moment of 1 is a filter.
@@ -52,9 +69,9 @@ def reject_booleans(raw: Any, parsed: Any, field: str = "", what: str = "config"
     if isinstance(raw, Mapping):
         for key, value in raw.items():
             inner = parsed.get(key) if isinstance(parsed, Mapping) else getattr(parsed, str(key), None)
-            reject_booleans(value, inner, f"{field}.{key}" if field else str(key), what)
+            _reject_booleans(value, inner, f"{field}.{key}" if field else str(key), what)
     elif isinstance(raw, list) and isinstance(parsed, list):
         for i, (value, inner) in enumerate(zip(raw, parsed, strict=True)):
-            reject_booleans(value, inner, f"{field}.{i}", what)
+            _reject_booleans(value, inner, f"{field}.{i}", what)
     elif isinstance(raw, bool) and isinstance(parsed, int | float) and not isinstance(parsed, bool):
         raise UsageError(f"{what}: {field}: must be a number (it is {raw})")

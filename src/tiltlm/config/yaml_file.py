@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
 
 
-def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises UsageError.
+def read_mapping(path: Path, overrides: Sequence[str], what: str, example: str, advice: str) -> dict[str, Any]:
+    """The keys and values of a YAML file after ``key=value`` overrides (dotted keys). Raises UsageError.
 
     ``what`` names the kind of file in errors, ``example`` shows valid content, ``advice`` says where to start.
     """
@@ -54,6 +55,8 @@ def read_mapping(path: Path, what: str, example: str, advice: str) -> dict[str, 
         raise UsageError(f"{what}: {path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{what}: {path} must have keys and values, such as {example}; it has {raw!r:.60}")
+    for override in overrides:
+        apply_override(raw, override)
     return raw
 
 

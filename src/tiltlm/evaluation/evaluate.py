@@ -125,7 +125,7 @@ def evaluate_policy(
 def _under_top_p(roles: Roles, samples: Samples) -> dict[str, Estimate]:
     """Diversity of samples under top-p sampling, and their KL from the base."""
     with roles.use("base") as base:
-        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+        base_logprob = base.sequence_logprob(samples)
     tokens, own = samples.completion_ids, samples.sequence_logprob.cpu()
     return {
         "kl_pi_a": estimation.mean(own - base_logprob),
@@ -236,6 +236,11 @@ def score_against_base(roles: Roles, samples: Samples) -> Scores:
     return Scores.concatenate([part.with_target(part.base_logprob) for part in parts], torch.cat(order).argsort())
 
 
+def own_logprob(samples: Samples, scores: Scores) -> torch.Tensor:
+    """log π [N] of a model's own samples: the sampler's where that is exact, else that of the scoring pass."""
+    return samples.sequence_logprob if samples.exact else scores.policy_logprob
+
+
 def _scored(roles: Roles, target: Target, samples: Samples, features: torch.Tensor) -> tuple[Scores, torch.Tensor]:
     """Scores with the target's log-score, and feature values [N, K]."""
     scores = score_against_base(roles, samples)
@@ -283,7 +288,7 @@ def _evaluation(
     prompts_from: str,
 ) -> Evaluation:
     tokens = samples.completion_ids
-    model_logprob = samples.sequence_logprob if samples.exact or scores is None else scores.policy_logprob
+    model_logprob = samples.sequence_logprob if scores is None else own_logprob(samples, scores)
     common: dict[str, Any] = {
         "samples": len(samples),
         "entropy": estimation.entropy(model_logprob),
@@ -307,7 +312,6 @@ def _evaluation(
     partition = partition_for(len(found)).updated(log_weights, place)
     normalized = replace(pooled.scores, prompt_ids=place).normalized(partition)
     own = replace(scores, prompt_ids=torch.searchsorted(found, scores.prompt_ids)).normalized(partition)
-    sampled_logprob = own.proposal_logprob if samples.exact else own.policy_logprob
     score, mixture = normalized.target_logscore, pooled.mixture_logprob
     over_target = zip(columns, pooled.features.unbind(-1), strict=True)
     return Evaluation(
@@ -318,6 +322,6 @@ def _evaluation(
         kl_pi_a=kl_policy_base(scores),
         tv_p_pi=estimation.tv_from_target(score, mixture, pooled.scores.policy_logprob),
         log_z=partition.log_z,
-        ess=estimation.effective_sample_size(own.target_logscore - sampled_logprob),
+        ess=estimation.effective_sample_size(own.target_logscore - model_logprob.cpu()),
         per_prompt=evaluate_prompts(samples, scores, pooled, columns) if len(found) > 1 else (),
     )

@@ -90,7 +90,7 @@ class ExactTarget:
     def under(self, model: LanguageModel) -> Tensor:
         """log-probability [N] of the completions under a model."""
         with torch.no_grad():
-            return model.logprob(self.samples, settings=SamplingSettings()).double().sum(-1).cpu()
+            return model.sequence_logprob(self.samples)
 
 
 def exact_target(base: LanguageModel, target: Target, samples: Samples) -> ExactTarget:
@@ -99,7 +99,7 @@ def exact_target(base: LanguageModel, target: Target, samples: Samples) -> Exact
     Raises UnreachableTargetError when no completion lies in the support.
     """
     with torch.no_grad():
-        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+        base_logprob = base.sequence_logprob(samples)
     features = measure_samples(target.features, samples)
     score = target.log_score(base_logprob, features)
     if not bool((score > -math.inf).any()):
@@ -191,7 +191,7 @@ def expected_gradient(
     batchwise objective gets all completions as one batch, so its baseline must not be a mean over samples.
     """
     with torch.no_grad():
-        policy_logprob = policy.logprob(truth.samples, settings=SamplingSettings()).double().sum(-1).cpu()
+        policy_logprob = policy.sequence_logprob(truth.samples)
     proposal = proposal_logprob.double().cpu()
     drawn = proposal > -math.inf  # other completions are never sampled, and their ratios are undefined
     record = Record(

@@ -290,6 +290,10 @@ class LanguageModel:
                 parts.append(torch.nn.functional.pad(scores, (0, width - scores.shape[1])))
         return torch.cat(parts)[torch.cat(chunks).argsort()]
 
+    def sequence_logprob(self, samples: Samples) -> Tensor:
+        """Log-probability [N] of each completion, float64 on the CPU, without the settings and guide of ``samples``."""
+        return self.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+
     @cached_property
     def output_layer(self) -> torch.nn.Linear | None:
         """The linear layer that maps hidden states to logits; None if the model does more than that."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltlm.errors import UsageError, nearest
 from tiltlm.estimation import effective_sample_size, log_importance_weights
 from tiltlm.guides import guide_toward
-from tiltlm.lm import Guide, Prompts, Roles, Samples, SamplingSettings
+from tiltlm.lm import Guide, Prompts, Roles, Samples
 from tiltlm.rollouts import LocalRollouts, RolloutsOf
 from tiltlm.targets import BaseSample, Target, measure_samples
 
@@ -82,7 +82,7 @@ class TargetProposal:
         features = measure_samples(self.target.features, samples)
         if self.source != "base" or not samples.exact:
             with self.roles.use("base") as base:
-                base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+                base_logprob = base.sequence_logprob(samples)
             if self.source == "base":
                 # With one log a for P and q, P/q is exactly P/a, and a bound of P/a holds for every draw.
                 logprob = base_logprob

@@ -12,7 +12,7 @@ from tiltlm.app.fit import stream
 from tiltlm.config.run import RunConfig
 from tiltlm.config.study import CurveSection
 from tiltlm.estimation import Estimate
-from tiltlm.evaluation.evaluate import score_against_base
+from tiltlm.evaluation.evaluate import own_logprob, score_against_base
 from tiltlm.evaluation.scores import kl_policy_base
 from tiltlm.lm import LanguageModel, Roles
 from tiltlm.rollouts import LocalRollouts
@@ -78,7 +78,7 @@ class CurveCallback(Callback):
             "kl_pi_a": kl_policy_base(scores),
             "distinct_1": estimation.distinct_1(tokens),
             "self_bleu_5": estimation.self_bleu_5(tokens),
-            "entropy": estimation.entropy(scores.policy_logprob if not samples.exact else samples.sequence_logprob),
+            "entropy": estimation.entropy(own_logprob(samples, scores)),
             "perplexity_base": estimation.perplexity(scores.base_logprob, samples.lengths.cpu()),
         }
         counts = {"step": progress.step, "sequences": progress.sequences, "forward_passes": progress.forward_passes}

@@ -88,7 +88,7 @@ class Reference:
     def kl_of(self, policy: LanguageModel, most: int | None = None) -> Estimate:
         """KL(p‖π) of a model, on the first ``most`` samples."""
         few = self.samples if most is None or most >= len(self) else self.samples.select(torch.arange(most))
-        return self.kl(policy.logprob(few, settings=SamplingSettings()).double().sum(-1).cpu())
+        return self.kl(policy.sequence_logprob(few))
 
 
 def reference_key(config: RunConfig, settings: ReferenceSection) -> str:
@@ -238,7 +238,7 @@ def _draw(
             done += n
             show_progress(done, settings.samples)
         samples = Samples.concatenate(parts)
-        base_logprob = base.logprob(samples, settings=SamplingSettings()).double().sum(-1).cpu()
+        base_logprob = base.sequence_logprob(samples)
         proposal = base_logprob
         if guide is not None:
             guided = base.logprob(replace(samples, guide=guide)).double().sum(-1).cpu()
